@@ -1,0 +1,161 @@
+"""Checkpoint format, version 1: what `config.json["quantization_config"]` says and how tensors are called.
+
+A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the model's names with three suffixes
+(`kernels/packing.py` describes their bytes):
+
+    {layer}.{expert}.{projection}.qweight   uint8   [out, in/128, 16*bits]
+    {layer}.{expert}.{projection}.scales    float16 [out, in/128]
+    {layer}.{expert}.{projection}.zeros     float16 [out, in/128], absent at 1 bit
+
+where {layer} is the on-disk prefix of a layer's experts, for example `model.layers.0.block_sparse_moe.experts`;
+the same string names the layer in the config below, in factors.json and in plan.json.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+
+QUANT_METHOD = "mcmoe"
+FORMAT_VERSION = 1
+
+QWEIGHT, SCALES, ZEROS = "qweight", "scales", "zeros"
+
+
+def tensor_suffixes(bits: int) -> tuple[str, ...]:
+    """Suffixes a matrix of this width has in the checkpoint; 1 bit stores no zeros."""
+    return (QWEIGHT, SCALES) if bits == 1 else (QWEIGHT, SCALES, ZEROS)
+
+
+@dataclass(frozen=True)
+class ExpertBits:
+    """Bit-widths of one layer's experts: gate_up and down, each one of WIDTHS per expert."""
+
+    gate_up: tuple[int, ...]
+    down: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate_up)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The quantization_config of a checkpoint.
+
+    experts       layer name -> bit-widths of every expert
+    linear        a compressed-tensors config for every other linear layer, or None where they stay in 16 bits
+    pruning       online pruning: method and its parameters, or None
+    average_bits  measured on the written tensors, scales and zeros included: {"experts": ..., "model": ...}
+    """
+
+    experts: dict[str, ExpertBits]
+    linear: dict[str, Any] | None = None
+    pruning: dict[str, Any] | None = None
+    average_bits: dict[str, float] = field(default_factory=dict)
+    group_size: int = GROUP_SIZE
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object written to config.json; absent optional parts are left out."""
+        config: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "group_size": self.group_size,
+            "experts": {
+                name: {"gate_up": list(bits.gate_up), "down": list(bits.down)}
+                for name, bits in self.experts.items()
+            },
+            "average_bits": self.average_bits,
+        }
+        if self.linear is not None:
+            config["linear"] = self.linear
+        if self.pruning is not None:
+            config["pruning"] = self.pruning
+        return config
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], source: str = "quantization_config") -> "CheckpointConfig":
+        """Parse and check. `source` (a file name) opens every message.
+
+        Raises FormatError: not an mcmoe config, a newer version, another group size, or widths that are not a list
+        of {1, 2, 3, 4, 8} of the same length for both projections.
+        """
+        method = config.get("quant_method")
+        if method != QUANT_METHOD:
+            raise FormatError(
+                f"{source}: quant_method is {method!r}, expected {QUANT_METHOD!r}: this checkpoint was not written by "
+                "`mcmoe quantize`. Serve it without --quantization mcmoe, or quantise it first."
+            )
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            advice = "upgrade vllm-mcmoe" if newer else "quantise the model again"
+            raise FormatError(
+                f"{source}: format_version is {version!r}, this vllm-mcmoe reads version {FORMAT_VERSION}; {advice}."
+            )
+        if config.get("group_size") != GROUP_SIZE:
+            raise FormatError(f"{source}: group_size is {config.get('group_size')!r}, expected {GROUP_SIZE}.")
+        layers = config.get("experts")
+        if not isinstance(layers, dict) or not layers:
+            raise FormatError(
+                f"{source}: 'experts' must map MoE layer names to bit-widths, found {layers!r}."
+            )
+        return cls(
+            experts={name: _parse_expert_bits(name, bits, source) for name, bits in layers.items()},
+            linear=config.get("linear"),
+            pruning=config.get("pruning"),
+            average_bits=config.get("average_bits", {}),
+        )
+
+
+def _parse_expert_bits(name: str, bits: Any, source: str) -> ExpertBits:
+    if not isinstance(bits, dict):
+        raise FormatError(f"{source}: experts of {name}: expected gate_up and down, found {bits!r}.")
+    lists = {}
+    for projection in ("gate_up", "down"):
+        widths = bits.get(projection)
+        if not isinstance(widths, list) or not widths:
+            raise FormatError(
+                f"{source}: {name}.{projection}: expected a list of bit-widths, found {widths!r}."
+            )
+        for expert, width in enumerate(widths):
+            if width not in WIDTHS:
+                raise FormatError(
+                    f"{source}: {name}.{projection}: expert {expert} has bit-width {width!r}; "
+                    f"the kernels have {WIDTHS}."
+                )
+        lists[projection] = tuple(widths)
+    if len(lists["gate_up"]) != len(lists["down"]):
+        raise FormatError(
+            f"{source}: {name}: {len(lists['gate_up'])} widths for gate_up but {len(lists['down'])} for down."
+        )
+    return ExpertBits(**lists)
+
+
+def read_checkpoint_config(checkpoint: Path) -> CheckpointConfig:
+    """The checked quantization_config of a checkpoint directory. Raises FormatError, naming the file."""
+    path = Path(checkpoint) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: {checkpoint} is not a model directory.") from None
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from None
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        raise FormatError(
+            f"{path}: no quantization_config: this model is not quantised; run `mcmoe quantize`."
+        )
+    return CheckpointConfig.from_dict(quantization, source=str(path))
+
+
+def is_mcmoe_checkpoint(model: Path) -> bool:
+    """Whether a model directory claims to be in this format (its config may still be invalid)."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD

@@ -1,0 +1,21 @@
+"""Everything this project raises on purpose. A message says what was found, where, what was expected and what to do."""
+
+
+class McmoeError(Exception):
+    """Base of all errors a user can cause and mend; the command line prints it without a traceback."""
+
+
+class FormatError(McmoeError, ValueError):
+    """A checkpoint, factors file or plan is not what its format says."""
+
+
+class UnsupportedModelError(McmoeError, ValueError):
+    """A model, layer shape, bit-width or activation this version cannot handle."""
+
+
+class DataError(McmoeError, ValueError):
+    """Calibration or evaluation text is missing, empty or malformed."""
+
+
+class PlanError(McmoeError, ValueError):
+    """A bit allocation cannot be computed, or does not fit the model it is applied to."""
