@@ -66,8 +66,7 @@ class CheckpointConfig:
             "format_version": self.format_version,
             "group_size": self.group_size,
             "experts": {
-                name: {"gate_up": list(bits.gate_up), "down": list(bits.down)}
-                for name, bits in self.experts.items()
+                name: {"gate_up": list(bits.gate_up), "down": list(bits.down)} for name, bits in self.experts.items()
             },
             "average_bits": self.average_bits,
         }
@@ -101,9 +100,7 @@ class CheckpointConfig:
             raise FormatError(f"{source}: group_size is {config.get('group_size')!r}, expected {GROUP_SIZE}.")
         layers = config.get("experts")
         if not isinstance(layers, dict) or not layers:
-            raise FormatError(
-                f"{source}: 'experts' must map MoE layer names to bit-widths, found {layers!r}."
-            )
+            raise FormatError(f"{source}: 'experts' must map MoE layer names to bit-widths, found {layers!r}.")
         return cls(
             experts={name: _parse_expert_bits(name, bits, source) for name, bits in layers.items()},
             linear=config.get("linear"),
@@ -119,9 +116,7 @@ def _parse_expert_bits(name: str, bits: Any, source: str) -> ExpertBits:
     for projection in ("gate_up", "down"):
         widths = bits.get(projection)
         if not isinstance(widths, list) or not widths:
-            raise FormatError(
-                f"{source}: {name}.{projection}: expected a list of bit-widths, found {widths!r}."
-            )
+            raise FormatError(f"{source}: {name}.{projection}: expected a list of bit-widths, found {widths!r}.")
         for expert, width in enumerate(widths):
             if width not in WIDTHS:
                 raise FormatError(
@@ -147,9 +142,7 @@ def read_checkpoint_config(checkpoint: Path) -> CheckpointConfig:
         raise FormatError(f"{path}: not valid JSON: {error}") from None
     quantization = config.get("quantization_config")
     if quantization is None:
-        raise FormatError(
-            f"{path}: no quantization_config: this model is not quantised; run `mcmoe quantize`."
-        )
+        raise FormatError(f"{path}: no quantization_config: this model is not quantised; run `mcmoe quantize`.")
     return CheckpointConfig.from_dict(quantization, source=str(path))
 
 
