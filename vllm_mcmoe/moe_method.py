@@ -1,0 +1,140 @@
+"""The fused-MoE method: creates the expert parameters, hands them to a kernel backend and calls it."""
+
+import os
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
+
+from vllm_mcmoe.checkpoint import ExpertBits
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+from vllm_mcmoe.expert_weights import LayerWeights, Shard
+from vllm_mcmoe.kernels import experts_class
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+
+BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
+
+
+def select_backend() -> str:
+    """`VLLM_MCMOE_BACKEND` where set, else by platform. Raises UnsupportedModelError for a platform without one."""
+    chosen = os.environ.get(BACKEND_VARIABLE)
+    if chosen:
+        return chosen
+    if current_platform.is_cpu():
+        return "cpu"
+    raise UnsupportedModelError(
+        f"vllm-mcmoe has no kernels for the platform {current_platform.device_name!r}; it runs on CPUs. "
+        f"Set {BACKEND_VARIABLE}=reference to run there all the same, slowly."
+    )
+
+
+class McmoeMoEMethod(FusedMoEMethodBase):
+    """Experts of different bit-widths in one layer; activations int8 per token and group of 128."""
+
+    def __init__(self, moe: FusedMoEConfig, bits: ExpertBits):
+        super().__init__(moe)
+        self.bits = bits
+        self.weights: LayerWeights | None = None
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        return None  # describes weights of vLLM's own kernels
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts."""
+        self._check_supported(layer, hidden_size, intermediate_size_per_partition)
+        shard = Shard(
+            expert_ids=_local_expert_ids(layer, num_experts),
+            tp_rank=self.moe.tp_rank,
+            tp_size=self.moe.tp_size,
+        )
+        self.weights = LayerWeights(
+            layer.layer_name,
+            shard,
+            gate_up_bits=[self.bits.gate_up[expert] for expert in shard.expert_ids],
+            down_bits=[self.bits.down[expert] for expert in shard.expert_ids],
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size_per_partition,
+        )
+        for name, parameter in self.weights.parameters():
+            layer.register_parameter(name, parameter)
+        # `--load-format dummy` fills parameters without calling their loaders
+        self.check_loaded = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def _check_supported(self, layer: RoutedExperts, hidden_size: int, intermediate_size: int) -> None:
+        name, tp_size = layer.layer_name, self.moe.tp_size
+        if layer.global_num_experts != self.bits.num_experts:
+            raise FormatError(
+                f"{name}: the model has {layer.global_num_experts} experts, quantization_config.experts lists "
+                f"{self.bits.num_experts}."
+            )
+        if hidden_size % GROUP_SIZE:
+            raise UnsupportedModelError(
+                f"{name}: hidden size {hidden_size} is not divisible by the group size {GROUP_SIZE}."
+            )
+        if intermediate_size % GROUP_SIZE:
+            raise UnsupportedModelError(
+                f"{name}: the experts' intermediate size {intermediate_size * tp_size} over tensor parallel size "
+                f"{tp_size} gives {intermediate_size} per rank, not divisible by the group size {GROUP_SIZE}. "
+                "Use a smaller tensor parallel size, or --enable-expert-parallel, which keeps experts whole."
+            )
+        if layer.apply_router_weight_on_input:
+            raise UnsupportedModelError(f"{name}: models that apply routing weights to the input are not supported.")
+        if self.moe.has_bias:
+            raise UnsupportedModelError(f"{name}: experts with biases are not supported.")
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Repacks into the backend's layout and drops the checkpoint's, one layer at a time."""
+        if self.weights is None:
+            return  # vLLM may call this twice; the first call has done it
+        if self.check_loaded:
+            self.weights.check_complete()
+        backend = select_backend()
+        layer.mcmoe_experts = experts_class(backend).prepare(
+            self.weights.gate_up.matrices(),
+            self.weights.down.matrices(),
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size_per_partition,
+            gate_up_bits=self.weights.gate_up.bits,
+            down_bits=self.weights.down.bits,
+            activation=layer.activation.value,
+        )
+        for name, _ in list(self.weights.parameters()):
+            delattr(layer, name)
+        self.weights = None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: nn.Module | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden] in x.dtype."""
+        if layer.expert_map is not None:
+            local = layer.expert_map[topk_ids.clamp(min=0).long()]
+            topk_ids = torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
+        return layer.mcmoe_experts(x, topk_weights, topk_ids)
+
+
+def _local_expert_ids(layer: RoutedExperts, num_local: int) -> tuple[int, ...]:
+    """Global ids of this rank's experts in local order; all of them without expert parallelism."""
+    ids = [0] * num_local
+    for expert in range(layer.global_num_experts):
+        local = layer._map_global_expert_id_to_local_expert_id(expert)
+        if local != -1:
+            ids[local] = expert
+    return tuple(ids)

@@ -1,0 +1,86 @@
+"""The quantization config vLLM asks which method each layer gets."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
+from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.moe_method import McmoeMoEMethod
+
+
+class McmoeConfig(QuantizationConfig):
+    """Experts go to McmoeMoEMethod; every other linear layer to vLLM's own compressed-tensors method."""
+
+    def __init__(self, checkpoint: CheckpointConfig | None = None):
+        super().__init__()
+        if checkpoint is None:  # vLLM's way of saying that config.json has no quantization_config
+            raise FormatError(
+                f"--quantization {QUANT_METHOD} was given, but this model's config.json has no quantization_config: "
+                "it is not quantised. Run `mcmoe quantize MODEL OUT` and serve OUT, or drop --quantization."
+            )
+        self.checkpoint = checkpoint
+        self.experts = checkpoint.experts
+        self.linear = None
+        if checkpoint.linear is not None:
+            self.linear = CompressedTensorsConfig.from_config(checkpoint.linear)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "McmoeConfig":
+        return cls(CheckpointConfig.from_dict(config, source="config.json: quantization_config"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        # Custom methods are asked first about every checkpoint: claim only our own.
+        return QUANT_METHOD if hf_quant_cfg.get("quant_method") == QUANT_METHOD else None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
+        self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
+        if self.linear is not None:
+            self.linear.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            bits = self.experts.get(prefix)
+            if bits is None:
+                raise FormatError(
+                    f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
+                    f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
+                )
+            return McmoeMoEMethod(layer.moe_config, bits)
+        if self.linear is not None:
+            self.linear.packed_modules_mapping = self.packed_modules_mapping
+            return self.linear.get_quant_method(layer, prefix)
+        # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def register_with_vllm() -> None:
+    """Make `mcmoe` a quantization method of this process. Idempotent."""
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(McmoeConfig)
