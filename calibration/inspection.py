@@ -1,0 +1,106 @@
+"""What a checkpoint directory holds, read from config.json and the safetensors headers alone (no tensor is loaded)."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_mcmoe.calibration.tensors import TensorFiles, TensorInfo
+from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, packed_bytes_per_group
+
+ELEMENT_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "F32": 4, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+# Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
+KINDS = (
+    ("expert codes", re.compile(r"\.experts\.\d+\..*\.qweight$")),
+    ("expert scales and zeros", re.compile(r"\.experts\.\d+\..*\.(scales|zeros)$")),
+    ("experts, not quantised", re.compile(r"\.experts\.\d+\..*\.weight$")),
+    ("other linears, quantised", re.compile(r"\.weight_(packed|scale|shape|zero_point|g_idx)$")),
+    ("embeddings and output head", re.compile(r"(embed_tokens|lm_head)\.")),
+    ("attention, router, norms", re.compile(r"")),
+)
+
+
+def _nbytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * ELEMENT_BYTES[info.dtype]
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros."""
+
+    config: CheckpointConfig
+    bytes_by_kind: dict[str, int]
+    expert_parameters: int
+    expert_bits: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes_by_kind.values())
+
+
+def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
+    """Summarise a quantised checkpoint; faults that serving would refuse come back as warnings.
+
+    Raises FormatError where config.json is not of this format or a file cannot be read.
+    """
+    config = read_checkpoint_config(checkpoint)
+    headers = TensorFiles(Path(checkpoint)).info
+    by_kind: Counter[str] = Counter()
+    for name, info in headers.items():
+        by_kind[next(kind for kind, pattern in KINDS if pattern.search(name))] += _nbytes(info)
+    parameters, warnings = _check_experts(config, headers)
+    expert_bytes = by_kind["expert codes"] + by_kind["expert scales and zeros"]
+    return CheckpointSummary(
+        config=config,
+        bytes_by_kind={kind: by_kind[kind] for kind, _ in KINDS if by_kind[kind]},
+        expert_parameters=parameters,
+        expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
+        warnings=warnings,
+    )
+
+
+def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> tuple[int, list[str]]:
+    """Number of expert weights found, and what is missing, misshapen or not in the config."""
+    parameters, warnings = 0, []
+    pattern = re.compile(r"^(.*\.experts)\.(\d+)\.([^.]+)\.qweight$")
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in headers:
+        if match := pattern.match(name):
+            found.setdefault((match[1], int(match[2])), []).append(match[3])
+    for layer, bits in config.experts.items():
+        for expert in range(bits.num_experts):
+            projections = found.pop((layer, expert), [])
+            if len(projections) != 3:
+                warnings.append(f"{layer}, expert {expert}: {len(projections)} of 3 projections have a qweight")
+            for projection in projections:
+                base = f"{layer}.{expert}.{projection}"
+                width = bits.down[expert] if projection in ("w2", "down_proj") else bits.gate_up[expert]
+                rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
+                parameters += rows * groups * GROUP_SIZE
+                warnings += _check_matrix(base, width, headers)
+    warnings += [f"{layer}, expert {expert}: stored, but config.json does not list it" for layer, expert in found]
+    return parameters, warnings
+
+
+def _check_matrix(base: str, bits: int, headers: dict[str, TensorInfo]) -> list[str]:
+    rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
+    warnings = []
+    for suffix in tensor_suffixes(bits):
+        info = headers.get(f"{base}.{suffix}")
+        is_codes = suffix == QWEIGHT
+        dtype, shape = ("U8", (rows, groups, packed_bytes_per_group(bits))) if is_codes else ("F16", (rows, groups))
+        if info is None:
+            warnings.append(f"{base}.{suffix} is missing; {bits}-bit experts have one")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            warnings.append(
+                f"{info.file.name}: {base}.{suffix} is {info.dtype} {list(info.shape)}, "
+                f"{bits} bits need {dtype} {list(shape)}"
+            )
+    return warnings
