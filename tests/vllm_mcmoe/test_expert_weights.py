@@ -1,0 +1,128 @@
+"""Loading one layer's expert tensors as vLLM does: by parameter, shard and global expert id."""
+
+import pytest
+import torch
+
+from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
+from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.expert_weights import LayerWeights, Shard
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
+
+LAYER = "model.layers.0.mlp.experts"
+HIDDEN, INTERMEDIATE = 256, 512
+GATE_UP_BITS, DOWN_BITS = (1, 2, 3, 4), (8, 1, 2, 3)
+
+
+def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    groups = columns // GROUP_SIZE
+    scales = torch.rand(rows, groups, generator=generator).half() + 0.5
+    zeros = None if bits == 1 else torch.rand(rows, groups, generator=generator).half()
+    return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[tuple[int, str], PackedMatrix]:
+    """(expert, shard id) -> matrix: w1 gate, w3 up, w2 down."""
+    matrices = {}
+    for expert, (gate_up, down) in enumerate(zip(GATE_UP_BITS, DOWN_BITS, strict=True)):
+        matrices[expert, "w1"] = random_matrix(gate_up, INTERMEDIATE, HIDDEN, seed=10 * expert)
+        matrices[expert, "w3"] = random_matrix(gate_up, INTERMEDIATE, HIDDEN, seed=10 * expert + 1)
+        matrices[expert, "w2"] = random_matrix(down, HIDDEN, INTERMEDIATE, seed=10 * expert + 2)
+    return matrices
+
+
+def layer_weights(shard: Shard) -> LayerWeights:
+    return LayerWeights(
+        LAYER,
+        shard,
+        gate_up_bits=[GATE_UP_BITS[e] for e in shard.expert_ids],
+        down_bits=[DOWN_BITS[e] for e in shard.expert_ids],
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE // shard.tp_size,
+    )
+
+
+def load(weights: LayerWeights, checkpoint: dict[tuple[int, str], PackedMatrix], skip: str = "") -> None:
+    """Feed every tensor through the parameter's loader, except the one named `expert.shard.suffix`."""
+    parameters = dict(weights.parameters())
+    for (expert, shard_id), matrix in checkpoint.items():
+        for suffix, tensor in ((QWEIGHT, matrix.qweight), (SCALES, matrix.scales), (ZEROS, matrix.zeros)):
+            if tensor is None or skip == f"{expert}.{shard_id}.{suffix}":
+                continue
+            parameter = parameters[f"{'w2' if shard_id == 'w2' else 'w13'}_{suffix}"]
+            parameter.weight_loader(
+                param=parameter, loaded_weight=tensor, weight_name="", shard_id=shard_id, expert_id=expert
+            )
+
+
+def gate_up(checkpoint, expert: int) -> torch.Tensor:
+    """float32 [2 * INTERMEDIATE, HIDDEN]"""
+    return torch.cat([checkpoint[expert, "w1"].dequantize(), checkpoint[expert, "w3"].dequantize()])
+
+
+def test_gate_and_up_are_stacked_and_widths_kept_apart(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+    load(weights, checkpoint)
+    weights.check_complete()
+    for expert, (first, second) in enumerate(zip(weights.gate_up.matrices(), weights.down.matrices(), strict=True)):
+        assert (first.bits, second.bits) == (GATE_UP_BITS[expert], DOWN_BITS[expert])
+        assert torch.equal(first.dequantize(), gate_up(checkpoint, expert))
+        assert torch.equal(second.dequantize(), checkpoint[expert, "w2"].dequantize())
+
+
+def test_tensor_parallel_ranks_slice_rows_of_gate_up_and_groups_of_down(checkpoint):
+    ranks = [layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=rank, tp_size=2)) for rank in range(2)]
+    for weights in ranks:
+        load(weights, checkpoint)
+        weights.check_complete()
+    for expert in range(4):
+        slices = [list(weights.gate_up.matrices())[expert].dequantize().chunk(2) for weights in ranks]
+        assert torch.equal(torch.cat([gate for gate, _ in slices]), checkpoint[expert, "w1"].dequantize())
+        assert torch.equal(torch.cat([up for _, up in slices]), checkpoint[expert, "w3"].dequantize())
+        columns = [list(weights.down.matrices())[expert].dequantize() for weights in ranks]
+        assert torch.equal(torch.cat(columns, dim=1), checkpoint[expert, "w2"].dequantize())
+
+
+def test_expert_parallel_ranks_take_their_own_experts_and_decline_the_others(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(1, 3), tp_rank=0, tp_size=1))
+    load(weights, checkpoint)
+    weights.check_complete()
+    matrices = list(weights.gate_up.matrices())
+    assert [matrix.bits for matrix in matrices] == [2, 4]
+    assert torch.equal(matrices[1].dequantize(), gate_up(checkpoint, 3))
+    parameter = dict(weights.parameters())["w13_scales"]
+    arguments = {"loaded_weight": checkpoint[0, "w1"].scales, "weight_name": "", "shard_id": "w1"}
+    assert parameter.weight_loader(parameter, expert_id=0, return_success=True, **arguments) is False
+    arguments["loaded_weight"] = checkpoint[3, "w1"].scales
+    assert parameter.weight_loader(parameter, expert_id=3, return_success=True, **arguments) is True
+
+
+@pytest.mark.parametrize("missing", ["2.w1.qweight", "0.w2.zeros", "3.w3.scales"])
+def test_a_missing_tensor_is_named(checkpoint, missing):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+    load(weights, checkpoint, skip=missing)
+    with pytest.raises(FormatError, match=f"{LAYER}: 1 tensors are missing.*expert {missing.replace('.', ' ')}"):
+        weights.check_complete()
+
+
+def test_a_misshapen_tensor_is_named_with_what_was_expected(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+    parameter = dict(weights.parameters())["w13_qweight"]
+    wrong_width = checkpoint[3, "w1"].qweight  # 4 bits where the config says 2
+    with pytest.raises(FormatError, match=r"expert 1, w1 qweight: found .*\[512, 2, 64\], expected .*\[512, 2, 32\]"):
+        parameter.weight_loader(param=parameter, loaded_weight=wrong_width, weight_name="", shard_id="w1", expert_id=1)
+
+
+def test_zeros_of_a_one_bit_matrix_are_refused(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+    parameter = dict(weights.parameters())["w13_zeros"]
+    with pytest.raises(FormatError, match="expert 0, w1 zeros: present in the checkpoint, but a 1-bit matrix has none"):
+        parameter.weight_loader(
+            param=parameter,
+            loaded_weight=checkpoint[1, "w1"].zeros,
+            weight_name="",
+            shard_id="w1",
+            expert_id=0,
+        )
