@@ -1,1 +1,28 @@
-"""Grouped GEMM over experts of different bit-widths."""
+"""Grouped GEMM over experts of different bit-widths.
+
+`experts_class(name)` gives the module that holds one layer's experts. Every backend has the same two methods:
+`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, activation)`, which repacks the
+checkpoint's matrices one at a time, and `forward(x, topk_weights, topk_ids)`.
+"""
+
+import importlib
+
+import torch
+
+_EXPERTS_CLASSES = {
+    "reference": ("vllm_mcmoe.kernels.reference", "ReferenceExperts"),
+    "cpu": ("vllm_mcmoe.kernels.cpu", "CpuExperts"),
+}
+
+
+def experts_class(backend: str) -> type[torch.nn.Module]:
+    """The experts module of a backend, imported when first asked for. Raises ValueError for an unknown name."""
+    if backend not in _EXPERTS_CLASSES:
+        raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(_EXPERTS_CLASSES)}")
+    module, name = _EXPERTS_CLASSES[backend]
+    return getattr(importlib.import_module(module), name)
+
+
+def supported_activations(backend: str) -> tuple[str, ...]:
+    """Names of the gate activations a backend computes. Raises ValueError for an unknown backend."""
+    return tuple(experts_class(backend).activations)

@@ -1,0 +1,148 @@
+"""The kernel contract in plain torch: what every backend computes, written to be read and compared against.
+
+    y[t, n] = sum_g a_scale[t, g] * w_scale[n, g] * (sum_k code[n, k] * a_code[t, k] - zero[n, g] * sum_k a_code[t, k])
+
+The sums over the k of one group of 128 are exact integers; only the scaling is rounded, so backends agree to float32
+rounding. It runs on any device and is slow: it is the oracle of the tests, and `ReferenceExperts` serves a model with it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix
+
+INT8_MAX = 127  # codes stay symmetric: -128 is never used, so negating an activation negates its code
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+}
+
+
+def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise to int8 per token and per group of 128: scale = max|x| / 127, code = round-half-even(x / scale).
+
+    x: float [T, K], K divisible by 128 -> (int8 codes [T, K], float32 scales [T, K/128]).
+    A group of zeros has scale 0 and codes 0. Raises ValueError when K is not divisible by 128.
+    """
+    tokens, features = x.shape
+    if features % GROUP_SIZE:
+        raise ValueError(f"activation width {features} is not divisible by the group size {GROUP_SIZE}")
+    groups = x.float().reshape(tokens, features // GROUP_SIZE, GROUP_SIZE)
+    scales = groups.abs().amax(dim=-1) / INT8_MAX
+    divisors = torch.where(scales > 0, scales, 1.0)
+    codes = torch.round(groups / divisors.unsqueeze(-1)).to(torch.int8)
+    return codes.reshape(tokens, features), scales
+
+
+def linear_int8(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """One quantised linear map on int8 activations. x: float [T, K] -> float32 [T, N]."""
+    a_codes, a_scales = quantize_activations(x)
+    grouped = (-1, matrix.in_features // GROUP_SIZE, GROUP_SIZE)
+    # float64 holds these sums of at most 128 * 255 * 127 exactly and has a fast matmul on every device
+    a = a_codes.reshape(grouped).double()  # [T, G, 128]
+    w = matrix.codes().reshape(grouped).double()  # [N, G, 128]
+    products = torch.einsum("tgk,ngk->tng", a, w).float()  # [T, N, G], exact
+    sums = a.sum(dim=-1).float()  # [T, G], exact
+    centred = products - matrix.float_zeros() * sums.unsqueeze(1)
+    return torch.einsum("tng,ng,tg->tn", centred, matrix.scales.float(), a_scales)
+
+
+def linear_float(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """The same map on unquantised activations, to measure what int8 costs. x: float [T, K] -> float32 [T, N]."""
+    return x.float() @ matrix.dequantize().T
+
+
+def fused_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: Sequence[PackedMatrix],
+    down: Sequence[PackedMatrix],
+    *,
+    activation: str = "silu",
+    activations: Literal["int8", "float"] = "int8",
+) -> torch.Tensor:
+    """out[t] = sum_j topk_weights[t, j] * down_e(act(gate_e(x[t])) * up_e(x[t])),  e = topk_ids[t, j].
+
+    x: float [T, H]; topk_weights: float [T, J]; topk_ids: integer [T, J], negative contributes nothing.
+    gate_up[e]: [2I, H], gate rows first; down[e]: [H, I]. Returns [T, H] in x.dtype; sums are float32.
+    Raises ValueError for an activation that is not one of ACTIVATIONS.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {sorted(ACTIVATIONS)}")
+    linear = linear_int8 if activations == "int8" else linear_float
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids.unique().tolist():
+        if expert < 0:
+            continue
+        tokens, slots = torch.where(topk_ids == expert)
+        gate, up = linear(x[tokens], gate_up[expert]).chunk(2, dim=-1)  # [n, I] each
+        expert_out = linear(ACTIVATIONS[activation](gate) * up, down[expert])  # [n, H]
+        routing_weight = topk_weights[tokens, slots].float()
+        out.index_add_(0, tokens, routing_weight.unsqueeze(-1) * expert_out)
+    return out.to(x.dtype)
+
+
+class ReferenceExperts(torch.nn.Module):
+    """The experts of one layer, computed by `fused_experts`; interchangeable with the fast backends.
+
+    gate_up, down: lists of PackedMatrix, in checkpoint layout.
+    """
+
+    activations = tuple(ACTIVATIONS)
+
+    def __init__(self, gate_up: Sequence[PackedMatrix], down: Sequence[PackedMatrix], activation: str):
+        super().__init__()
+        self.gate_up, self.down, self.activation = list(gate_up), list(down), activation
+
+    @classmethod
+    def prepare(
+        cls,
+        gate_up: Iterable[PackedMatrix],
+        down: Iterable[PackedMatrix],
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_up_bits: Sequence[int],
+        down_bits: Sequence[int],
+        activation: str = "silu",
+    ) -> Self:
+        """Collect the experts. Raises ValueError where a matrix or the activation is not what was announced."""
+        check_activation("reference", activation)
+        shapes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
+        collected = []
+        for name, matrices, bits, shape in zip(
+            ("gate_up", "down"), (gate_up, down), (gate_up_bits, down_bits), shapes, strict=True
+        ):
+            experts = list(matrices)
+            if len(experts) != len(bits):
+                raise ValueError(f"{name}: {len(bits)} widths were given for {len(experts)} experts")
+            for expert, (matrix, width) in enumerate(zip(experts, bits, strict=True)):
+                check_matrix(f"{name} of expert {expert}", matrix, width, shape)
+            collected.append(experts)
+        return cls(*collected, activation)
+
+    def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """x: [T, H], topk_weights and topk_ids: [T, J] -> [T, H] in x.dtype."""
+        return fused_experts(x, topk_weights, topk_ids, self.gate_up, self.down, activation=self.activation)
+
+
+def check_activation(backend: str, activation: str) -> None:
+    """Raises ValueError, naming the supported ones, when the experts' gate has another activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the {backend} kernels have no activation {activation!r}; supported: {', '.join(ACTIVATIONS)}"
+        )
+
+
+def check_matrix(name: str, matrix: PackedMatrix, bits: int, shape: tuple[int, int]) -> None:
+    """Raises ValueError when a matrix has not the width and [out, in] shape that were announced for it."""
+    found = (matrix.out_features, matrix.in_features)
+    if matrix.bits != bits or found != shape:
+        raise ValueError(
+            f"{name}: expected {bits} bits and shape {list(shape)}, found {matrix.bits} bits and {list(found)}"
+        )
