@@ -3,7 +3,7 @@
     y[t, n] = sum_g a_scale[t, g] * w_scale[n, g] * (sum_k code[n, k] * a_code[t, k] - zero[n, g] * sum_k a_code[t, k])
 
 The sums over the k of one group of 128 are exact integers; only the scaling is rounded, so backends agree to float32
-rounding. It runs on any device and is slow: it is the oracle of the tests, and `ReferenceExperts` serves a model with it.
+rounding. Slow, on any device: it is the oracle of the tests, and `ReferenceExperts` serves a model with it.
 """
 
 from collections.abc import Iterable, Sequence
