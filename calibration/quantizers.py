@@ -1,0 +1,224 @@
+"""Round-to-nearest quantisation of one matrix, and the form every quantiser returns.
+
+    weight[n, k] = scale[n, g] * (code[n, k] - zero[n, g]),     g = k // 128
+
+Scales and zeros are chosen per row and group of 128 by weighted least squares; both are kept as fp16 values, zeros
+unrounded in units of codes. At 1 bit the zero is 0.5: a weight is -scale/2 or +scale/2.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, WIDTHS, PackedMatrix, pack_codes
+
+Search = Literal["mse", "minmax"]
+
+SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal  # 6.1e-5; below it fp16 loses precision bit by bit
+LARGEST_FP16 = torch.finfo(torch.float16).max
+TOLERATED_FLUSH = 1e-3  # share of a matrix's squared norm that may lie in groups too small for an fp16 scale
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """One linear map, quantised but not yet packed.
+
+    bits    1, 2, 3, 4 or 8
+    codes   uint8   [out, in], each below 2**bits
+    scales  float16 [out, in/128], > 0
+    zeros   float16 [out, in/128] in units of codes, not rounded; None at 1 bit, where it is 0.5
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def float_zeros(self) -> torch.Tensor:
+        """float32 [out, in/128], the constant 0.5 at 1 bit."""
+        if self.zeros is None:
+            return torch.full_like(self.scales, ONE_BIT_ZERO, dtype=torch.float32)
+        return self.zeros.float()
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in]."""
+        groups = self.codes.unflatten(-1, (-1, GROUP_SIZE)).float()
+        return (self.scales.float()[..., None] * (groups - self.float_zeros()[..., None])).flatten(-2)
+
+    def pack(self) -> PackedMatrix:
+        """The same matrix as the checkpoint stores it."""
+        return PackedMatrix(self.bits, pack_codes(self.codes, self.bits), self.scales, self.zeros)
+
+
+@dataclass
+class Grid:
+    """Scales and zeros of every row and group while a matrix is being quantised.
+
+    bits    width
+    scales  float32 [out, in/128], every value representable in fp16
+    zeros   float32 [out, in/128], every value representable in fp16; 0.5 at 1 bit
+    """
+
+    bits: int
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    def encode(self, groups: torch.Tensor) -> torch.Tensor:
+        """float32 [out, in/128, 128] -> nearest codes, float32, same shape."""
+        codes = groups / self.scales[..., None] + self.zeros[..., None]
+        return codes.round_().clamp_(0, (1 << self.bits) - 1)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [out, in/128, 128] -> weights, float32, same shape."""
+        return self.scales[..., None] * (codes - self.zeros[..., None])
+
+    def matrix(self, codes: torch.Tensor) -> QuantizedMatrix:
+        """codes: float32 [out, in/128, 128] -> the quantised matrix."""
+        zeros = None if self.bits == 1 else self.zeros.half()
+        return QuantizedMatrix(self.bits, codes.to(torch.uint8).flatten(-2), self.scales.half(), zeros)
+
+
+def check_weight(weight: torch.Tensor, bits: int, name: str) -> None:
+    """Raises ValueError naming the matrix where it cannot be quantised to this width."""
+    if bits not in WIDTHS:
+        raise ValueError(f"{name}: bit-width {bits} is not one of {WIDTHS}")
+    if weight.ndim != 2 or weight.shape[1] % GROUP_SIZE:
+        raise ValueError(f"{name}: shape {list(weight.shape)}, expected [out, in] with in divisible by {GROUP_SIZE}")
+    bad = int(weight.numel() - torch.isfinite(weight).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; repair the model first")
+
+
+def quantize_rtn(
+    weight: torch.Tensor,
+    bits: int,
+    *,
+    search: Search = "mse",
+    importance: torch.Tensor | None = None,
+    name: str = "weight",
+) -> QuantizedMatrix:
+    """Round every weight to the nearest value of its group's grid.
+
+    weight      [out, in], any float dtype, in divisible by 128
+    search      "minmax": the grid spans the group's range; "mse": scale and zero minimise the squared error
+                (at 1 bit both give scale/2 = mean |w|, which is the minimiser)
+    importance  float [in], weight of each column's squared error under "mse", e.g. the Hessian's diagonal
+    name        what errors call the matrix
+
+    Raises ValueError naming the matrix for NaN or infinite weights, an indivisible in, an unknown width, or
+    magnitudes that fp16 scales cannot express.
+    """
+    check_weight(weight, bits, name)
+    groups = weight.float().unflatten(-1, (-1, GROUP_SIZE))
+    grid = search_grid(groups, bits, search, importance, name)
+    return grid.matrix(grid.encode(groups))
+
+
+def search_grid(
+    groups: torch.Tensor,
+    bits: int,
+    search: Search = "mse",
+    importance: torch.Tensor | None = None,
+    name: str = "weight",
+) -> Grid:
+    """Scale and zero of every row and group, from the weights alone. groups: float32 [out, in/128, 128]."""
+    if importance is None:
+        column_weight = torch.ones_like(groups[0])
+    else:
+        column_weight = importance.float().reshape(groups.shape[1:])
+        dead = column_weight.sum(-1, keepdim=True) <= 0  # a group no token ever uses: any sane grid will do
+        column_weight = torch.where(dead, torch.ones_like(column_weight), column_weight)
+    if bits == 1:
+        scales = 2 * (groups.abs() * column_weight).sum(-1) / column_weight.sum(-1)
+        return storable_grid(groups, bits, scales, torch.full_like(scales, ONE_BIT_ZERO), name)
+    low, high = groups.amin(-1), groups.amax(-1)
+    grid = _grid_spanning(groups, bits, low, high, name)
+    return grid if search == "minmax" else _least_squares_grid(groups, grid, column_weight, low, high, name)
+
+
+def _grid_spanning(groups: torch.Tensor, bits: int, low: torch.Tensor, high: torch.Tensor, name: str) -> Grid:
+    """The grid whose first code means low and whose last means high; all [out, in/128]."""
+    scales = (high - low) / ((1 << bits) - 1)
+    # A constant group is exact as scale |w|, zero -1 or 1, code 0 (or any scale and zero 0, where it is 0).
+    constant = high <= low
+    scales = torch.where(constant, low.abs(), scales)
+    zeros = torch.where(constant, -low.sign(), -low / scales.clamp_min(1e-30))
+    return storable_grid(groups, bits, scales, zeros, name)
+
+
+# Shrinking the range before the least-squares iterations matters most at 2 bits; 12 starts reach within 0.1% of 80.
+_RANGE_SHARES = tuple(1 - 0.06 * i for i in range(12))
+_FIT_ITERATIONS = 4
+
+
+def _least_squares_grid(
+    groups: torch.Tensor,
+    spanning: Grid,
+    column_weight: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    name: str,
+) -> Grid:
+    """Best of several shrunken ranges, each improved by alternating nearest codes with the least-squares grid."""
+    bits = spanning.bits
+    best = Grid(bits, spanning.scales.clone(), spanning.zeros.clone())
+    best_error = _weighted_error(groups, best, column_weight)
+    for share in _RANGE_SHARES:
+        grid = spanning if share == 1 else _grid_spanning(groups, bits, low * share, high * share, name)
+        for _ in range(_FIT_ITERATIONS):
+            codes = grid.encode(groups)
+            scales, zeros = _fit(groups, codes, column_weight, grid)
+            grid = storable_grid(groups, bits, scales, zeros, name)
+            error = _weighted_error(groups, grid, column_weight)
+            better = error < best_error
+            best.scales = torch.where(better, grid.scales, best.scales)
+            best.zeros = torch.where(better, grid.zeros, best.zeros)
+            best_error = torch.where(better, error, best_error)
+    return best
+
+
+def _weighted_error(groups: torch.Tensor, grid: Grid, column_weight: torch.Tensor) -> torch.Tensor:
+    residual = grid.decode(grid.encode(groups)).sub_(groups)
+    return (residual.square_() * column_weight).sum(-1)
+
+
+def _fit(
+    groups: torch.Tensor, codes: torch.Tensor, column_weight: torch.Tensor, fallback: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted least squares of groups ~ scale * codes + offset per row and group -> scales, zeros."""
+    total = column_weight.sum(-1)
+    mean_code = (codes * column_weight).sum(-1) / total
+    mean_weight = (groups * column_weight).sum(-1) / total
+    centred = codes - mean_code[..., None]
+    variance = (centred.square() * column_weight).sum(-1)
+    scales = (centred * groups * column_weight).sum(-1) / variance
+    usable = (variance > 0) & (scales > 0)
+    scales = torch.where(usable, scales, fallback.scales)
+    return scales, torch.where(usable, mean_code - mean_weight / scales, fallback.zeros)
+
+
+def storable_grid(groups: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, name: str) -> Grid:
+    """Round scales and zeros to what fp16 stores, keeping scales out of its subnormal range.
+
+    A scale below 6.1e-5 is raised to it: the group's weights are then at most 3.1e-5 off. That is harmless in a few
+    negligible groups and fatal for a matrix made of them, so ValueError is raised when such groups hold more than
+    0.1% of the matrix's squared norm, or when a scale or zero exceeds fp16's range.
+    """
+    flushed = scales < SMALLEST_SCALE
+    if flushed.any():
+        energy = groups.square().sum(-1)
+        share = float(energy[flushed].sum() / energy.sum().clamp_min(1e-45))
+        if share > TOLERATED_FLUSH:
+            raise ValueError(
+                f"{name}: {int(flushed.sum())} of {flushed.numel()} groups, {share:.1%} of the squared norm, need "
+                f"scales below fp16's smallest normal {SMALLEST_SCALE:.1e}; scale the matrix up"
+            )
+    if float(scales.max()) > LARGEST_FP16:
+        raise ValueError(f"{name}: scale {float(scales.max()):.3g} exceeds fp16's largest value {LARGEST_FP16:g}")
+    if bits == 1:
+        return Grid(bits, scales.clamp_min(SMALLEST_SCALE).half().float(), zeros)
+    stored = scales.clamp_min(SMALLEST_SCALE).half().float()
+    # The offset scale * zero is what the weights see; keep it where the scale had to be rounded.
+    zeros = zeros * (scales / stored)
+    return Grid(bits, stored, zeros.clamp(-LARGEST_FP16, LARGEST_FP16).half().float())

@@ -1,0 +1,98 @@
+"""Recipes: everything that decides how a model is quantised, fixed under a name.
+
+mcmoe       the default: predicted loss increase, one budget for the whole model, GPTQ with refinement
+paper-code  what the authors' published code does (PMQ, arXiv 2410.06270), including where it differs from the paper
+uniform     the baseline: the same width everywhere, standard GPTQ
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from vllm_mcmoe.calibration.gptq import GPTQOptions
+
+Objective = Literal["loss_increase", "weighted_error", "uniform"]
+Budget = Literal["<=", "="]
+Scope = Literal["layer", "model"]
+Granularity = Literal["expert", "projection"]
+ErrorQuantizer = Literal["rtn", "gptq"]
+HessianWeighting = Literal["none", "routing", "gradient"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised.
+
+    widths             bit-widths an expert may get
+    objective          what allocation minimises:
+                       "loss_increase": the sum of factors.loss_increase over every quantised projection;
+                       "weighted_error": sum of frequency^alpha * routing weight^beta * error^gamma (PAPER.md 1);
+                       "uniform": nothing, every expert gets the same width
+    alpha, beta, gamma exponents of "weighted_error"
+    normalise          divide the three factors of "weighted_error" by their sums over the layer; decides nothing
+                       inside one layer, makes layers comparable under scope "model"
+    budget             whether the budget may be left partly unspent ("<=") or must be met exactly ("=")
+    scope              one budget per layer, or one for the whole model
+    granularity        one width per expert, or one each for its gate_up and its down projection
+    minimum_counts     width -> least number of experts per layer that get it
+    keep_super_experts hold super experts at the largest width
+    error_quantizer    quantiser the factors are measured with
+    gptq               how the weights are quantised in the end
+    hessian_weighting  weight of each token in an expert's Hessian: "none" 1, "routing" the squared routing weight,
+                       "gradient" the squared routing weight times the squared norm of the loss gradient at the
+                       layer's output
+    linear_bits        width of attention and shared-expert linears: 4, 8 or 16
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    objective: Objective
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 1.0
+    normalise: bool = True
+    budget: Budget = "<="
+    scope: Scope = "layer"
+    granularity: Granularity = "expert"
+    minimum_counts: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    keep_super_experts: bool = False
+    error_quantizer: ErrorQuantizer = "gptq"
+    gptq: GPTQOptions = field(default_factory=GPTQOptions)
+    hessian_weighting: HessianWeighting = "none"
+    linear_bits: int = 4
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "mcmoe": Recipe(
+            name="mcmoe",
+            widths=(1, 2, 3, 4),
+            objective="loss_increase",
+            scope="model",
+            granularity="projection",
+            keep_super_experts=True,
+            gptq=GPTQOptions(act_order=True, refinement_sweeps=8),
+            hessian_weighting="routing",
+        ),
+        "paper-code": Recipe(  # PAPER.md section 3, items 1-3; reproduces the authors' published allocations
+            name="paper-code",
+            widths=(1, 2, 3),
+            objective="weighted_error",
+            beta=1.5,
+            minimum_counts=MappingProxyType({3: 1, 2: 1}),
+            error_quantizer="rtn",
+            gptq=GPTQOptions(compensate_within_block=False),
+        ),
+        "uniform": Recipe(name="uniform", widths=(1, 2, 3, 4, 8), objective="uniform"),
+    }
+)
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name, or the given one. Raises ValueError naming the known recipes."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    return RECIPES[recipe]
