@@ -1,20 +1,19 @@
-"""The quantization config vLLM asks which method each layer gets."""
+"""The quantization config vLLM asks which method each layer gets.
 
-from typing import Any
+Every vLLM process imports this module, whatever model it serves: layer classes are imported where they are used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-)
-from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.moe_method import McmoeMoEMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 
 class McmoeConfig(QuantizationConfig):
@@ -31,6 +30,10 @@ class McmoeConfig(QuantizationConfig):
         self.experts = checkpoint.experts
         self.linear = None
         if checkpoint.linear is not None:
+            from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+                CompressedTensorsConfig,
+            )
+
             self.linear = CompressedTensorsConfig.from_config(checkpoint.linear)
 
     def get_name(self) -> str:
@@ -58,13 +61,18 @@ class McmoeConfig(QuantizationConfig):
         # Custom methods are asked first about every checkpoint: claim only our own.
         return QUANT_METHOD if hf_quant_cfg.get("quant_method") == QUANT_METHOD else None
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
         if self.linear is not None:
             self.linear.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from vllm_mcmoe.moe_method import McmoeMoEMethod
+
         if isinstance(layer, RoutedExperts):
             bits = self.experts.get(prefix)
             if bits is None:
