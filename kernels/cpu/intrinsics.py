@@ -1,0 +1,76 @@
+"""Numba intrinsics the compiled code is built from: typed views of addresses, atomics, calls through pointers.
+
+Compiled code handles plain int64 addresses: it runs on threads Python knows nothing of, on buffers torch owns.
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+def _view(element: types.Type):
+    """An intrinsic that turns an int64 address into an indexable pointer to `element`."""
+
+    @intrinsic
+    def view(typing_context, address):
+        def emit(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), emit
+
+    return view
+
+
+as_int32 = _view(types.int32)
+as_int64 = _view(types.int64)
+as_float32 = _view(types.float32)
+
+
+@intrinsic
+def fetch_add(typing_context, address, amount):
+    """Atomically add to the int64 at `address`; returns its value from before."""
+
+    def emit(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def call_barrier(typing_context, function):
+    """Call `void function(void)` at an address: OpenMP's team barrier."""
+
+    def emit(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer())
+        builder.call(pointer, [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def call_parallel(typing_context, function, worker, data, threads):
+    """Call `GOMP_parallel(worker, data, threads, 0)` at the address `function`: run worker(data) on a team."""
+
+    def emit(context, builder, signature, args):
+        prototype = ir.FunctionType(ir.VoidType(), [I64, I64, I32, I32])  # pointers travel as int64
+        pointer = builder.inttoptr(args[0], prototype.as_pointer())
+        builder.call(pointer, [args[1], args[2], builder.trunc(args[3], I32), I32(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def call_worker(typing_context, worker, data):
+    """Call `void worker(data)` at an address, on this thread."""
+
+    def emit(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())
+        builder.call(pointer, [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit

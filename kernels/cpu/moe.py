@@ -1,0 +1,387 @@
+"""One MoE layer in compiled code: group tokens by expert, quantise, gate_up and gate, down and weighted sum.
+
+A (token, expert) pair is a slot; slots are sorted by expert, then by token. Work is cut into tasks that threads take
+from a shared counter, because experts differ in width and tokens, and cores in speed. Every output element is computed
+by one thread in an order that depends on neither the number of threads nor the rest of the batch, so results are the
+same bits in any setting.
+
+Activations are stored in tiles of up to 16 slots of one expert: [inputs/64][slots of the tile][64 codes], scales
+[groups][slots of the tile][2] (see vectors.quantize_*). One token's codes are then contiguous, and 16 tokens' codes
+are 1 KiB blocks, an AMX tile each.
+"""
+
+from enum import IntEnum
+
+from numba import njit
+
+from vllm_mcmoe.kernels.cpu.intrinsics import (
+    as_float32,
+    as_int32,
+    as_int64,
+    call_barrier,
+    call_parallel,
+    call_worker,
+    fetch_add,
+)
+from vllm_mcmoe.kernels.cpu.products import multiply_portable, multiply_vnni
+from vllm_mcmoe.kernels.cpu.vectors import (
+    BFLOAT16,
+    FLOAT16,
+    add_weighted,
+    copy64,
+    gate_gelu,
+    gate_gelu_tanh,
+    gate_silu,
+    quantize_bfloat16,
+    quantize_float16,
+    quantize_float32,
+    write_bfloat16,
+    write_float16,
+    write_float32,
+)
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+
+TILE = 16  # slots in a full tile of activations
+CHUNK = 256  # most slots of one expert a task handles: 16 row blocks of float32 sums for them are 256 KiB of L2
+CACHED_INPUTS = 512 * 1024  # bytes of activations a task goes through before it comes back to them: they stay in L2
+GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
+ROWS = 16
+
+
+class Field(IntEnum):
+    """Positions in the int64 array a call passes to the compiled code. Addresses unless said otherwise."""
+
+    X = 0  # [tokens, hidden] in the dtype DTYPE names
+    OUT = 1  # like X, written
+    DTYPE = 2  # value: vectors.FLOAT32, BFLOAT16 or FLOAT16
+    TOKENS = 3  # value
+    TOP_K = 4  # value
+    TOPK_IDS = 5  # [tokens, top_k]
+    IDS_ARE_INT64 = 6  # value: 1 for int64 ids, 0 for int32
+    TOPK_WEIGHTS = 7  # float32 [tokens, top_k]
+    EXPERTS = 8  # value
+    HIDDEN = 9  # value
+    INTERMEDIATE = 10  # value
+    ACTIVATION = 11  # value: index into vectors.GATES
+    GATE_UP = 12  # records, see layout.py
+    GATE_UP_TABLE = 13  # int64 [experts, 2]: width, offset of the expert's first record
+    DOWN = 14
+    DOWN_TABLE = 15
+    COUNTERS = 16  # int64 [4, 8], one cache line each: threads seen, then tasks taken per phase
+    SLOT_OF = 17  # int32 [tokens, top_k]: slot of the pair, -1 for none
+    SLOT_TOKEN = 18  # int32 [slots]
+    SLOT_WEIGHT = 19  # float32 [slots]
+    SLOT_TILE = 20  # int32 [slots, 2]: first slot of the slot's tile, slots in that tile
+    CHUNKS = 21  # int32 [chunks, 3]: expert, first slot, slots
+    CHUNK_COUNT = 22  # value, written
+    EXPERT_START = 23  # int32 [experts + 1]
+    CODES = 24  # int8 tiles [slots, hidden]
+    SCALES = 25  # float32 tiles [slots, hidden/128, 2]
+    MID_CODES = 26  # int8 tiles [slots, intermediate]
+    MID_SCALES = 27
+    SCRATCH = 28  # one area per thread
+    SCRATCH_BYTES = 29  # value
+    DOWN_ROWS = 30  # value: output rows of a task of the down projection
+    BAD_ID = 31  # value, written: an expert id out of range, else -1
+    THREADS = 32  # value
+    PARALLEL = 33  # GOMP_parallel
+    BARRIER = 34  # GOMP_barrier, 0 when there is one thread
+    WORKER = 35
+
+
+# numba takes plain integers as constants, not members of an enumeration
+(
+    X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, ACTIVATION,
+    GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_TILE, CHUNKS,
+    CHUNK_COUNT, EXPERT_START, CODES, SCALES, MID_CODES, MID_SCALES, SCRATCH, SCRATCH_BYTES, DOWN_ROWS, BAD_ID,
+    THREADS, PARALLEL, BARRIER, WORKER,
+) = map(int, Field)  # fmt: skip
+
+
+@njit
+def _expert_of(p, pair):
+    if p[IDS_ARE_INT64]:
+        return as_int64(p[TOPK_IDS])[pair]
+    return int(as_int32(p[TOPK_IDS])[pair])
+
+
+@njit
+def group_by_expert(p):
+    """Sort the (token, expert) pairs into slots and the slots into chunks. Ids below 0 get no slot."""
+    pairs, experts = p[TOKENS] * p[TOP_K], p[EXPERTS]
+    starts, slot_of = as_int32(p[EXPERT_START]), as_int32(p[SLOT_OF])
+    counters = as_int64(p[COUNTERS])
+    for i in range(32):
+        counters[i] = 0
+    for expert in range(experts + 1):
+        starts[expert] = 0
+    p[BAD_ID] = -1
+    for pair in range(pairs):
+        expert = _expert_of(p, pair)
+        if expert >= experts:
+            p[BAD_ID] = expert
+            return
+        if expert >= 0:
+            starts[expert + 1] += 1
+    chunks, chunk_count = as_int32(p[CHUNKS]), 0
+    for expert in range(experts):
+        count = starts[expert + 1]
+        for first in range(0, count, CHUNK):
+            chunks[3 * chunk_count] = expert
+            chunks[3 * chunk_count + 1] = starts[expert] + first
+            chunks[3 * chunk_count + 2] = min(CHUNK, count - first)
+            chunk_count += 1
+        starts[expert + 1] = starts[expert] + count
+    p[CHUNK_COUNT] = chunk_count
+    _fill_slots(p, pairs, starts, slot_of)
+
+
+@njit
+def _fill_slots(p, pairs, starts, slot_of):
+    """Give every pair the next slot of its expert. Afterwards starts[e] is where expert e ends."""
+    slot_token, slot_tile = as_int32(p[SLOT_TOKEN]), as_int32(p[SLOT_TILE])
+    weights, slot_weight = as_float32(p[TOPK_WEIGHTS]), as_float32(p[SLOT_WEIGHT])
+    for pair in range(pairs):
+        expert = _expert_of(p, pair)
+        slot = -1
+        if expert >= 0:
+            slot = starts[expert]
+            starts[expert] = slot + 1
+            slot_token[slot] = pair // p[TOP_K]
+            slot_weight[slot] = weights[pair]
+        slot_of[pair] = slot
+    chunks = as_int32(p[CHUNKS])
+    for chunk in range(p[CHUNK_COUNT]):
+        first, count = chunks[3 * chunk + 1], chunks[3 * chunk + 2]
+        for i in range(count):
+            tile = i // TILE * TILE
+            slot_tile[2 * (first + i)] = first + tile
+            slot_tile[2 * (first + i) + 1] = min(TILE, count - tile)
+
+
+@njit
+def _code_address(base, tile, tile_slots, row, features, half):
+    """Address of 64 codes: the `half`-th 64 inputs of slot tile + row."""
+    return base + tile * features + (half * tile_slots + row) * 64
+
+
+@njit
+def _scale_address(base, tile, tile_slots, row, features, group):
+    return base + (tile * (features // GROUP_SIZE) + group * tile_slots + row) * 8
+
+
+@njit
+def quantize_inputs(p):
+    """Quantise x, token by token, and copy the codes to the token's slots."""
+    hidden, top_k, dtype = p[HIDDEN], p[TOP_K], p[DTYPE]
+    slot_of, slot_tile = as_int32(p[SLOT_OF]), as_int32(p[SLOT_TILE])
+    item = 4 if dtype == 0 else 2
+    while True:
+        token = fetch_add(p[COUNTERS] + 64, 1)
+        if token >= p[TOKENS]:
+            return
+        for group in range(hidden // GROUP_SIZE):
+            source = p[X] + (token * hidden + group * GROUP_SIZE) * item
+            first_low = first_high = first_scale = 0
+            for j in range(top_k):
+                slot = slot_of[token * top_k + j]
+                if slot < 0:
+                    continue
+                tile, tile_slots = int(slot_tile[2 * slot]), int(slot_tile[2 * slot + 1])
+                row = slot - tile
+                low = _code_address(p[CODES], tile, tile_slots, row, hidden, 2 * group)
+                high = low + tile_slots * 64
+                scale = _scale_address(p[SCALES], tile, tile_slots, row, hidden, group)
+                if first_low:
+                    copy64(first_low, low)
+                    copy64(first_high, high)
+                    as_int64(scale)[0] = as_int64(first_scale)[0]  # both floats at once
+                else:
+                    first_low, first_high, first_scale = low, high, scale
+                    if dtype == BFLOAT16:
+                        quantize_bfloat16(source, low, high, scale)
+                    elif dtype == FLOAT16:
+                        quantize_float16(source, low, high, scale)
+                    else:
+                        quantize_float32(source, low, high, scale)
+
+
+@njit
+def _record_bytes(bits):
+    return 256 * bits + (32 if bits == 1 else 64)
+
+
+@njit
+def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, scales, first, count, totals):
+    """totals[block][slot][16 rows] = weights of `row_blocks` row blocks times the chunk's slots, float32.
+
+    Goes through the inputs in portions that stay in L2 while all row blocks use them.
+    """
+    sums = as_float32(totals)
+    for i in range(row_blocks * count * ROWS):
+        sums[i] = 0.0
+    groups = features // GROUP_SIZE
+    portion = min(groups, max(1, CACHED_INPUTS // (count * GROUP_SIZE)))
+    for group in range(0, groups, portion):
+        multiply_rows(
+            bits, records, row_blocks, groups, group, min(portion, groups - group), codes, scales, first, count, totals
+        )
+
+
+@njit
+def rows_vnni(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+    for block in range(row_blocks):
+        record = records + (block * groups + first_group) * _record_bytes(bits)
+        for tile in range(0, count, TILE):
+            slots = min(TILE, count - tile)
+            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
+            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
+            row = 0
+            while row < slots:
+                left = slots - row
+                batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+                multiply_vnni(
+                    bits, batch, record, group_count, activations + row * 64, slots * 64,
+                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * ROWS * 4,
+                )  # fmt: skip
+                row += batch
+
+
+@njit
+def rows_portable(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+    for block in range(row_blocks):
+        record = records + (block * groups + first_group) * _record_bytes(bits)
+        for tile in range(0, count, TILE):
+            slots = min(TILE, count - tile)
+            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
+            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
+            row = 0
+            while row < slots:
+                batch = 4 if slots - row >= 4 else 1
+                multiply_portable(
+                    bits, batch, record, group_count, activations + row * 64, slots * 64,
+                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * ROWS * 4,
+                )  # fmt: skip
+                row += batch
+
+
+@njit
+def gate_up_phase(p, multiply_rows, scratch):
+    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up)."""
+    hidden, columns = p[HIDDEN], p[INTERMEDIATE] // GROUP_ROWS
+    chunks, table = as_int32(p[CHUNKS]), as_int64(p[GATE_UP_TABLE])
+    blocks = 2 * GROUP_ROWS // ROWS
+    while True:
+        task = fetch_add(p[COUNTERS] + 128, 1)
+        if task >= p[CHUNK_COUNT] * columns:
+            return
+        chunk, column = task // columns, task % columns
+        expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
+        bits = table[2 * expert]
+        records = p[GATE_UP] + table[2 * expert + 1]
+        records += column * blocks * (hidden // GROUP_SIZE) * _record_bytes(bits)
+        multiply_chunk(multiply_rows, bits, records, blocks, hidden, p[CODES], p[SCALES], first, count, scratch)
+        _gate_and_quantize(p, scratch, first, count, column)
+
+
+@njit
+def _gate_and_quantize(p, totals, first, count, column):
+    """act(gate) * up of one group of 128 intermediate rows, quantised into the slots' tiles."""
+    intermediate, half = p[INTERMEDIATE], GROUP_ROWS // ROWS
+    row_bytes = ROWS * 4
+    group = totals + 2 * half * count * row_bytes  # float32 [128], behind the totals
+    for i in range(count):
+        for block in range(half):
+            gate = totals + (block * count + i) * row_bytes
+            up = totals + ((block + half) * count + i) * row_bytes
+            if p[ACTIVATION] == 0:
+                gate_silu(gate, up, group + block * row_bytes)
+            elif p[ACTIVATION] == 1:
+                gate_gelu(gate, up, group + block * row_bytes)
+            else:
+                gate_gelu_tanh(gate, up, group + block * row_bytes)
+        tile = i // TILE * TILE
+        slots, row = min(TILE, count - tile), i - tile
+        low = _code_address(p[MID_CODES], first + tile, slots, row, intermediate, 2 * column)
+        scale = _scale_address(p[MID_SCALES], first + tile, slots, row, intermediate, column)
+        quantize_float32(group, low, low + slots * 64, scale)
+
+
+@njit
+def down_phase(p, multiply_rows, scratch):
+    """Tasks: DOWN_ROWS output rows of all tokens; experts are added in ascending order."""
+    hidden, intermediate, rows = p[HIDDEN], p[INTERMEDIATE], p[DOWN_ROWS]
+    chunks, table = as_int32(p[CHUNKS]), as_int64(p[DOWN_TABLE])
+    tokens, out = p[TOKENS], scratch
+    totals = out + tokens * rows * 4
+    while True:
+        first_row = fetch_add(p[COUNTERS] + 192, 1) * rows
+        if first_row >= hidden:
+            return
+        blocks = min(rows, hidden - first_row) // ROWS
+        sums = as_float32(out)
+        for i in range(tokens * rows):
+            sums[i] = 0.0
+        for chunk in range(p[CHUNK_COUNT]):
+            expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
+            bits = table[2 * expert]
+            records = p[DOWN] + table[2 * expert + 1]
+            records += first_row // ROWS * (intermediate // GROUP_SIZE) * _record_bytes(bits)
+            multiply_chunk(
+                multiply_rows, bits, records, blocks, intermediate, p[MID_CODES], p[MID_SCALES], first, count, totals
+            )
+            _add_to_tokens(p, totals, first, count, blocks, out)
+        _write_rows(p, out, first_row, blocks)
+
+
+@njit
+def _add_to_tokens(p, totals, first, count, blocks, out):
+    slot_token, slot_weight = as_int32(p[SLOT_TOKEN]), as_float32(p[SLOT_WEIGHT])
+    for i in range(count):
+        row = out + slot_token[first + i] * p[DOWN_ROWS] * 4
+        for block in range(blocks):
+            add_weighted(row + block * ROWS * 4, slot_weight[first + i], totals + (block * count + i) * ROWS * 4)
+
+
+@njit
+def _write_rows(p, out, first_row, blocks):
+    item = 4 if p[DTYPE] == 0 else 2
+    for token in range(p[TOKENS]):
+        for block in range(blocks):
+            source = out + (token * p[DOWN_ROWS] + block * ROWS) * 4
+            target = p[OUT] + (token * p[HIDDEN] + first_row + block * ROWS) * item
+            if p[DTYPE] == BFLOAT16:
+                write_bfloat16(source, target)
+            elif p[DTYPE] == FLOAT16:
+                write_float16(source, target)
+            else:
+                write_float32(source, target)
+
+
+@njit
+def work(p, multiply_rows):
+    """What one thread of the team does."""
+    scratch = p[SCRATCH] + fetch_add(p[COUNTERS], 1) * p[SCRATCH_BYTES]
+    quantize_inputs(p)
+    _wait(p)
+    gate_up_phase(p, multiply_rows, scratch)
+    _wait(p)
+    down_phase(p, multiply_rows, scratch)
+
+
+@njit
+def _wait(p):
+    if p[BARRIER]:
+        call_barrier(p[BARRIER])
+
+
+@njit
+def run(p, data):
+    """The whole layer: group, then work on the team. `data` is p's address."""
+    group_by_expert(p)
+    if p[BAD_ID] >= 0:
+        return
+    if p[THREADS] == 1:
+        call_worker(p[WORKER], data)
+    else:
+        call_parallel(p[PARALLEL], p[WORKER], data, p[THREADS])

@@ -1,0 +1,263 @@
+"""The matrix product: 16 output rows times a few tokens, int8 x 1-8 bits, exact inside a group of 128.
+
+LLVM code is emitted per width and number of tokens, with the group unrolled. A vector holds, in each of its 16 lanes of
+32 bits, four consecutive inputs ("a quad") of one output row: the operand of VNNI's dot product, so nothing is ever
+summed across lanes. `layout.py` describes the records these loops stream through.
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
+from vllm_mcmoe.kernels.cpu.layout import record_bytes
+from vllm_mcmoe.kernels.cpu.vectors import (
+    LANES,
+    VF16,
+    VF32,
+    VI32,
+    call,
+    constant,
+    fma,
+    load,
+    splat,
+    store,
+)
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, WIDTHS, planes
+
+QUADS = GROUP_SIZE // 4
+VECTOR_BYTES = 4 * LANES
+HALF_GROUP = 64  # inputs in one tile of activations, see layout.py
+PREFETCH_BYTES = 4096
+
+VI16X32 = ir.VectorType(ir.IntType(16), 2 * LANES)
+VI32X32 = ir.VectorType(I32, 2 * LANES)
+
+
+def dot_vnni(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
+    """total[lane] += sum over 4 bytes of weights (unsigned) * quad (signed); one vpdpbusd, which never saturates."""
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", VI32, total, weights, quad)
+
+
+def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
+    """The same in generic vectors, shaped so that LLVM finds multiply-add of 16-bit pairs where the CPU has it."""
+    eight = ir.Constant(VI16X32, [8] * 32)
+    w, a = builder.bitcast(weights, VI16X32), builder.bitcast(quad, VI16X32)
+    even = (builder.and_(w, ir.Constant(VI16X32, [0xFF] * 32)), builder.ashr(builder.shl(a, eight), eight))
+    odd = (builder.lshr(w, eight), builder.ashr(a, eight))
+    for unsigned, signed in (even, odd):
+        product = builder.mul(builder.sext(unsigned, VI32X32), builder.sext(signed, VI32X32))
+        low = builder.shuffle_vector(product, product, ir.Constant(VI32, list(range(0, 32, 2))))
+        high = builder.shuffle_vector(product, product, ir.Constant(VI32, list(range(1, 32, 2))))
+        total = builder.add(total, builder.add(low, high))
+    return total
+
+
+class _Codes:
+    """The packed codes of one group of 16 rows, unpacked quad by quad. Vectors are loaded when first needed."""
+
+    def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value):
+        self.builder, self.record = builder, record
+        self.planes = []  # (bits of the plane, weight of its codes, byte offset in the record)
+        shift = offset = 0
+        for width in planes(bits):
+            self.planes.append((width, shift, offset))
+            shift += width
+            offset += width * GROUP_SIZE * LANES // 8
+        self.loaded: dict[int, ir.Value] = {}
+
+    def vector(self, offset: int) -> ir.Value:
+        if offset not in self.loaded:
+            self.loaded[offset] = load(self.builder, VI32, self.record, offset)
+        return self.loaded[offset]
+
+    def fields(self, quad: int):
+        """Per plane: (vector, position of the quad's field in every byte, mask of a field, weight shift)."""
+        for width, shift, offset in self.planes:
+            per_vector = 8 // width
+            vector = self.vector(offset + quad // per_vector * VECTOR_BYTES)
+            yield vector, quad % per_vector * width, (1 << width) - 1, shift
+
+    def quad(self, quad: int) -> ir.Value:
+        """Codes of one quad as unsigned bytes."""
+        builder, result = self.builder, None
+        for vector, position, mask, shift in self.fields(quad):
+            moved = position - shift
+            if moved > 0:
+                vector = builder.lshr(vector, constant(VI32, moved))
+            elif moved < 0:
+                vector = builder.shl(vector, constant(VI32, -moved))
+            field = builder.and_(vector, _byte_mask(mask << shift))
+            result = field if result is None else builder.or_(result, field)
+        return result
+
+
+def _byte_mask(mask: int) -> ir.Constant:
+    return constant(VI32, mask * 0x01010101)
+
+
+def _integer_products(builder, dot, codes: _Codes, activations, tokens: int, half_stride) -> list[ir.Value]:
+    """sum_k code * a_code of one group: int32 [16] per token.
+
+    activations: address of the first token's 64 codes; tokens follow at 64 bytes, the group's second half at half_stride.
+    """
+    chains = max(1, 4 // tokens)  # independent sums hide the dot product's latency of 5 cycles
+    totals = [[constant(VI32, 0)] * chains for _ in range(tokens)]
+    second_half = builder.add(activations, half_stride)
+    for quad in range(QUADS):
+        weights = codes.quad(quad)
+        base = activations if quad < QUADS // 2 else second_half
+        for token in range(tokens):
+            offset = token * HALF_GROUP + quad % (QUADS // 2) * 4
+            inputs = splat(builder, load(builder, I32, base, offset))
+            chain = quad % chains
+            totals[token][chain] = dot(builder, totals[token][chain], weights, inputs)
+    return [_sum(builder, chain) for chain in totals]
+
+
+def _sum(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    total = values[0]
+    for value in values[1:]:
+        total = builder.add(total, value)
+    return total
+
+
+def _integer_product_in_place(builder, dot, codes: _Codes, activations, half_stride) -> list[ir.Value]:
+    """The same for one token without shifting codes: a field at bit p of a byte counts 2**p times too much.
+
+    Fields of one position share a sum, which is shifted back once per group: exact, being a multiple of 2**p.
+    For one token unpacking costs as much as multiplying, and this halves it.
+    """
+    totals: dict[tuple[int, int], ir.Value] = {}
+    second_half = builder.add(activations, half_stride)
+    for quad in range(QUADS):
+        base = activations if quad < QUADS // 2 else second_half
+        inputs = splat(builder, load(builder, I32, base, quad % (QUADS // 2) * 4))
+        for vector, position, mask, shift in codes.fields(quad):
+            field = builder.and_(vector, _byte_mask(mask << position))
+            key = (position, shift)
+            totals[key] = dot(builder, totals.get(key, constant(VI32, 0)), field, inputs)
+    shifted = []
+    for (position, shift), total in totals.items():
+        if position > shift:
+            total = builder.ashr(total, constant(VI32, position - shift))
+        elif shift > position:
+            total = builder.shl(total, constant(VI32, shift - position))
+        shifted.append(total)
+    return [_sum(builder, shifted)]
+
+
+def scale_and_zero(builder: ir.IRBuilder, bits: int, record: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """w_scale and zero of the group's 16 rows as float32."""
+    offset = GROUP_SIZE * LANES * bits // 8
+    scale = builder.fpext(load(builder, VF16, record, offset), VF32)
+    if bits == 1:
+        return scale, constant(VF32, ONE_BIT_ZERO)
+    return scale, builder.fpext(load(builder, VF16, record, offset + 2 * LANES), VF32)
+
+
+def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offset: int, total: ir.Value, offset: int):
+    """total += w_scale * (a_scale * product - zero * a_scale * a_sum) for one token and 16 rows."""
+    a_scale = splat(builder, load(builder, ir.FloatType(), token_scale, token_offset))
+    a_sum = splat(builder, load(builder, ir.FloatType(), token_scale, token_offset + 4))
+    value = builder.fmul(builder.sitofp(product, VF32), a_scale)
+    value = fma(builder, builder.fneg(zero), a_sum, value)
+    store(builder, fma(builder, scale, value, load(builder, VF32, total, offset)), total, offset)
+
+
+_PRODUCT_ARGS = ("record", "groups", "activations", "half_stride", "scales", "scale_stride", "totals")
+
+
+def _product_function(module: ir.Module, name: str, dot, bits: int, tokens: int) -> ir.Function:
+    """void name(record, groups, activations, half_stride, scales, scale_stride, totals), all int64.
+
+    Adds `groups` consecutive groups of 16 rows times `tokens` tokens to totals, float32 [tokens, 16].
+    """
+    existing = module.globals.get(name)
+    if existing is not None:
+        return existing
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(_PRODUCT_ARGS)), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
+    record, groups, activations, half_stride, scales, scale_stride, totals = function.args
+    builder = ir.IRBuilder(entry)
+    group_stride = builder.shl(half_stride, I64(1))
+    builder.cbranch(builder.icmp_signed(">", groups, I64(0)), loop, done)
+
+    builder.position_at_end(loop)
+    moving = []
+    for start, step in (
+        (groups, I64(-1)),
+        (record, I64(record_bytes(bits))),
+        (activations, group_stride),
+        (scales, scale_stride),
+    ):
+        phi = builder.phi(I64)
+        phi.add_incoming(start, entry)
+        moving.append((phi, step))
+    remaining, record_now, activations_now, scales_now = (phi for phi, _ in moving)
+    _emit_group(builder, dot, bits, tokens, record_now, activations_now, half_stride, scales_now, totals)
+    for phi, step in moving:
+        phi.add_incoming(builder.add(phi, step), builder.block)
+    builder.cbranch(builder.icmp_signed(">", remaining, I64(1)), loop, done)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
+
+
+def _emit_group(builder, dot, bits, tokens, record, activations, half_stride, scales, totals) -> None:
+    for line in range(0, record_bytes(bits), 64):
+        ahead = builder.inttoptr(builder.add(record, I64(PREFETCH_BYTES + line)), I8.as_pointer())
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
+    codes = _Codes(builder, bits, record)
+    if tokens == 1:
+        products = _integer_product_in_place(builder, dot, codes, activations, half_stride)
+    else:
+        products = _integer_products(builder, dot, codes, activations, tokens, half_stride)
+    scale, zero = scale_and_zero(builder, bits, record)
+    for token, product in enumerate(products):
+        add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
+
+
+def _multiply(isa: str, dot, token_counts: tuple[int, ...]):
+    """multiply(bits, tokens, ...): the product for a width and a number of tokens known only at run time."""
+
+    @intrinsic
+    def multiply(
+        typing_context,
+        bits,
+        tokens,
+        record,
+        groups,
+        activations,
+        half_stride,
+        scales,
+        scale_stride,
+        totals,
+    ):
+        def emit(context, builder, signature, args):
+            done = builder.append_basic_block("multiplied")
+            key = builder.add(builder.mul(args[0], I64(LANES + 1)), args[1])
+            switch = builder.switch(key, done)
+            for width in WIDTHS:
+                for count in token_counts:
+                    name = f"mcmoe_{isa}_{width}bit_{count}"
+                    function = _product_function(builder.module, name, dot, width, count)
+                    block = builder.append_basic_block(name)
+                    switch.add_case(I64(width * (LANES + 1) + count), block)
+                    with builder.goto_block(block):
+                        builder.call(function, args[2:])
+                        builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * (2 + len(_PRODUCT_ARGS))), emit
+
+    return multiply
+
+
+VNNI_TOKENS = (16, 8, 4, 2, 1)
+PORTABLE_TOKENS = (4, 1)
+multiply_vnni = _multiply("vnni", dot_vnni, VNNI_TOKENS)
+multiply_portable = _multiply("portable", dot_portable, PORTABLE_TOKENS)

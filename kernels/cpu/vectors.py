@@ -1,0 +1,227 @@
+"""Vector steps outside the matrix products: quantising, gating, accumulating, converting.
+
+Every step works on 16 float32 lanes in generic LLVM vectors, which become one AVX-512 register, two AVX2 or four NEON
+ones: one source for every CPU and, with the fused multiply-adds spelled out, the same bits on every CPU.
+"""
+
+import math
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from vllm_mcmoe.kernels.cpu.intrinsics import F16, F32, I8, I16, I32, I64
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+
+LANES = 16
+VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
+VI32, VI16, VI8 = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the compiled code names the dtype of activations and output
+_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
+
+
+def constant(vector: ir.VectorType, value) -> ir.Constant:
+    return ir.Constant(vector, [value] * LANES)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    vector = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), constant(VI32, 0))
+
+
+def load(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, offset: int = 0, align: int = 1) -> ir.Value:
+    pointer = builder.inttoptr(builder.add(address, I64(offset)), kind.as_pointer())
+    return builder.load(pointer, align=align)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+    pointer = builder.inttoptr(builder.add(address, I64(offset)), value.type.as_pointer())
+    builder.store(value, pointer, align=1)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic by its full name, declaring it in the module where needed."""
+    module = builder.module
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return call(builder, "llvm.fma.v16f32", VF32, a, b, c)
+
+
+def _widen(builder: ir.IRBuilder, dtype: int, address: ir.Value, offset: int) -> ir.Value:
+    if dtype == FLOAT32:
+        return load(builder, VF32, address, offset)
+    if dtype == FLOAT16:
+        return builder.fpext(load(builder, VF16, address, offset), VF32)
+    high_half = builder.zext(load(builder, VI16, address, offset), VI32)
+    return builder.bitcast(builder.shl(high_half, constant(VI32, 16)), VF32)
+
+
+def _narrow(builder: ir.IRBuilder, dtype: int, value: ir.Value) -> ir.Value:
+    """Round float32 lanes to nearest even in `dtype`; NaN stays NaN."""
+    if dtype == FLOAT32:
+        return value
+    if dtype == FLOAT16:
+        return builder.fptrunc(value, VF16)
+    bits = builder.bitcast(value, VI32)
+    odd = builder.and_(builder.lshr(bits, constant(VI32, 16)), constant(VI32, 1))
+    rounded = builder.add(bits, builder.add(odd, constant(VI32, 0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    quiet_nan = constant(VI32, 0x7FC00000)
+    kept = builder.select(is_nan, quiet_nan, rounded)
+    return builder.trunc(builder.lshr(kept, constant(VI32, 16)), VI16)
+
+
+def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp of 16 lanes to about 1 unit in the last place, inputs clamped to the normal range of float32.
+
+    Cody-Waite reduction x = n ln 2 + r, then the polynomial of Cephes' expf for exp(r), |r| <= ln 2 / 2.
+    """
+    x = call(builder, "llvm.minimum.v16f32", VF32, x, constant(VF32, 88.0))
+    x = call(builder, "llvm.maximum.v16f32", VF32, x, constant(VF32, -87.0))
+    scaled = builder.fmul(x, constant(VF32, 1 / math.log(2)))
+    n = call(builder, "llvm.rint.v16f32", VF32, scaled)
+    r = fma(builder, n, constant(VF32, -0.693359375), x)
+    r = fma(builder, n, constant(VF32, 2.12194440e-4), r)
+    coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0)
+    result = constant(VF32, coefficients[0])
+    for coefficient in coefficients[1:]:
+        result = fma(builder, result, r, constant(VF32, coefficient))
+    exponent = call(builder, "llvm.fptosi.sat.v16i32.v16f32", VI32, n)
+    power = builder.shl(builder.add(exponent, constant(VI32, 127)), constant(VI32, 23))
+    return builder.fmul(result, builder.bitcast(power, VF32))
+
+
+def _times_sigmoid(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """x / (1 + exp(-y))"""
+    return builder.fdiv(x, builder.fadd(constant(VF32, 1.0), _exp(builder, builder.fneg(y))))
+
+
+def _silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return _times_sigmoid(builder, x, x)
+
+
+def _gelu_tanh(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """0.5 x (1 + tanh(u)) = x sigmoid(2u),  u = sqrt(2/pi) (x + 0.044715 x^3)"""
+    square = builder.fmul(x, x)
+    factor = math.sqrt(8 / math.pi)
+    u2 = builder.fmul(x, fma(builder, square, constant(VF32, 0.044715 * factor), constant(VF32, factor)))
+    return _times_sigmoid(builder, x, u2)
+
+
+def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """0.5 x (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7."""
+    z = builder.fmul(call(builder, "llvm.fabs.v16f32", VF32, x), constant(VF32, math.sqrt(0.5)))
+    one = constant(VF32, 1.0)
+    t = builder.fdiv(one, fma(builder, z, constant(VF32, 0.3275911), one))
+    tail = constant(VF32, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0):
+        tail = fma(builder, tail, t, constant(VF32, coefficient))
+    tail = builder.fmul(tail, _exp(builder, builder.fneg(builder.fmul(z, z))))  # 1 - erf(z)
+    erf = call(builder, "llvm.copysign.v16f32", VF32, builder.fsub(one, tail), x)
+    return builder.fmul(builder.fmul(x, constant(VF32, 0.5)), builder.fadd(one, erf))
+
+
+def _gate(formula):
+    """gate(gate_address, up_address, out_address): out = formula(gate) * up on 16 float32."""
+
+    @intrinsic
+    def gate(typing_context, gate_address, up_address, out_address):
+        def emit(context, builder, signature, args):
+            gated = formula(builder, load(builder, VF32, args[0]))
+            store(builder, builder.fmul(gated, load(builder, VF32, args[1])), args[2])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    return gate
+
+
+gate_silu, gate_gelu, gate_gelu_tanh = _gate(_silu), _gate(_gelu), _gate(_gelu_tanh)
+GATES = ("silu", "gelu", "gelu_tanh")  # position = how the compiled code names the activation
+
+
+def _quantize_group(dtype: int):
+    """quantize(source, low, high, scale): one group of 128 to int8.
+
+    source  128 activations of `dtype`
+    low     the group's first 64 int8 codes, written; high: the other 64
+    scale   two float32, written: scale = max|x| / 127, and scale * (sum of the codes), which the zero point multiplies
+    """
+
+    @intrinsic
+    def quantize(typing_context, source, low, high, scale):
+        def emit(context, builder, signature, args):
+            step = LANES * _BYTES[dtype]
+            x = [_widen(builder, dtype, args[0], i * step) for i in range(GROUP_SIZE // LANES)]
+            largest = constant(VF32, 0.0)
+            for lanes in x:
+                magnitude = call(builder, "llvm.fabs.v16f32", VF32, lanes)
+                largest = call(builder, "llvm.maximum.v16f32", VF32, largest, magnitude)  # keeps NaN
+            top = call(builder, "llvm.vector.reduce.fmaximum.v16f32", F32, largest)
+            unit = builder.fdiv(top, F32(127.0))
+            is_zero = builder.fcmp_ordered("==", unit, F32(0.0))
+            divisor = splat(builder, builder.select(is_zero, F32(1.0), unit))
+            total = constant(VI32, 0)
+            for i, lanes in enumerate(x):
+                nearest = call(builder, "llvm.rint.v16f32", VF32, builder.fdiv(lanes, divisor))
+                code = call(builder, "llvm.fptosi.sat.v16i32.v16f32", VI32, nearest)
+                total = builder.add(total, code)
+                store(builder, builder.trunc(code, VI8), args[1 if i < 4 else 2], i % 4 * LANES)
+            code_sum = builder.sitofp(call(builder, "llvm.vector.reduce.add.v16i32", I32, total), F32)
+            store(builder, unit, args[3])
+            store(builder, builder.fmul(unit, code_sum), args[3], 4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+    return quantize
+
+
+quantize_float32, quantize_bfloat16, quantize_float16 = map(_quantize_group, (FLOAT32, BFLOAT16, FLOAT16))
+
+
+@intrinsic
+def copy64(typing_context, source, destination):
+    """Copy 64 bytes."""
+
+    def emit(context, builder, signature, args):
+        store(builder, load(builder, VI32, args[0]), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def add_weighted(typing_context, total, weight, values):
+    """total += weight * values on 16 float32; total and values are addresses, weight a float32."""
+
+    def emit(context, builder, signature, args):
+        summed = fma(builder, splat(builder, args[1]), load(builder, VF32, args[2]), load(builder, VF32, args[0]))
+        store(builder, summed, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), emit
+
+
+def _write(dtype: int):
+    """write(source, destination): 16 float32 rounded to `dtype`."""
+
+    @intrinsic
+    def write(typing_context, source, destination):
+        def emit(context, builder, signature, args):
+            store(builder, _narrow(builder, dtype, load(builder, VF32, args[0])), args[1])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), emit
+
+    return write
+
+
+write_float32, write_bfloat16, write_float16 = map(_write, (FLOAT32, BFLOAT16, FLOAT16))
