@@ -1,0 +1,228 @@
+"""A transformers model whose decoder layers are in memory one at a time.
+
+The model's own modules and its own forward code are used; only the loop over layers is ours, so calibration sees
+every layer's input and the memory needed is one layer's weights in float32 plus the hidden states of all sequences.
+
+    model = LayerwiseModel(WeightFiles(describe_model(path)))
+    hidden = model.embed(tokens)                    # list of [sequences, length, hidden], one per batch
+    for index in range(model.num_layers):
+        with model.loaded_layer(index) as layer:
+            hidden = [layer(batch) for batch in hidden]
+    logits = model.logits(hidden[0])
+
+Transformers keeps a layer's experts as two tensors, `gate_up_proj [E, 2I, H]` (gate rows first) and
+`down_proj [E, H, I]`, whatever the names on disk. The call `experts(hidden_states, top_k_index, top_k_weights)` is
+the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vllm_mcmoe.calibration.models import LAYER_PREFIX, MoeModel, check_tensors, split_layer_name
+from vllm_mcmoe.calibration.tensors import TensorFiles
+from vllm_mcmoe.errors import FormatError
+
+# Tokens per forward call: enough for full matrix multiplications, few enough for the [tokens, vocabulary] logits.
+BATCH_TOKENS = 2048
+
+ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class WeightFiles:
+    """The 16-bit weights of a model directory by on-disk name. Other sources have the same two methods."""
+
+    def __init__(self, model: MoeModel):
+        """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
+        self.model = model
+        self.files = TensorFiles(model.path)
+        check_tensors(model, self.files.info)
+
+    def names(self) -> list[str]:
+        return list(self.files.info)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.files.read(name)
+
+
+@dataclass
+class DecoderLayer:
+    """One loaded decoder layer with the arguments transformers passes it besides the hidden states."""
+
+    module: nn.Module
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: float32 [sequences, length, hidden] -> same shape."""
+        output = self.module(hidden, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """float32 [experts, 2*intermediate, hidden], gate rows first."""
+        return self.module.mlp.experts.gate_up_proj
+
+    @property
+    def down(self) -> torch.Tensor:
+        """float32 [experts, hidden, intermediate]."""
+        return self.module.mlp.experts.down_proj
+
+    @contextmanager
+    def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
+        """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
+        topk_weights [N, k]) -> [N, H]."""
+        experts = self.module.mlp.experts
+        experts.forward = forward
+        try:
+            yield
+        finally:
+            del experts.forward
+
+    @contextmanager
+    def router_logits(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Within the block receive([N, experts]) is called with the router's logits before each experts call."""
+        handle = self.module.mlp.gate.register_forward_hook(lambda module, args, output: receive(output[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class LayerwiseModel:
+    """See the module's text. Parameters of decoder layers live on the meta device until they are loaded."""
+
+    def __init__(self, source: WeightFiles):
+        self.source = source
+        self.description = source.model
+        self._layer_names: dict[int, list[str]] = {}
+        outer_names = []
+        for name in source.names():
+            split = split_layer_name(name)
+            if split is None:
+                outer_names.append(name)
+            else:
+                self._layer_names.setdefault(split[0], []).append(name)
+        self.module = _skeleton(self.description)
+        self._load_outer(outer_names)
+        self._kwargs: dict[int, dict[str, Any]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return self.description.num_layers
+
+    def _load_outer(self, names: list[str]) -> None:
+        """Embeddings, final norm and lm_head."""
+        state = {name: self.source.read(name).float() for name in names}
+        if self.description.config.tie_word_embeddings:
+            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+        expected = {name for name, _ in self.module.named_parameters() if split_layer_name(name) is None}
+        for name in expected - state.keys():
+            raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
+        self.module.load_state_dict({n: state[n] for n in expected}, strict=False, assign=True)
+        self.module.requires_grad_(False)
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Read a decoder layer's weights as float32. Raises FormatError naming tensors that are missing."""
+        layer = self.module.model.layers[index]
+        state = self._layer_state(index)
+        missing = [name for name, _ in layer.named_parameters() if name not in state]
+        if missing:
+            raise FormatError(
+                f"{self.description.path}: {LAYER_PREFIX}{index} lacks {', '.join(missing[:3])} "
+                "in its safetensors files."
+            )
+        layer.load_state_dict(state, strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    def _layer_state(self, index: int) -> dict[str, torch.Tensor]:
+        """State dict of one layer in transformers' names; experts fused."""
+        model, state = self.description, {}
+        for name in self._layer_names.get(index, []):
+            if not model.is_expert_tensor(name):
+                state[model.module_name(split_layer_name(name)[1])] = self.source.read(name).float()
+        if index in model.moe_layers:
+            experts = model.module_name(f"{model.family.experts}.")
+            state[f"{experts}gate_up_proj"] = self.expert_weights(index, "gate_up")
+            state[f"{experts}down_proj"] = self.expert_weights(index, "down")
+        return state
+
+    def expert_weights(self, index: int, part: str) -> torch.Tensor:
+        """float32 [experts, out, in] of "gate_up" (gate rows first) or "down"."""
+        model = self.description
+        out_features, in_features = model.part_shapes()[part]
+        weights = torch.empty(model.num_experts, out_features, in_features)
+        for expert in range(model.num_experts):
+            matrices = [
+                self.source.read(f"{model.expert_tensor(model.moe_layers[index], expert, p)}.weight")
+                for p in model.projections(part)
+            ]
+            weights[expert] = torch.cat(matrices)
+        return weights
+
+    @contextmanager
+    def loaded_layer(self, index: int) -> Iterator[DecoderLayer]:
+        """The decoder layer with its weights, which are dropped at the end of the block."""
+        module = self.load_layer(index)
+        try:
+            yield DecoderLayer(module, self._kwargs[index])
+        finally:
+            module.to("meta")
+
+    def embed(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """tokens: int64 [sequences, length] -> float32 hidden states in batches of about BATCH_TOKENS tokens.
+
+        Also notes the arguments every decoder layer is to be called with; they hold for this length only.
+        """
+        with torch.no_grad():
+            self._note_layer_arguments(tokens[:1])
+            batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+            return [self.module.model.embed_tokens(batch) for batch in batches]
+
+    def _note_layer_arguments(self, tokens: torch.Tensor) -> None:
+        """Run the model's own forward on one sequence with its layers replaced by recorders."""
+        decoder, layers = self.module.model, self.module.model.layers
+        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        decoder.layers = recorders
+        try:
+            decoder(tokens, use_cache=False)
+        finally:
+            decoder.layers = layers
+        self._kwargs = {index: recorder.kwargs for index, recorder in enumerate(recorders)}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last layer's output [..., hidden] -> float32 logits [..., vocabulary]."""
+        return self.module.lm_head(self.module.model.norm(hidden))
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: passes the hidden states on and keeps the other arguments."""
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.kwargs = kwargs
+        return hidden
+
+
+def _skeleton(description: MoeModel) -> PreTrainedModel:
+    """The transformers model without weights; rotary tables, which no file holds, are computed."""
+    config = description.config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the weights arrive here dequantised
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
+        )
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.eval()
+
+
+def load_full_model(source: WeightFiles) -> PreTrainedModel:
+    """The whole model in memory, float32, for use as any transformers model."""
+    model = LayerwiseModel(source)
+    for index in range(model.num_layers):
+        model.load_layer(index)
+    return model.module

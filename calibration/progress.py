@@ -1,0 +1,20 @@
+"""Progress bars of the long steps, on standard error, silent where nobody watches."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], description: str, *, show: bool = True) -> Iterator[Item]:
+    """Yield the items, drawing a bar with their count and the time left.
+
+    Nothing is drawn when show is False or standard error is not a terminal (a log file, a pipe, CI).
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
+        yield from bar.track(items, description=description)
