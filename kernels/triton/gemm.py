@@ -1,0 +1,258 @@
+"""The grouped GEMM: every expert of a layer in one launch, whatever their bit-widths.
+
+    out[slot, n] = sum_g x_scale[row, g] * scale[n, g] * ( sum_k code[n, k] * x[row, k]  -  zero[n, g] * x_sum[row, g] )
+
+A slot is one (token, chosen expert) pair, slot = token * top_k + j; it reads row slot // SLOTS_PER_ROW of x. One
+program computes a tile of 256 features for BLOCK_TOKENS slots of one expert, over all groups or, with split-K, over
+a part of them.
+
+The weights are the A operand, out^T = W x^T: the tensor core's 8-wide side then meets the tokens, so that decode wastes
+nothing on a tile of 8. Codes enter as `byte & mask` = code * 2**shift (see layout.py). The int32 sums are exact, the
+shift is taken out by an exact power of two, and float32 rounds for the first time when the zero point is subtracted.
+"""
+
+# ruff: noqa: RUF005, SIM102 - Triton has no starred expressions, and a compile-time `if` must stand alone
+
+import triton
+import triton.language as tl
+
+from vllm_mcmoe.kernels.triton.activation import gated_activation
+from vllm_mcmoe.kernels.triton.fields import (
+    field_count,
+    field_shift,
+    piece_count,
+    piece_factor,
+    piece_mask,
+    piece_plane,
+    plane_count,
+    tile_rows,
+    zero_offset,
+)
+from vllm_mcmoe.kernels.triton.quantize import scale_of, to_code
+
+
+@triton.constexpr_function
+def and_four_bytes(mask):
+    return f"and.b32 $0, $1, {mask * 0x01010101};"
+
+
+@triton.jit
+def _operand(plane, MASK: tl.constexpr, INLINE_ASM: tl.constexpr):
+    """uint8 [rows, 128] -> int8 [rows, 128], the field in its place."""
+    if MASK == 255:
+        return plane.to(tl.int8, bitcast=True)
+    elif INLINE_ASM:
+        return tl.inline_asm_elementwise(and_four_bytes(MASK), "=r,r", [plane], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return (plane & MASK).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _field_dot(planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, INLINE_ASM: tl.constexpr):
+    """sum over the group of (field's code * 2**shift) * x, exact -> float32 [rows, tokens], below 2**24."""
+    w = _operand(planes[piece_plane(BITS, FIELD, 0)], piece_mask(BITS, FIELD, 0), INLINE_ASM)
+    total = tl.dot(w, x, out_dtype=tl.int32)
+    if piece_count(BITS, FIELD) == 2:
+        w = _operand(planes[piece_plane(BITS, FIELD, 1)], piece_mask(BITS, FIELD, 1), INLINE_ASM)
+        low = tl.dot(w, x, out_dtype=tl.int32)
+        total = piece_factor(BITS, FIELD, 0) * total + piece_factor(BITS, FIELD, 1) * low
+    return total.to(tl.float32)
+
+
+@triton.jit
+def _split_fields(values):
+    """[rows, fields] -> tuple of `fields` vectors [rows]."""
+    ROWS: tl.constexpr = values.shape[0]
+    if values.shape[1] == 2:
+        return tl.split(values)
+    elif values.shape[1] == 4:
+        even, odd = tl.split(tl.reshape(values, (ROWS, 2, 2)))  # the last dimension is the low bit of the field's index
+        f0, f2 = tl.split(even)
+        f1, f3 = tl.split(odd)
+        return f0, f1, f2, f3
+    else:
+        even, odd = tl.split(tl.reshape(values, (ROWS, 2, 2, 2)))
+        f04, f26 = tl.split(even)
+        f15, f37 = tl.split(odd)
+        f0, f4 = tl.split(f04)
+        f1, f5 = tl.split(f15)
+        f2, f6 = tl.split(f26)
+        f3, f7 = tl.split(f37)
+        return f0, f1, f2, f3, f4, f5, f6, f7
+
+
+@triton.jit
+def _half(word):
+    """float16 bits in an int16 -> float32."""
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _scales_and_zeros(scales_ptr, at, BITS: tl.constexpr):
+    """One group's (scales, zeros): tuples of float32 [rows], one per field, zeros as the kernel subtracts them."""
+    if BITS == 1:
+        scales = _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at).to(tl.float32))
+        zeros = ()
+        for field in tl.static_range(8):
+            zeros = zeros + (0.5 - zero_offset(1, field),)
+        return scales, zeros
+    else:
+        words = tl.load(scales_ptr + at)
+        scales = _split_fields(_half(words))
+        stored = _split_fields(_half(words >> 16))
+        zeros = ()
+        for field in tl.static_range(field_count(BITS)):
+            zeros = zeros + ((stored[field] - zero_offset(BITS, field))[:, None],)
+        return scales, zeros
+
+
+@triton.jit
+def _accumulate(
+    x_ptr,
+    x_scale_ptr,
+    x_sum_ptr,
+    x_row,
+    codes_ptr,
+    scales_ptr,
+    K,
+    first_group,
+    end_group,
+    BITS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    INLINE_ASM: tl.constexpr,
+):
+    """The main loop over groups [first_group, end_group) -> tuple of float32 [rows, tokens], one per field.
+
+    x_row int64 [tokens]; codes_ptr and scales_ptr point at the tile's group 0.
+    """
+    FIELD_COUNT: tl.constexpr = field_count(BITS)
+    ROWS: tl.constexpr = tile_rows(BITS)
+    PLANE_BYTES: tl.constexpr = ROWS * 128
+    row, byte = tl.arange(0, ROWS), tl.arange(0, 128)
+    group_bytes = row[:, None] * 128 + byte[None, :]
+    group_scales = row[:, None] * FIELD_COUNT + tl.arange(0, FIELD_COUNT)[None, :]
+    x_at = x_ptr + x_row[None, :] * K + byte[:, None]
+    x_group = x_row * (K // 128)
+    sums = ()
+    for _ in tl.static_range(FIELD_COUNT):
+        sums = sums + (tl.zeros((ROWS, BLOCK_TOKENS), tl.float32),)
+    for group in tl.range(first_group, end_group, num_stages=STAGES):
+        tile_at = codes_ptr + group * (PLANE_BYTES * plane_count(BITS)) + group_bytes
+        planes = (tl.load(tile_at),)
+        for plane in tl.static_range(1, plane_count(BITS)):
+            planes = planes + (tl.load(tile_at + plane * PLANE_BYTES),)
+        x = tl.load(x_at + group * 128)
+        x_scale = tl.load(x_scale_ptr + x_group + group)
+        x_sum = tl.load(x_sum_ptr + x_group + group)
+        scales, zeros = _scales_and_zeros(scales_ptr, group * 256 + group_scales, BITS)
+        updated = ()
+        for field in tl.static_range(FIELD_COUNT):
+            dot = _field_dot(planes, x, BITS, field, INLINE_ASM)
+            centred = dot + zeros[field] * (x_sum * -(1 << field_shift(BITS, field)))[None, :]
+            updated = updated + (sums[field] + centred * (scales[field][:, None] * x_scale[None, :]),)
+        sums = updated
+    unshifted = ()
+    for field in tl.static_range(FIELD_COUNT):
+        unshifted = unshifted + (sums[field] * (1.0 / (1 << field_shift(BITS, field))),)
+    return unshifted
+
+
+@triton.jit
+def _store_sums(sums, out_ptr, slot, inside, tile, N, BITS: tl.constexpr):
+    """float32 [slots, N], features in tile order; features beyond N are padding."""
+    ROWS: tl.constexpr = tile_rows(BITS)
+    out_at = out_ptr + slot.to(tl.int64)[None, :] * N
+    for field in tl.static_range(field_count(BITS)):
+        feature = (tile * 256 + field * ROWS + tl.arange(0, ROWS))[:, None]
+        tl.store(out_at + feature, sums[field], mask=inside[None, :] & (feature < N))
+
+
+@triton.jit
+def _store_activated(
+    sums, out_ptr, scale_ptr, sum_ptr, slot, inside, tile, N, BITS: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """Activation, then int8 codes [slots, N/2] with scale and sum [slots, N/256]: the tile is one group of them."""
+    ROWS: tl.constexpr = tile_rows(BITS)
+    PAIRS: tl.constexpr = field_count(BITS) // 2  # the tile's first 128 features are gate, the last 128 up
+    activated = ()
+    for field in tl.static_range(PAIRS):
+        activated = activated + (gated_activation(sums[field], sums[field + PAIRS], ACTIVATION),)
+    absmax = tl.max(tl.abs(activated[0]), axis=0)
+    for field in tl.static_range(1, PAIRS):
+        absmax = tl.maximum(absmax, tl.max(tl.abs(activated[field]), axis=0))
+    scale = scale_of(absmax)
+    slot = slot.to(tl.int64)
+    code_sum = tl.zeros_like(scale)
+    for field in tl.static_range(PAIRS):
+        codes = to_code(activated[field], scale[None, :])
+        code_sum += tl.sum(codes, axis=0)
+        feature = tile * 128 + field * ROWS + tl.arange(0, ROWS)
+        tl.store(out_ptr + slot[None, :] * (N // 2) + feature[:, None], codes.to(tl.int8), mask=inside[None, :])
+    tl.store(scale_ptr + slot * (N // 256) + tile, scale, mask=inside)
+    tl.store(sum_ptr + slot * (N // 256) + tile, code_sum, mask=inside)
+
+
+@triton.jit
+def _tile(
+    x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
+    slot, slots, N, K,
+    SLOTS_PER_ROW: tl.constexpr, BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr,
+):  # fmt: skip
+    """One program's work for an expert of one width; codes_ptr and scales_ptr point at the expert."""
+    tile, part = tl.program_id(0), tl.program_id(2)
+    groups = K // 128
+    inside = slot < slots
+    x_row = (tl.where(inside, slot, 0) // SLOTS_PER_ROW).to(tl.int64)  # padding reads row 0 and is never stored
+    codes_ptr += tile.to(tl.int64) * groups * (32 * 1024 * BITS // 8)
+    # a tile has 256 scales per group: int32 words with their zeros, or halves of words at 1 bit
+    scales_ptr += tile.to(tl.int64) * groups * (128 if BITS == 1 else 256)
+    share = tl.cdiv(groups, SPLIT_K)
+    sums = _accumulate(
+        x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K,
+        part * share, tl.minimum(part * share + share, groups), BITS, BLOCK_TOKENS, STAGES, INLINE_ASM,
+    )  # fmt: skip
+    if ACTIVATION is None:
+        _store_sums(sums, out_ptr + part.to(tl.int64) * slots * N, slot, inside, tile, N, BITS)
+    else:
+        _store_activated(sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, inside, tile, N, BITS, ACTIVATION)
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    x_ptr, x_scale_ptr, x_sum_ptr,
+    codes_ptr, scales_ptr, offsets_ptr, bits_ptr,
+    sorted_slots_ptr, block_expert_ptr,
+    out_ptr, out_scale_ptr, out_sum_ptr,
+    slots, N, K,
+    SLOTS_PER_ROW: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of 256 features, blocks of slots, SPLIT_K).
+
+    x               int8    [rows, K]              with x_scale, x_sum float32 [rows, K/128]
+    codes, scales, offsets, bits                   an ExpertStack
+    sorted_slots    int32   [blocks*BLOCK_TOKENS]  slots by expert; `slots` where a block is not full
+    block_expert    int32   [blocks]               expert of each block, -1 for unused blocks
+    ACTIVATION None:  out float32 [SPLIT_K, slots, N], partial sums, features in the stack's row order
+    else:             out int8 [slots, N/2], out_scale and out_sum float32 [slots, N/256]; SPLIT_K is 1
+    WIDTHS          bit b set: some expert of the layer has b bits; the others' code is not even compiled
+    """
+    expert = tl.load(block_expert_ptr + tl.program_id(1)).to(tl.int64)
+    if expert < 0:
+        return
+    slot = tl.load(sorted_slots_ptr + tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS))
+    bits = tl.load(bits_ptr + expert)
+    codes_ptr += tl.multiple_of(tl.load(offsets_ptr + 2 * expert), 4096)
+    scales_ptr += tl.multiple_of(tl.load(offsets_ptr + 2 * expert + 1), 128)
+    for exponent in tl.static_range(0, 9):
+        if (WIDTHS >> exponent) & 1:
+            if bits == exponent:
+                _tile(
+                    x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
+                    slot, slots, N, K,
+                    SLOTS_PER_ROW, exponent, BLOCK_TOKENS, SPLIT_K,
+                    2 if exponent == 8 else STAGES,  # 32 KiB a stage: three exceed the 99 KiB of sm86, sm89, sm120
+                    ACTIVATION, INLINE_ASM,
+                )  # fmt: skip

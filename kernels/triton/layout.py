@@ -1,0 +1,243 @@
+"""The GPU layout of one projection's experts, and its exact inverse.
+
+Why this layout: decode on a GPU is limited by instructions per weight, so a weight must become an int8 matrix operand
+with as few of them as possible. Here one 32-bit AND with a constant yields four operands and nothing is ever shifted.
+
+Planar along the output features. A tile is 256 features by one group of 128 input features:
+
+    tile = [planes][rows][128] bytes            rows = 256 / fields
+    byte (row r, k) of a plane holds one code of every field of that plane, all at input feature 128 * g + k
+    field f of row r is feature 256 * tile + rows * f + r
+
+| bits | planes | fields | rows | bits of a byte, high to low                                              |
+|------|--------|--------|------|--------------------------------------------------------------------------|
+| 1    | 1      | 8      | 32   | f7 f6 f5 f4 f3 f2 f1 f0                                                  |
+| 2    | 1      | 4      | 64   | f3 f3 f2 f2 f1 f1 f0 f0                                                  |
+| 3    | 3      | 8      | 32   | plane 0: f6.21 f1 f0; plane 1: f7.21 f3 f2; plane 2: f7.0 f6.0 f5 f4     |
+| 4    | 1      | 2      | 128  | f1 f1 f1 f1 f0 f0 f0 f0                                                  |
+| 8    | 2      | 2      | 128  | plane 0: f0; plane 1: f1                                                 |
+
+`byte & mask` read as int8 is the code times 2**shift, with the field's shift; the kernel takes that power of two out
+again in float32, exactly. A field that owns bit 7 reads as two's complement, so its codes are stored with their top bit
+flipped, which subtracts 2**(bits-1) from the code; the kernel subtracts the same from the zero point.
+
+Scales: one int32 per (feature, group), float16 scale in the low half and float16 zero in the high half, exactly the
+checkpoint's values. At 1 bit the zero is the constant 0.5, so only the float16 scales are kept.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, pack_codes, unpack_codes
+from vllm_mcmoe.kernels.triton.fields import (
+    TILE_FEATURES,
+    field_count,
+    fields,
+    is_sign_flipped,
+    plane_count,
+    tile_rows,
+)
+
+
+def padded_features(features: int) -> int:
+    """Features rounded up to whole tiles; the padding has scale 0."""
+    return -(-features // TILE_FEATURES) * TILE_FEATURES
+
+
+def code_bytes(features: int, in_features: int, bits: int) -> int:
+    return padded_features(features) * in_features * bits // 8
+
+
+def scale_words(features: int, in_features: int, bits: int) -> int:
+    """int32 words of scales and zeros; half a word per group at 1 bit."""
+    values = padded_features(features) * (in_features // GROUP_SIZE)
+    return values // 2 if bits == 1 else values
+
+
+def _to_fields(per_feature: torch.Tensor, bits: int) -> torch.Tensor:
+    """[features, groups, ...] -> [tiles, groups, fields, rows, ...], features padded with zeros."""
+    features = per_feature.shape[0]
+    padding = per_feature.new_zeros(padded_features(features) - features, *per_feature.shape[1:])
+    tiled = torch.cat([per_feature, padding]).unflatten(0, (-1, field_count(bits), tile_rows(bits)))
+    return tiled.movedim(3, 1)
+
+
+def _from_fields(fielded: torch.Tensor, features: int) -> torch.Tensor:
+    """Inverse of _to_fields."""
+    return fielded.movedim(1, 3).flatten(0, 2)[:features]
+
+
+def pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes: uint8 [features, in], each below 2**bits -> uint8 [tiles, groups, planes, rows, 128].
+
+    Runs on the codes' device. Padding features hold code 0.
+    """
+    fielded = _to_fields(codes.unflatten(1, (-1, GROUP_SIZE)), bits)
+    tiles, groups, _, rows, _ = fielded.shape
+    packed = codes.new_zeros(tiles, groups, plane_count(bits), rows, GROUP_SIZE)
+    for index, pieces in enumerate(fields(bits)):
+        stored = fielded[:, :, index] ^ (1 << (bits - 1) if is_sign_flipped(bits, index) else 0)
+        for piece in pieces:
+            part = (stored >> piece.code_bit) & ((1 << piece.width) - 1)
+            packed[:, :, piece.plane] |= part << piece.byte_bit
+    return packed
+
+
+def unpack_tiles(packed: torch.Tensor, bits: int, features: int) -> torch.Tensor:
+    """Inverse of pack_tiles: uint8 [tiles, groups, planes, rows, 128] -> uint8 [features, in]."""
+    tiles, groups, _, rows, _ = packed.shape
+    fielded = packed.new_zeros(tiles, groups, field_count(bits), rows, GROUP_SIZE)
+    for index, pieces in enumerate(fields(bits)):
+        for piece in pieces:
+            part = (packed[:, :, piece.plane] >> piece.byte_bit) & ((1 << piece.width) - 1)
+            fielded[:, :, index] |= part << piece.code_bit
+        if is_sign_flipped(bits, index):
+            fielded[:, :, index] ^= 1 << (bits - 1)
+    return _from_fields(fielded, features).flatten(1)
+
+
+def pack_scales(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """scales, zeros: float16 [features, groups] (zeros None at 1 bit) -> int32, flat, [tiles, groups, rows, fields]."""
+    halves = [scales] if bits == 1 else [scales, zeros]
+    laid_out = [_to_fields(half, bits).transpose(2, 3) for half in halves]
+    return torch.stack(laid_out, dim=-1).flatten().view(torch.int32)
+
+
+def unpack_scales(
+    words: torch.Tensor, bits: int, features: int, groups: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Inverse of pack_scales -> float16 [features, groups] scales, and zeros (None at 1 bit)."""
+    halves = 1 if bits == 1 else 2
+    shape = (-1, groups, tile_rows(bits), field_count(bits), halves)
+    laid_out = words.view(torch.float16).view(shape).transpose(2, 3)
+    unpacked = [_from_fields(half, features) for half in laid_out.unbind(-1)]
+    return unpacked[0], (None if bits == 1 else unpacked[1])
+
+
+def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
+    """[2 * intermediate, ...] gate rows then up rows -> tiles of 128 gate rows and the 128 up rows they multiply.
+
+    One tile then holds whole groups of the intermediate activation, so the kernel can requantise them itself.
+    """
+    return rows.unflatten(0, (2, -1, TILE_FEATURES // 2)).transpose(0, 1).flatten(0, 2)
+
+
+def split_gate_up(rows: torch.Tensor) -> torch.Tensor:
+    """Inverse of interleave_gate_up."""
+    return rows.unflatten(0, (-1, 2, TILE_FEATURES // 2)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """One projection of all experts of a layer, in the GPU layout.
+
+    codes    uint8 [bytes]        every expert's tiles, see pack_tiles
+    scales   int32 [words]        every expert's scales and zeros, see pack_scales
+    offsets  int64 [experts, 2]   where an expert begins: byte of codes, word of scales
+    bits     int32 [experts]      width of each expert
+    gated    rows are gate and up, interleaved by interleave_gate_up
+    widths   bit b is set where some expert has b bits; known without asking the device
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    bits: torch.Tensor
+    out_features: int
+    in_features: int
+    gated: bool
+    widths: int
+
+    @property
+    def experts(self) -> int:
+        return self.bits.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "bits": self.bits}
+
+    def matrix(self, expert: int) -> PackedMatrix:
+        """The expert's matrix as the checkpoint stores it, recovered from the tiles."""
+        bits = int(self.bits[expert])
+        first_byte, first_word = self.offsets[expert].tolist()
+        groups, rows = self.in_features // GROUP_SIZE, tile_rows(bits)
+        tiles = self.codes[first_byte : first_byte + code_bytes(self.out_features, self.in_features, bits)]
+        words = self.scales[first_word : first_word + scale_words(self.out_features, self.in_features, bits)]
+        codes = unpack_tiles(tiles.view(-1, groups, plane_count(bits), rows, GROUP_SIZE), bits, self.out_features)
+        scales, zeros = unpack_scales(words, bits, self.out_features, groups)
+        if self.gated:
+            codes, scales = split_gate_up(codes), split_gate_up(scales)
+            zeros = None if zeros is None else split_gate_up(zeros)
+        return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
+
+
+def _offsets(bits: Sequence[int], out_features: int, in_features: int) -> tuple[list[tuple[int, int]], int, int]:
+    """Where each expert begins, then the totals: bytes of codes, words of scales."""
+    begins, byte, word = [], 0, 0
+    for width in bits:
+        begins.append((byte, word))
+        byte += code_bytes(out_features, in_features, width)
+        word += scale_words(out_features, in_features, width)
+    return begins, byte, word
+
+
+def _take(matrices: Iterator[PackedMatrix], expert: int, bits: int, shape: tuple[int, int]) -> PackedMatrix:
+    """The next matrix, if it is what was announced."""
+    matrix = next(matrices, None)
+    if matrix is None:
+        raise ValueError(f"expert {expert}: no matrix; the number of widths and of matrices must agree")
+    found = (matrix.bits, matrix.out_features, matrix.in_features)
+    if found != (bits, *shape):
+        raise ValueError(
+            f"expert {expert}: matrix has (bits, out, in) = {found}, expected {(bits, *shape)}; "
+            "check that the checkpoint's config.json belongs to its tensors"
+        )
+    return matrix
+
+
+def _pack_matrix(matrix: PackedMatrix, gated: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat tiles and flat scale words of one expert, made on the device."""
+    reorder = interleave_gate_up if gated else (lambda rows: rows)
+    scales = reorder(matrix.scales.to(device))
+    zeros = None if matrix.zeros is None else reorder(matrix.zeros.to(device))
+    codes = reorder(unpack_codes(matrix.qweight.to(device), matrix.bits))
+    return pack_tiles(codes, matrix.bits).flatten(), pack_scales(scales, zeros, matrix.bits)
+
+
+def pack_experts(
+    matrices: Iterable[PackedMatrix],
+    *,
+    bits: Sequence[int],
+    out_features: int,
+    in_features: int,
+    gated: bool,
+    device: torch.device,
+) -> ExpertStack:
+    """Repack one projection of a layer. Only one matrix is held at a time, besides the packed buffers.
+
+    matrices: in expert order, shapes [out_features, in_features], widths as in `bits`; consumed lazily.
+    Raises ValueError where a matrix is missing, left over, or of another shape or width.
+    """
+    if unknown := sorted(set(bits) - set(WIDTHS)):
+        raise ValueError(f"bit-widths {unknown} are not among {WIDTHS}")
+    begins, total_bytes, total_words = _offsets(bits, out_features, in_features)
+    codes = torch.empty(total_bytes, dtype=torch.uint8, device=device)
+    scales = torch.empty(total_words, dtype=torch.int32, device=device)
+    source = iter(matrices)
+    for expert, (width, (byte, word)) in enumerate(zip(bits, begins, strict=True)):
+        tiles, words = _pack_matrix(_take(source, expert, width, (out_features, in_features)), gated, device)
+        codes[byte : byte + tiles.numel()] = tiles
+        scales[word : word + words.numel()] = words
+    if next(source, None) is not None:
+        raise ValueError(f"more matrices than the {len(bits)} widths that were announced")
+    return ExpertStack(
+        codes,
+        scales,
+        torch.tensor(begins, dtype=torch.int64, device=device).view(-1, 2),
+        torch.tensor(bits, dtype=torch.int32, device=device),
+        out_features,
+        in_features,
+        gated,
+        widths=sum(1 << width for width in set(bits)),
+    )

@@ -1,0 +1,137 @@
+"""Launch parameters by device architecture, layer shape and number of tokens.
+
+A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry; the defaults here follow
+from instruction counts and occupancy of the compiled code (docs/triton_aot.md), not from measurements.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.triton.fields import TILE_FEATURES
+
+TABLE_VARIABLE = "VLLM_MCMOE_TILES"  # path of a table that was tuned on this machine
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a layer decides its tiles. intermediate_size is this rank's."""
+
+    experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def key(self) -> str:
+        return f"E{self.experts}-top{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """block_tokens: slots per program; split_k: programs that share the groups of one tile."""
+
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    gate_up_split_k: int = 1
+    down_split_k: int = 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """architecture: `sm90`, `gfx942`, ... or `interpreter`; multiprocessors: SMs or compute units."""
+
+    architecture: str
+    multiprocessors: int
+
+    @property
+    def smallest_block(self) -> int:
+        """NVIDIA's mma has an 8-wide side; AMD's smallest int8 mfma is 16 wide."""
+        return 16 if self.architecture.startswith("gfx") else 8
+
+
+@lru_cache
+def describe_device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return Device("interpreter", 1)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+# Decode: 2 warps, because 1- and 3-bit tiles have 32 rows. Prefill: more, so that sums stay at 128 registers a thread.
+_BY_BLOCK = {
+    8: Tiles(8, num_warps=2, num_stages=3),
+    16: Tiles(16, num_warps=2, num_stages=3),
+    64: Tiles(64, num_warps=4, num_stages=3),
+    128: Tiles(128, num_warps=8, num_stages=3),
+}
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # 8 warps of loads in flight; the decode kernels fit 4 to 8 programs
+_GROUPS_PER_PART = 4  # shorter loops are all pipeline prologue
+
+
+def _split_k(programs: int, groups: int, multiprocessors: int) -> int:
+    """Smallest power of two that fills the device, while every part keeps _GROUPS_PER_PART groups."""
+    parts = 1
+    while programs * parts < multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR and groups >= 2 * parts * _GROUPS_PER_PART:
+        parts *= 2
+    return parts
+
+
+def default_tiles(device: Device, shape: Shape, tokens: int) -> Tiles:
+    """The smallest block that holds an expert's average share of the slots, with some room; split-K for small grids."""
+    slots = tokens * shape.top_k
+    busy = min(shape.experts, slots)
+    average = slots / max(busy, 1)
+    block = 8 if average <= 8 else 16 if average <= 24 else 64 if average <= 96 else 128
+    block = max(block, device.smallest_block)
+    blocks = max(busy, slots // block)
+    gate_up = blocks * (2 * shape.intermediate_size // TILE_FEATURES)
+    down = blocks * -(-shape.hidden_size // TILE_FEATURES)
+    return replace(
+        _BY_BLOCK[block],
+        gate_up_split_k=_split_k(gate_up, shape.hidden_size // GROUP_SIZE, device.multiprocessors),
+        down_split_k=_split_k(down, shape.intermediate_size // GROUP_SIZE, device.multiprocessors),
+    )
+
+
+@lru_cache
+def _table(path: str) -> dict[str, dict[str, dict[int, Tiles]]]:
+    """{architecture: {shape: {tokens: tiles}}}."""
+    raw = json.loads(Path(path).read_text())
+    return {
+        architecture: {
+            shape: {int(tokens): Tiles(**tiles) for tokens, tiles in sorted(by_tokens.items(), key=lambda e: int(e[0]))}
+            for shape, by_tokens in shapes.items()
+        }
+        for architecture, shapes in raw.items()
+    }
+
+
+def write_table(path: Path, table: dict[str, dict[str, dict[int, Tiles]]]) -> None:
+    plain = {
+        architecture: {
+            shape: {str(tokens): asdict(tiles) for tokens, tiles in by_tokens.items()}
+            for shape, by_tokens in shapes.items()
+        }
+        for architecture, shapes in table.items()
+    }
+    path.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def choose_tiles(device: Device, shape: Shape, tokens: int) -> Tiles:
+    """The table's entry for the largest tuned count of at most `tokens`, or the default.
+
+    Raises OSError or ValueError where VLLM_MCMOE_TILES names a file that is missing or is not a table.
+    """
+    path = os.environ.get(TABLE_VARIABLE)
+    tuned = _table(path).get(device.architecture, {}).get(shape.key, {}) if path else {}
+    reached = [count for count in tuned if count <= tokens]
+    return tuned[max(reached)] if reached else default_tiles(device, shape, tokens)

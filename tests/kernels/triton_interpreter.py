@@ -1,0 +1,245 @@
+"""Runs the Triton kernels on CPU tensors, with what Triton's own interpreter leaves unchecked.
+
+`import_interpreted()` imports the kernels so that they are interpreted, `strict()` is the context to run them in:
+
+- an access outside the launch's tensors, or misaligned, is an error; the interpreter would read the neighbour's memory
+- two programs of one launch that touch the same element, one of them writing, are an error; on a GPU that is a race,
+  the interpreter runs programs one after the other and always gets the same answer
+- a false `tl.multiple_of` promise is an error; the interpreter ignores it, the compiler believes it
+- bfloat16 is converted at casts, and arithmetic on it is an error; the interpreter would add raw bit patterns
+- the kernels' one inline assembly instruction, a 32-bit AND, is emulated
+- fresh memory holds NaN or the largest integer, so that reading an unwritten element shows
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import JITFunction, interpreter
+
+NOBODY, SEVERAL = -1, -2
+
+
+class AccessError(Exception):
+    """A kernel touched memory that it must not touch."""
+
+
+@dataclass
+class Region:
+    """The bytes of one tensor argument, and which program wrote or read the element that begins at each byte."""
+
+    begin: int
+    end: int
+    writer: np.ndarray
+    reader: np.ndarray
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Region":
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        begin = tensor.data_ptr()
+        return cls(begin, begin + size, np.full(size, NOBODY), np.full(size, NOBODY))
+
+
+class AccessGuard:
+    """Checks every load and store of one launch at a time."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+
+    def begin_launch(self, arguments: list) -> None:
+        regions = {}
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                region = Region.of(argument)
+                regions[region.begin, region.end] = region
+        self.regions = list(regions.values())
+
+    def check(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, is_store: bool) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        addresses = pointers.data[active].astype(np.int64)
+        if misaligned := int((addresses % size != 0).sum()):
+            raise AccessError(f"{misaligned} addresses are not aligned to {size} bytes")
+        outside = np.ones(addresses.shape, dtype=bool)
+        for region in self.regions:
+            inside = (addresses >= region.begin) & (addresses + size <= region.end)
+            if inside.any():
+                self._check_races(region, addresses[inside] - region.begin, is_store)
+                outside &= ~inside
+        if outside.any():
+            verb = "stores" if is_store else "loads"
+            raise AccessError(f"{int(outside.sum())} {verb} outside every tensor, by program {_program()}")
+
+    def _check_races(self, region: Region, at: np.ndarray, is_store: bool) -> None:
+        program = _program_number()
+        others = [region.writer[at]] + ([region.reader[at]] if is_store else [])
+        if any(((other != NOBODY) & (other != program)).any() for other in others):
+            verb = "stores" if is_store else "loads"
+            raise AccessError(f"race: program {_program()} {verb} what another program of the launch has touched")
+        if is_store:
+            if np.unique(at).size != at.size:
+                raise AccessError(f"race: program {_program()} stores one element from two lanes")
+            region.writer[at] = program
+        else:
+            seen = region.reader[at]
+            region.reader[at] = np.where((seen == NOBODY) | (seen == program), program, SEVERAL)
+
+
+def _program() -> tuple[int, int, int]:
+    return interpreter.interpreter_builder.grid_idx
+
+
+def _program_number() -> int:
+    (x, y, z), (_, height, depth) = _program(), interpreter.interpreter_builder.grid_dim
+    return (x * height + y) * depth + z
+
+
+def _bf16_to_float32(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def _float32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _bf16_patches() -> dict:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, binary, unary = builder.cast_impl, builder.binary_op, builder.unary_op
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16:
+            src = handle(_bf16_to_float32(src.data), tl.float32)
+        if dst_type.scalar == tl.bfloat16:
+            return handle(_float32_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def refuse(operation):
+        def checked(self, operand, *rest):
+            if operand.dtype.scalar == tl.bfloat16:
+                raise TypeError("arithmetic on bfloat16: convert to float32 first")
+            return operation(self, operand, *rest)
+
+        return checked
+
+    return {
+        "cast_impl": cast_impl,
+        "create_fp_to_fp": lambda self, src, dst_type, rounding: cast_impl(self, src, dst_type),
+        "binary_op": refuse(binary),
+        "unary_op": refuse(unary),
+    }
+
+
+def _access_patches(guard: AccessGuard) -> dict:
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self, pointers, mask, *rest):
+        guard.check(pointers, mask, is_store=False)
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        guard.check(pointers, mask, is_store=True)
+        return store(self, pointers, value, mask, *rest)
+
+    return {"create_masked_load": create_masked_load, "create_masked_store": create_masked_store}
+
+
+def _create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
+    """`and.b32 $0, $1, <constant>;` on four bytes at a time."""
+    constant = re.fullmatch(r"and\.b32 \$0, \$1, (\d+);", assembly)
+    if not constant or pack != 4 or constraints != "=r,r":
+        raise NotImplementedError(f"inline assembly {assembly!r}")
+    data = np.ascontiguousarray(values[0].data)
+    result = (data.view(np.uint32) & np.uint32(int(constant[1]))).view(np.int8).reshape(data.shape)
+    handles = [interpreter.TensorHandle(result, types[0].scalar)]
+    return mock.Mock(get_result=handles.__getitem__)
+
+
+def _check_promise(handle: interpreter.TensorHandle, name: str, values: list[int]) -> None:
+    """Replaces TensorHandle.set_attr, where tl.multiple_of and its relatives end."""
+    if name == "tt.divisibility" and (handle.data % np.asarray(values) != 0).any():
+        raise AccessError(f"tl.multiple_of promises {values}, the value is {handle.data}")
+
+
+@contextlib.contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    """torch fills what torch.empty returns while deterministic algorithms are asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def _interpreted_standard_library() -> Iterator[None]:
+    """tl.sum, tl.cdiv and their like are compiled kernels themselves if triton was imported without interpreting."""
+    with contextlib.ExitStack() as stack:
+        for module in (tl, tl.standard):
+            compiled = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+            for name, function in compiled.items():
+                stack.enter_context(mock.patch.object(module, name, _interpreted(function)))
+        yield
+
+
+@functools.cache
+def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function.fn)
+
+
+_call_device_function = interpreter.InterpretedFunction.__call__
+
+
+def _call_without_patching_again(self: interpreter.InterpretedFunction, *args, **kwargs):
+    """The launch has already patched `tl`; the original patches all of it on every call, most of the time it takes."""
+    if self.fn.__globals__.get("tl") is tl:
+        return self.rewrite()(*args, **kwargs)
+    return _call_device_function(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def strict(bf16: bool = True) -> Iterator[None]:
+    """Run interpreted kernels with every check; bf16=False leaves the interpreter's own bfloat16."""
+    guard = AccessGuard()
+    convert = interpreter.GridExecutor._init_args_hst
+
+    def begin_launch(self, arguments, keywords):
+        converted, converted_keywords = convert(self, arguments, keywords)
+        guard.begin_launch([*converted, *converted_keywords.values()])
+        return converted, converted_keywords
+
+    patches = _access_patches(guard) | (_bf16_patches() if bf16 else {}) | {"create_inline_asm": _create_inline_asm}
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.multiple(interpreter.InterpreterBuilder, **patches),
+        mock.patch.object(interpreter.GridExecutor, "_init_args_hst", begin_launch),
+        mock.patch.object(interpreter.InterpretedFunction, "__call__", _call_without_patching_again),
+        mock.patch.object(interpreter.TensorHandle, "set_attr", _check_promise),
+        _interpreted_standard_library(),
+        _poisoned_allocations(),
+    ):
+        yield
+
+
+def import_interpreted(name: str) -> ModuleType:
+    """A module of the Triton kernels, interpreted. Triton decides that once, when a kernel is decorated."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        module = importlib.import_module(name)
+        gemm = importlib.import_module("vllm_mcmoe.kernels.triton.gemm")
+    if not isinstance(gemm.grouped_gemm_kernel, interpreter.InterpretedFunction):
+        raise RuntimeError("the Triton kernels were imported for a GPU before these tests; run them in another process")
+    return module
