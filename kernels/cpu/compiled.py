@@ -9,25 +9,27 @@ from typing import NamedTuple
 
 from numba import cfunc, types
 
-from vllm_mcmoe.kernels.cpu import moe
+from vllm_mcmoe.kernels.cpu import moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
 
-_SIGNATURE = types.void(types.int64)
+_LAYER = types.void(types.int64)
+_ROWS = types.void(*[types.int64] * 11)
 
 
 class Compiled(NamedTuple):
-    """entry(address of the parameters) runs a layer without the GIL; worker: address of what each thread runs."""
+    """entry(address of the parameters): runs a layer, without the GIL; the others are addresses it needs."""
 
     entry: Callable[[int], None]
     worker: int
+    multiply_rows: int
 
 
 @cache
 def compile_layer(isa: str) -> Compiled:
     """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model."""
     source = _source_digest()
-    entry, worker = _entry(source), _WORKERS[isa](source)
-    return Compiled(ctypes.CFUNCTYPE(None, ctypes.c_int64)(entry.address), worker.address)
+    entry, worker, multiply_rows = _entry(source), _worker(source), _PRODUCTS[isa](source)
+    return Compiled(ctypes.CFUNCTYPE(None, ctypes.c_int64)(entry.address), worker.address, multiply_rows.address)
 
 
 def _source_digest() -> str:
@@ -42,7 +44,7 @@ def _source_digest() -> str:
 
 
 def _entry(source: str):
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_LAYER, cache=True)
     def entry(address):
         source  # noqa: B018
         moe.run(as_int64(address), address)
@@ -50,22 +52,39 @@ def _entry(source: str):
     return entry
 
 
-def _worker_vnni(source: str):
-    @cfunc(_SIGNATURE, cache=True)
-    def worker_vnni(address):
+def _worker(source: str):
+    @cfunc(_LAYER, cache=True)
+    def worker(address):
         source  # noqa: B018
-        moe.work(as_int64(address), moe.rows_vnni)
+        moe.work(as_int64(address))
 
-    return worker_vnni
+    return worker
 
 
-def _worker_portable(source: str):
-    @cfunc(_SIGNATURE, cache=True)
-    def worker_portable(address):
+def _products_vnni(source: str):
+    @cfunc(_ROWS, cache=True)
+    def multiply_rows_vnni(
+        bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
         source  # noqa: B018
-        moe.work(as_int64(address), moe.rows_portable)
+        products.multiply_rows_vnni(
+            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
 
-    return worker_portable
+    return multiply_rows_vnni
 
 
-_WORKERS = {"avx512_vnni": _worker_vnni, "portable": _worker_portable}
+def _products_portable(source: str):
+    @cfunc(_ROWS, cache=True)
+    def multiply_rows_portable(
+        bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        source  # noqa: B018
+        products.multiply_rows_portable(
+            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
+
+    return multiply_rows_portable
+
+
+_PRODUCTS = {"avx512_vnni": _products_vnni, "portable": _products_portable}

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from vllm_mcmoe.kernels.cpu import op  # registers the custom op
+from vllm_mcmoe.kernels.cpu import op as _op  # noqa: F401 -- registers the custom op
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
 from vllm_mcmoe.kernels.cpu.isa import select_isa
 from vllm_mcmoe.kernels.cpu.layout import ROWS, gate_up_row_blocks, matrix_bytes, repack

@@ -74,3 +74,29 @@ def call_worker(typing_context, worker, data):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def call_rows(
+    typing_context,
+    function,
+    bits,
+    records,
+    row_blocks,
+    groups,
+    first_group,
+    group_count,
+    codes,
+    scales,
+    first,
+    count,
+    totals,
+):
+    """Call the products of an instruction set, products.multiply_rows_*, at an address."""
+
+    def emit(context, builder, signature, args):
+        prototype = ir.FunctionType(ir.VoidType(), [I64] * (len(args) - 1))
+        builder.call(builder.inttoptr(args[0], prototype.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 12), emit

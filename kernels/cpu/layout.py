@@ -24,8 +24,11 @@ ALIGNMENT = 64  # one cache line, one vector
 
 
 def record_bytes(bits: int) -> int:
-    """Bytes of one group of 16 rows."""
-    return ROWS * packed_bytes_per_group(bits) + 2 * ROWS * (1 if bits == 1 else 2)
+    """Bytes of one group of 16 rows. Also called by compiled code, as `record_bytes_compiled`."""
+    return GROUP_SIZE * ROWS // 8 * bits + 2 * ROWS * (1 if bits == 1 else 2)
+
+
+record_bytes_compiled = numba.njit(record_bytes)
 
 
 def matrix_bytes(bits: int, out_features: int, in_features: int) -> int:

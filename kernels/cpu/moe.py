@@ -20,10 +20,12 @@ from vllm_mcmoe.kernels.cpu.intrinsics import (
     as_int64,
     call_barrier,
     call_parallel,
+    call_rows,
     call_worker,
     fetch_add,
 )
-from vllm_mcmoe.kernels.cpu.products import multiply_portable, multiply_vnni
+from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.products import TILE
 from vllm_mcmoe.kernels.cpu.vectors import (
     BFLOAT16,
     FLOAT16,
@@ -41,11 +43,9 @@ from vllm_mcmoe.kernels.cpu.vectors import (
 )
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
-TILE = 16  # slots in a full tile of activations
 CHUNK = 256  # most slots of one expert a task handles: 16 row blocks of float32 sums for them are 256 KiB of L2
 CACHED_INPUTS = 512 * 1024  # bytes of activations a task goes through before it comes back to them: they stay in L2
 GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
-ROWS = 16
 
 
 class Field(IntEnum):
@@ -86,7 +86,8 @@ class Field(IntEnum):
     THREADS = 32  # value
     PARALLEL = 33  # GOMP_parallel
     BARRIER = 34  # GOMP_barrier, 0 when there is one thread
-    WORKER = 35
+    WORKER = 35  # what every thread of the team runs
+    MULTIPLY_ROWS = 36  # the products of this CPU's instruction set
 
 
 # numba takes plain integers as constants, not members of an enumeration
@@ -94,7 +95,7 @@ class Field(IntEnum):
     X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, ACTIVATION,
     GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_TILE, CHUNKS,
     CHUNK_COUNT, EXPERT_START, CODES, SCALES, MID_CODES, MID_SCALES, SCRATCH, SCRATCH_BYTES, DOWN_ROWS, BAD_ID,
-    THREADS, PARALLEL, BARRIER, WORKER,
+    THREADS, PARALLEL, BARRIER, WORKER, MULTIPLY_ROWS,
 ) = map(int, Field)  # fmt: skip
 
 
@@ -207,11 +208,6 @@ def quantize_inputs(p):
 
 
 @njit
-def _record_bytes(bits):
-    return 256 * bits + (32 if bits == 1 else 64)
-
-
-@njit
 def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, scales, first, count, totals):
     """totals[block][slot][16 rows] = weights of `row_blocks` row blocks times the chunk's slots, float32.
 
@@ -223,50 +219,24 @@ def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, sc
     groups = features // GROUP_SIZE
     portion = min(groups, max(1, CACHED_INPUTS // (count * GROUP_SIZE)))
     for group in range(0, groups, portion):
-        multiply_rows(
-            bits, records, row_blocks, groups, group, min(portion, groups - group), codes, scales, first, count, totals
+        call_rows(
+            multiply_rows,
+            bits,
+            records,
+            row_blocks,
+            groups,
+            group,
+            min(portion, groups - group),
+            codes,
+            scales,
+            first,
+            count,
+            totals,
         )
 
 
 @njit
-def rows_vnni(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
-    for block in range(row_blocks):
-        record = records + (block * groups + first_group) * _record_bytes(bits)
-        for tile in range(0, count, TILE):
-            slots = min(TILE, count - tile)
-            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
-            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
-            row = 0
-            while row < slots:
-                left = slots - row
-                batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-                multiply_vnni(
-                    bits, batch, record, group_count, activations + row * 64, slots * 64,
-                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * ROWS * 4,
-                )  # fmt: skip
-                row += batch
-
-
-@njit
-def rows_portable(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
-    for block in range(row_blocks):
-        record = records + (block * groups + first_group) * _record_bytes(bits)
-        for tile in range(0, count, TILE):
-            slots = min(TILE, count - tile)
-            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
-            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
-            row = 0
-            while row < slots:
-                batch = 4 if slots - row >= 4 else 1
-                multiply_portable(
-                    bits, batch, record, group_count, activations + row * 64, slots * 64,
-                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * ROWS * 4,
-                )  # fmt: skip
-                row += batch
-
-
-@njit
-def gate_up_phase(p, multiply_rows, scratch):
+def gate_up_phase(p, scratch):
     """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up)."""
     hidden, columns = p[HIDDEN], p[INTERMEDIATE] // GROUP_ROWS
     chunks, table = as_int32(p[CHUNKS]), as_int64(p[GATE_UP_TABLE])
@@ -279,8 +249,8 @@ def gate_up_phase(p, multiply_rows, scratch):
         expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
         bits = table[2 * expert]
         records = p[GATE_UP] + table[2 * expert + 1]
-        records += column * blocks * (hidden // GROUP_SIZE) * _record_bytes(bits)
-        multiply_chunk(multiply_rows, bits, records, blocks, hidden, p[CODES], p[SCALES], first, count, scratch)
+        records += column * blocks * (hidden // GROUP_SIZE) * record_bytes_compiled(bits)
+        multiply_chunk(p[MULTIPLY_ROWS], bits, records, blocks, hidden, p[CODES], p[SCALES], first, count, scratch)
         _gate_and_quantize(p, scratch, first, count, column)
 
 
@@ -308,7 +278,7 @@ def _gate_and_quantize(p, totals, first, count, column):
 
 
 @njit
-def down_phase(p, multiply_rows, scratch):
+def down_phase(p, scratch):
     """Tasks: DOWN_ROWS output rows of all tokens; experts are added in ascending order."""
     hidden, intermediate, rows = p[HIDDEN], p[INTERMEDIATE], p[DOWN_ROWS]
     chunks, table = as_int32(p[CHUNKS]), as_int64(p[DOWN_TABLE])
@@ -326,9 +296,9 @@ def down_phase(p, multiply_rows, scratch):
             expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
             bits = table[2 * expert]
             records = p[DOWN] + table[2 * expert + 1]
-            records += first_row // ROWS * (intermediate // GROUP_SIZE) * _record_bytes(bits)
+            records += first_row // ROWS * (intermediate // GROUP_SIZE) * record_bytes_compiled(bits)
             multiply_chunk(
-                multiply_rows, bits, records, blocks, intermediate, p[MID_CODES], p[MID_SCALES], first, count, totals
+                p[MULTIPLY_ROWS], bits, records, blocks, intermediate, p[MID_CODES], p[MID_SCALES], first, count, totals
             )
             _add_to_tokens(p, totals, first, count, blocks, out)
         _write_rows(p, out, first_row, blocks)
@@ -359,14 +329,14 @@ def _write_rows(p, out, first_row, blocks):
 
 
 @njit
-def work(p, multiply_rows):
+def work(p):
     """What one thread of the team does."""
     scratch = p[SCRATCH] + fetch_add(p[COUNTERS], 1) * p[SCRATCH_BYTES]
     quantize_inputs(p)
     _wait(p)
-    gate_up_phase(p, multiply_rows, scratch)
+    gate_up_phase(p, scratch)
     _wait(p)
-    down_phase(p, multiply_rows, scratch)
+    down_phase(p, scratch)
 
 
 @njit

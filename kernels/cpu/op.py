@@ -89,7 +89,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
     params[Field.GATE_UP], params[Field.GATE_UP_TABLE] = gate_up.data_ptr(), gate_up_table.data_ptr()
     params[Field.DOWN], params[Field.DOWN_TABLE] = down.data_ptr(), down_table.data_ptr()
     params[Field.SCRATCH_BYTES], params[Field.THREADS] = scratch_bytes, threads
-    params[Field.WORKER] = compiled.worker
+    params[Field.WORKER], params[Field.MULTIPLY_ROWS] = compiled.worker, compiled.multiply_rows
     params[Field.PARALLEL] = openmp.parallel
     params[Field.BARRIER] = openmp.barrier if threads > 1 else 0
     compiled.entry(ctypes.addressof(params))

@@ -5,12 +5,15 @@ LLVM code is emitted per width and number of tokens, with the group unrolled. A 
 summed across lanes. `layout.py` describes the records these loops stream through.
 """
 
+from collections.abc import Iterator
+
 from llvmlite import ir
+from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
-from vllm_mcmoe.kernels.cpu.layout import record_bytes
+from vllm_mcmoe.kernels.cpu.layout import record_bytes, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.vectors import (
     LANES,
     VF16,
@@ -26,6 +29,7 @@ from vllm_mcmoe.kernels.cpu.vectors import (
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, WIDTHS, planes
 
 QUADS = GROUP_SIZE // 4
+PORTION_QUADS = 8  # quads in one vector at 1 bit
 VECTOR_BYTES = 4 * LANES
 HALF_GROUP = 64  # inputs in one tile of activations, see layout.py
 PREFETCH_BYTES = 4096
@@ -54,28 +58,32 @@ def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad
 
 
 class _Codes:
-    """The packed codes of one group of 16 rows, unpacked quad by quad. Vectors are loaded when first needed."""
+    """The packed codes of one group of 16 rows, or of a portion of it, unpacked quad by quad."""
 
-    def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value):
-        self.builder, self.record = builder, record
-        self.planes = []  # (bits of the plane, weight of its codes, byte offset in the record)
-        shift = offset = 0
+    def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value, portion: ir.Value | None = None):
+        """portion: number of a run of 8 quads; quads are then counted from its first."""
+        self.builder = builder
+        self.planes: list[tuple[int, int, ir.Value]] = []  # bits, weight shift of its codes, address of its vectors
+        shift = 0
         for width in planes(bits):
-            self.planes.append((width, shift, offset))
+            start = builder.add(record, I64(shift * GROUP_SIZE * LANES // 8))
+            if portion is not None:
+                start = builder.add(start, builder.mul(portion, I64(width * VECTOR_BYTES)))
+            self.planes.append((width, shift, start))
             shift += width
-            offset += width * GROUP_SIZE * LANES // 8
-        self.loaded: dict[int, ir.Value] = {}
+        self.loaded: dict[tuple[int, int], ir.Value] = {}
 
-    def vector(self, offset: int) -> ir.Value:
-        if offset not in self.loaded:
-            self.loaded[offset] = load(self.builder, VI32, self.record, offset)
-        return self.loaded[offset]
+    def _vector(self, start: ir.Value, shift: int, index: int) -> ir.Value:
+        """A vector of a plane, loaded when first needed."""
+        if (shift, index) not in self.loaded:
+            self.loaded[shift, index] = load(self.builder, VI32, start, index * VECTOR_BYTES)
+        return self.loaded[shift, index]
 
-    def fields(self, quad: int):
+    def fields(self, quad: int) -> Iterator[tuple[ir.Value, int, int, int]]:
         """Per plane: (vector, position of the quad's field in every byte, mask of a field, weight shift)."""
-        for width, shift, offset in self.planes:
+        for width, shift, start in self.planes:
             per_vector = 8 // width
-            vector = self.vector(offset + quad // per_vector * VECTOR_BYTES)
+            vector = self._vector(start, shift, quad // per_vector)
             yield vector, quad % per_vector * width, (1 << width) - 1, shift
 
     def quad(self, quad: int) -> ir.Value:
@@ -96,22 +104,38 @@ def _byte_mask(mask: int) -> ir.Constant:
     return constant(VI32, mask * 0x01010101)
 
 
-def _integer_products(builder, dot, codes: _Codes, activations, tokens: int, half_stride) -> list[ir.Value]:
+def _integer_products(builder, dot, bits: int, record, activations, tokens: int, half_stride) -> list[ir.Value]:
     """sum_k code * a_code of one group: int32 [16] per token.
 
-    activations: address of the first token's 64 codes; tokens follow at 64 bytes, the group's second half at half_stride.
+    activations: address of the first token's 64 codes; tokens follow at 64 bytes, the other half at half_stride.
+    Loops over portions of 8 quads, which are whole vectors at every width: a quarter of the code to compile.
     """
     chains = max(1, 4 // tokens)  # independent sums hide the dot product's latency of 5 cycles
-    totals = [[constant(VI32, 0)] * chains for _ in range(tokens)]
-    second_half = builder.add(activations, half_stride)
-    for quad in range(QUADS):
+    before, loop = builder.block, builder.append_basic_block("portion")
+    done = builder.append_basic_block("portions_done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    portion = builder.phi(I64)
+    portion.add_incoming(I64(0), before)
+    phis = [[builder.phi(VI32) for _ in range(chains)] for _ in range(tokens)]
+    codes = _Codes(builder, bits, record, portion)
+    base = builder.add(activations, builder.mul(builder.lshr(portion, I64(1)), half_stride))
+    base = builder.add(base, builder.mul(builder.and_(portion, I64(1)), I64(4 * PORTION_QUADS)))
+    totals = [list(chain) for chain in phis]
+    for quad in range(PORTION_QUADS):
         weights = codes.quad(quad)
-        base = activations if quad < QUADS // 2 else second_half
         for token in range(tokens):
-            offset = token * HALF_GROUP + quad % (QUADS // 2) * 4
-            inputs = splat(builder, load(builder, I32, base, offset))
+            inputs = splat(builder, load(builder, I32, base, token * HALF_GROUP + quad * 4))
             chain = quad % chains
             totals[token][chain] = dot(builder, totals[token][chain], weights, inputs)
+    following = builder.add(portion, I64(1))
+    portion.add_incoming(following, loop)
+    for token in range(tokens):
+        for phi, total in zip(phis[token], totals[token], strict=True):
+            phi.add_incoming(constant(VI32, 0), before)
+            phi.add_incoming(total, loop)
+    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // PORTION_QUADS)), loop, done)
+    builder.position_at_end(done)
     return [_sum(builder, chain) for chain in totals]
 
 
@@ -122,12 +146,13 @@ def _sum(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
     return total
 
 
-def _integer_product_in_place(builder, dot, codes: _Codes, activations, half_stride) -> list[ir.Value]:
+def _integer_product_in_place(builder, dot, bits: int, record, activations, half_stride) -> ir.Value:
     """The same for one token without shifting codes: a field at bit p of a byte counts 2**p times too much.
 
     Fields of one position share a sum, which is shifted back once per group: exact, being a multiple of 2**p.
     For one token unpacking costs as much as multiplying, and this halves it.
     """
+    codes = _Codes(builder, bits, record)
     totals: dict[tuple[int, int], ir.Value] = {}
     second_half = builder.add(activations, half_stride)
     for quad in range(QUADS):
@@ -144,7 +169,7 @@ def _integer_product_in_place(builder, dot, codes: _Codes, activations, half_str
         elif shift > position:
             total = builder.shl(total, constant(VI32, shift - position))
         shifted.append(total)
-    return [_sum(builder, shifted)]
+    return _sum(builder, shifted)
 
 
 def scale_and_zero(builder: ir.IRBuilder, bits: int, record: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -210,11 +235,10 @@ def _emit_group(builder, dot, bits, tokens, record, activations, half_stride, sc
     for line in range(0, record_bytes(bits), 64):
         ahead = builder.inttoptr(builder.add(record, I64(PREFETCH_BYTES + line)), I8.as_pointer())
         call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
-    codes = _Codes(builder, bits, record)
     if tokens == 1:
-        products = _integer_product_in_place(builder, dot, codes, activations, half_stride)
+        products = [_integer_product_in_place(builder, dot, bits, record, activations, half_stride)]
     else:
-        products = _integer_products(builder, dot, codes, activations, tokens, half_stride)
+        products = _integer_products(builder, dot, bits, record, activations, tokens, half_stride)
     scale, zero = scale_and_zero(builder, bits, record)
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
@@ -261,3 +285,48 @@ VNNI_TOKENS = (16, 8, 4, 2, 1)
 PORTABLE_TOKENS = (4, 1)
 multiply_vnni = _multiply("vnni", dot_vnni, VNNI_TOKENS)
 multiply_portable = _multiply("portable", dot_portable, PORTABLE_TOKENS)
+
+TILE = 16  # slots in a full tile of activations
+
+
+@njit
+def multiply_rows_vnni(
+    bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+):
+    """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals [row block][slot][16]."""
+    for block in range(row_blocks):
+        record = records + (block * groups + first_group) * record_bytes_compiled(bits)
+        for tile in range(0, count, TILE):
+            slots = min(TILE, count - tile)
+            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
+            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
+            row = 0
+            while row < slots:
+                left = slots - row
+                batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+                multiply_vnni(
+                    bits, batch, record, group_count, activations + row * 64, slots * 64,
+                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * LANES * 4,
+                )  # fmt: skip
+                row += batch
+
+
+@njit
+def multiply_rows_portable(
+    bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+):
+    """As multiply_rows_vnni."""
+    for block in range(row_blocks):
+        record = records + (block * groups + first_group) * record_bytes_compiled(bits)
+        for tile in range(0, count, TILE):
+            slots = min(TILE, count - tile)
+            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
+            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
+            row = 0
+            while row < slots:
+                batch = 4 if slots - row >= 4 else 1
+                multiply_portable(
+                    bits, batch, record, group_count, activations + row * 64, slots * 64,
+                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * LANES * 4,
+                )  # fmt: skip
+                row += batch
