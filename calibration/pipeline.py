@@ -21,7 +21,6 @@ from vllm_mcmoe.calibration.data import TokenSequences
 from vllm_mcmoe.calibration.experts import (
     Activation,
     ExpertTokens,
-    MoeInputs,
     build_factor,
     calibration_tokens,
     hessian_weights,

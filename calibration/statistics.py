@@ -1,0 +1,281 @@
+"""Calibration: a 16-bit model and text in, factors.json out.
+
+    factors = calibrate(model_dir, ["c4.jsonl"], recipe="mcmoe")        # everything is measured on the same tokens
+    factors.save("factors.json")
+
+For every expert: how often it is used, its routing weights, and what quantising it to each width costs, as an error of
+the layer's output (the paper's eps) and as a predicted increase of the loss (`sensitivity.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
+from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_sequences
+from vllm_mcmoe.calibration.experts import (
+    Activation,
+    ExpertTokens,
+    build_factor,
+    calibration_tokens,
+    hessian_weights,
+    intermediate,
+    tokens_of,
+)
+from vllm_mcmoe.calibration.gptq import quantize_gptq
+from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
+from vllm_mcmoe.calibration.models import MoeModel, activation_function, describe_model
+from vllm_mcmoe.calibration.quantizers import quantize_rtn
+from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
+from vllm_mcmoe.calibration.sensitivity import MoeTrace, backward_traces, forward_traces
+
+Log = Callable[[str], None]
+
+# Super experts ("Unveiling Super Experts", arXiv 2507.23279): an expert whose largest down_proj output exceeds the
+# 99.5th percentile over all experts of the model and a tenth of the largest, in a layer where massive activations
+# form. The paper names those layers by inspection; here, as massive activations are defined (arXiv 2402.17762), a
+# layer whose output hidden states peak at 1000 times their median. Without that clause the percentile would flag the
+# top expert of every model.
+SUPER_EXPERT_PERCENTILE = 0.995
+SUPER_EXPERT_SHARE = 0.1
+MASSIVE_RATIO = 1000.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """factors, and per layer name the squared norm of every token's loss gradient at the layer's output, float32
+    [tokens] of mean 1, which recipes with hessian_weighting "gradient" need (empty for recipes without gradients)."""
+
+    factors: Factors
+    gradient_norms: dict[str, torch.Tensor]
+
+
+def load_calibration_data(
+    description: MoeModel, data: Sequence[str | Path], sequences: int, length: int, log: Log
+) -> TokenSequences:
+    """Token sequences of the files for this model, with its own tokenizer; what was shortened is logged."""
+    tokens = load_sequences(
+        data,
+        AutoTokenizer.from_pretrained(description.path),
+        sequences=sequences,
+        length=length,
+        max_position_embeddings=description.config.max_position_embeddings,
+    )
+    if tokens.notice:
+        log(f"Data: {tokens.notice}.")
+    return tokens
+
+
+def calibrate(
+    model_dir: str | Path,
+    data: Sequence[str | Path],
+    *,
+    recipe: str | Recipe = "mcmoe",
+    widths: Sequence[int] | None = None,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    log: Log = lambda message: None,
+    show_progress: bool = True,
+) -> Factors:
+    """Measure every expert of a model.
+
+    data    text files, .jsonl files or directories, as load_sequences takes them
+    widths  bit-widths to measure; None takes the recipe's
+    seed    of the labels sampled for the loss gradient
+
+    Raises UnsupportedModelError, FormatError or DataError before any long work.
+    """
+    description = describe_model(model_dir)
+    model = LayerwiseModel(WeightFiles(description))
+    tokens = load_calibration_data(description, data, sequences, length, log)
+    return measure(model, tokens, recipe=recipe, widths=widths, seed=seed, show_progress=show_progress, log=log).factors
+
+
+def needs_gradients(recipe: Recipe) -> bool:
+    return recipe.objective == "loss_increase" or recipe.hessian_weighting == "gradient"
+
+
+def measure(
+    model: LayerwiseModel,
+    sequences: TokenSequences,
+    *,
+    recipe: str | Recipe = "mcmoe",
+    widths: Sequence[int] | None = None,
+    seed: int = 0,
+    log: Log = lambda message: None,
+    show_progress: bool = True,
+) -> Calibration:
+    """calibrate on a loaded model and drawn sequences. Recipes that use no gradient are measured without one, and
+    their factors have no loss_increase."""
+    recipe = find_recipe(recipe)
+    widths = tuple(widths or recipe.widths)
+    tokens = sequences.tokens
+    if needs_gradients(recipe):
+        traces = backward_traces(model, tokens, seed=seed, show_progress=show_progress)
+    else:
+        traces = forward_traces(model, tokens, show_progress=show_progress)
+    layers, gradient_norms, massive = {}, {}, {}
+    for trace in traces:
+        norms = None
+        if trace.gradients is not None:
+            norms = trace.gradients.square().sum(-1)
+            norms /= norms.mean().clamp_min(1e-30)
+            gradient_norms[trace.name] = norms
+        layers[trace.name] = _measure_layer(trace, model.description, recipe, widths, norms)
+        massive[trace.name] = trace.output_peak >= MASSIVE_RATIO * trace.output_median
+    order = model.description.moe_layers.values()  # a backward sweep measures the last layer first
+    factors = Factors(
+        model=str(model.description.path),
+        tokens=tokens.numel(),
+        top_k=model.description.top_k,
+        layers={name: layers[name] for name in order},
+        extra={
+            "recipe": recipe.name,
+            "error_quantizer": recipe.error_quantizer,
+            "sequences": list(tokens.shape),
+            "files": [path.name for path in sequences.files],
+            "seed": seed,
+        },
+    )
+    flag_super_experts(factors, {name for name in order if massive[name]}, log)
+    return Calibration(factors, {name: gradient_norms[name] for name in order if name in gradient_norms})
+
+
+def routing_statistics(router_probs: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each expert was selected, and the sum of its routing weights where it was.
+
+    router_probs: float32 [N, E], softmax over all experts, before top-k renormalisation (PAPER.md section 1: the
+    paper's w_i times N); topk_ids: int64 [N, k] -> int64 [E], float64 [E].
+    """
+    num_experts = router_probs.shape[1]
+    activation_count = torch.bincount(topk_ids.flatten(), minlength=num_experts)
+    selected = router_probs.gather(1, topk_ids).double()
+    routing_weight_sum = torch.zeros(num_experts, dtype=torch.float64)
+    return activation_count, routing_weight_sum.index_add_(0, topk_ids.flatten(), selected.flatten())
+
+
+def _measure_layer(
+    trace: MoeTrace,
+    description: MoeModel,
+    recipe: Recipe,
+    widths: tuple[int, ...],
+    gradient_norms: torch.Tensor | None,
+) -> LayerFactors:
+    activation_count, routing_weight_sum = routing_statistics(trace.router_probs, trace.inputs.topk_ids)
+    experts = [
+        _measure_expert(trace, expert, activation_function(description), recipe, widths, gradient_norms)
+        for expert in range(description.num_experts)
+    ]
+    loss_increase = None
+    if trace.gradients is not None:
+        loss_increase = {
+            part: {width: [expert.loss_increase[part][width] for expert in experts] for width in widths}
+            for part in ("gate_up", "down")
+        }
+    return LayerFactors(
+        activation_count=activation_count.tolist(),
+        routing_weight_sum=routing_weight_sum.tolist(),
+        quantization_error={width: [expert.error[width] for expert in experts] for width in widths},
+        shapes=description.part_shapes(),
+        loss_increase=loss_increase,
+        down_output_max=[expert.down_output_max for expert in experts],
+    )
+
+
+@dataclass
+class _ExpertMeasurement:
+    """error: width -> Frobenius norm of the layer output's change over all tokens.
+    loss_increase: part -> width -> nats per token. down_output_max: 0 for an expert without tokens."""
+
+    error: dict[int, float]
+    loss_increase: dict[str, dict[int, float]]
+    down_output_max: float
+
+
+def _measure_expert(
+    trace: MoeTrace,
+    expert: int,
+    activation: Activation,
+    recipe: Recipe,
+    widths: tuple[int, ...],
+    gradient_norms: torch.Tensor | None,
+) -> _ExpertMeasurement:
+    """Quantise one expert to every width and see what its own tokens notice.
+
+    With h the intermediate and D the down projection, the change of the layer's output at a token of routing weight r
+    is r (D' h' - D h). Its product with the gradient needs no matrix product for gate_up alone: g.D(h' - h) is
+    (D^T g).(h' - h).
+    """
+    tokens = tokens_of(trace.inputs, expert)
+    gate_up, down = trace.layer.gate_up[expert], trace.layer.down[expert]
+    h = intermediate(tokens.x, gate_up, activation)
+    output = h @ down.t()
+    measured = _ExpertMeasurement({}, {"gate_up": {}, "down": {}}, float(output.abs().max()) if len(tokens) else 0.0)
+    quantizers = _part_quantizers(trace, expert, activation, recipe, gradient_norms)
+    weight = tokens.routing_weight[:, None]
+    if trace.gradients is not None:
+        gradients = trace.gradients[tokens.index] * weight
+        gradients_at_h = gradients @ down
+    for width in widths:
+        h_change = intermediate(tokens.x, quantizers["gate_up"](width), activation).sub_(h)
+        down_quantized = quantizers["down"](width)
+        output_change = (h @ down_quantized.t()).sub_(output)
+        if trace.gradients is not None:
+            for part, products in (
+                ("gate_up", (gradients_at_h * h_change).sum(-1)),
+                ("down", (gradients * output_change).sum(-1)),
+            ):
+                increase = 0.5 * products.double().square().sum() / trace.inputs.num_tokens
+                measured.loss_increase[part][width] = float(increase)
+        output_change.addmm_(h_change, down_quantized.t())  # D'h - Dh + D'(h' - h)
+        measured.error[width] = float(output_change.mul_(weight).double().norm())
+    return measured
+
+
+def _part_quantizers(
+    trace: MoeTrace,
+    expert: int,
+    activation: Activation,
+    recipe: Recipe,
+    gradient_norms: torch.Tensor | None,
+) -> dict[str, Callable[[int], torch.Tensor]]:
+    """part -> function from a width to the dequantised weight, by the recipe's error_quantizer.
+
+    Round-to-nearest spans each group's range, as the authors' code does; GPTQ is the one that will really be used.
+    """
+    weights = {"gate_up": trace.layer.gate_up[expert], "down": trace.layer.down[expert]}
+    if recipe.error_quantizer == "rtn":
+        return {
+            part: lambda width, weight=weight: quantize_rtn(weight, width, search="minmax").dequantize()
+            for part, weight in weights.items()
+        }
+    tokens: ExpertTokens = calibration_tokens(trace.inputs, expert)
+    token_weights = hessian_weights(tokens, recipe.hessian_weighting, gradient_norms)
+    quantizers = {}
+    x = tokens.x
+    for part, weight in weights.items():
+        name = f"{trace.name}.{expert}.{part}"
+        factor = build_factor(x, token_weights, recipe, name)
+        quantizers[part] = lambda width, weight=weight, factor=factor, name=name: quantize_gptq(
+            weight, factor, width, recipe.gptq, name=name
+        ).dequantize()
+        if part == "gate_up":
+            x = intermediate(x, weight, activation)
+    return quantizers
+
+
+def flag_super_experts(factors: Factors, massive_layers: set[str], log: Log) -> None:
+    """Set super_experts of every layer from down_output_max, by the rule above SUPER_EXPERT_PERCENTILE."""
+    maxima = torch.tensor([m for layer in factors.layers.values() for m in layer.down_output_max])
+    threshold = max(float(maxima.double().quantile(SUPER_EXPERT_PERCENTILE)), SUPER_EXPERT_SHARE * float(maxima.max()))
+    for name in massive_layers:
+        layer = factors.layers[name]
+        layer.super_experts = [e for e, m in enumerate(layer.down_output_max) if m > threshold]
+        if layer.super_experts:
+            log(
+                f"{name}: super experts {layer.super_experts}, down_proj outputs up to {max(layer.down_output_max):.3g}"
+            )
