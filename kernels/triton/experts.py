@@ -295,8 +295,18 @@ class TritonExperts(torch.nn.Module):
         """
         if x.dtype not in INPUT_DTYPES:
             raise ValueError(f"the triton kernels take activations in one of {INPUT_DTYPES}, found {x.dtype}")
-        return triton_experts(
-            x.contiguous(),
+        return triton_experts(*self.arguments(x.contiguous(), topk_weights, topk_ids, expert_map))
+
+    def arguments(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> tuple:
+        """What the custom op takes for these tokens."""
+        return (
+            x,
             topk_weights,
             topk_ids,
             expert_map,

@@ -1,0 +1,230 @@
+"""The Triton kernels, interpreted on the CPU with every check on, against the reference kernels.
+
+Tolerance: the integer part is exact on both sides, so only the order of float32 sums differs. 2e-6 of the output's norm
+is sixteen times float32's rounding; the measured error is 1e-7. A requantised intermediate may fall on the other side
+of a half, which moves one code of hundreds by one; none does with these seeds.
+"""
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import Layer, random_layer, random_tokens
+from tests.kernels.triton_interpreter import import_interpreted, strict
+from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.reference import fused_experts, linear_int8
+
+triton_experts = import_interpreted("vllm_mcmoe.kernels.triton.experts")
+Tiles = triton_experts.Tiles
+
+# exp(-x) of a very negative gate is infinite, and 1 / (1 + inf) is the right sigmoid
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+TOLERANCE = 2e-6
+DECODE, PREFILL = Tiles(8, 2, 3), Tiles(64, 4, 3)
+MIXED = [1, 2, 3, 4, 8, 2]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def prepare(layer: Layer, activation: str = "silu") -> torch.nn.Module:
+    return triton_experts.TritonExperts.prepare(
+        iter(layer.gate_up), iter(layer.down), **layer.announced(), activation=activation, device="cpu"
+    )
+
+
+def run(
+    layer: Layer,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    tiles: Tiles = DECODE,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One layer through the interpreted kernels, with the given tiles."""
+    with strict(), mock.patch.object(triton_experts, "choose_tiles", lambda *_: tiles):
+        return prepare(layer, activation)(x, topk_weights, topk_ids, expert_map)
+
+
+def reference(layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    return fused_experts(x, topk_weights, topk_ids, layer.gate_up, layer.down)
+
+
+def assert_agrees(layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **how) -> None:
+    found = run(layer, x, topk_weights, topk_ids, **how)
+    assert found.dtype == x.dtype
+    assert relative_error(found, reference(layer, x, topk_weights, topk_ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_every_width_alone(bits, tiles):
+    assert_agrees(random_layer([bits] * 4, 256, 128), *random_tokens(5, 256, 4, 2), tiles=tiles)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 130])
+def test_all_widths_in_one_layer(tokens):
+    tiles = PREFILL if tokens == 130 else DECODE
+    assert_agrees(random_layer(MIXED, 256, 128), *random_tokens(tokens, 256, len(MIXED), 2), tiles=tiles)
+
+
+@pytest.mark.parametrize("block_tokens", [8, 16, 64, 128])
+def test_every_block_size(block_tokens):
+    tiles = Tiles(block_tokens, 2, 3)
+    assert_agrees(random_layer([3, 2], 128, 128), *random_tokens(35, 128, 2, 2), tiles=tiles)
+
+
+def test_one_group_of_inputs():
+    assert_agrees(random_layer(MIXED, 128, 128), *random_tokens(3, 128, len(MIXED), 2))
+
+
+def test_long_inputs_and_a_hidden_size_that_fills_no_whole_tile():
+    assert_agrees(random_layer([3, 4], 128 * 15, 128), *random_tokens(1, 128 * 15, 2, 2))
+
+
+@pytest.mark.parametrize(("gate_up", "down"), [(2, 1), (1, 3), (4, 2)])
+def test_split_k_gives_the_same_sums(gate_up, down):
+    """Five and three groups divide by none of these: the last part is shorter, or empty."""
+    tiles = Tiles(8, 2, 3, gate_up_split_k=gate_up, down_split_k=down)
+    assert_agrees(random_layer([2, 3, 8], 640, 384), *random_tokens(2, 640, 3, 2), tiles=tiles)
+
+
+def test_sixty_four_experts_most_of_them_idle():
+    bits = [WIDTHS[expert % len(WIDTHS)] for expert in range(64)]
+    assert_agrees(random_layer(bits, 128, 128), *random_tokens(2, 128, 64, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations(dtype):
+    """Both sides round the same float32 sums; one unit of the last place where a sum is near a half."""
+    layer, tokens = random_layer(MIXED, 256, 128), random_tokens(9, 256, len(MIXED), 2, dtype)
+    found, expected = run(layer, *tokens), reference(layer, *tokens)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_an_id_of_minus_one_contributes_nothing_and_leaves_its_slot_defined():
+    layer, (x, topk_weights, topk_ids) = random_layer(MIXED, 256, 128), random_tokens(6, 256, len(MIXED), 3)
+    topk_ids[0, 1] = topk_ids[2, 0] = topk_ids[2, 2] = -1
+    topk_ids[4] = -1
+    found = run(layer, x, topk_weights, topk_ids)
+    assert relative_error(found, reference(layer, x, topk_weights, topk_ids)) < TOLERANCE
+    assert torch.equal(found[4], torch.zeros(256))
+
+
+def test_every_id_minus_one_gives_zeros():
+    x, topk_weights, topk_ids = random_tokens(3, 128, 2, 2)
+    split = Tiles(8, 2, 3, gate_up_split_k=2, down_split_k=2)
+    for tiles in (DECODE, split):
+        found = run(random_layer([2, 3], 128, 128), x, topk_weights, topk_ids.fill_(-1), tiles=tiles)
+        assert torch.equal(found, torch.zeros(3, 128))
+
+
+def test_zero_tokens_give_zero_rows():
+    found = run(random_layer([2, 3], 128, 128), *random_tokens(0, 128, 2, 2))
+    assert found.shape == (0, 128)
+
+
+def test_a_token_of_zeros_gives_zeros():
+    layer, (x, topk_weights, topk_ids) = random_layer([2, 3], 128, 128), random_tokens(3, 128, 2, 2)
+    x[1] = 0
+    assert torch.equal(run(layer, x, topk_weights, topk_ids)[1], torch.zeros(128))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_expert_map_selects_this_ranks_experts(rank):
+    """Global experts 0, 2, 4 live on rank 0 and 1, 3, 5 on rank 1; the two ranks' outputs add up to the whole."""
+    whole, (x, topk_weights, topk_ids) = random_layer(MIXED, 256, 128), random_tokens(7, 256, len(MIXED), 2)
+    mine = Layer(whole.gate_up[rank::2], whole.down[rank::2], 256, 128)
+    expert_map = torch.tensor([e // 2 if e % 2 == rank else -1 for e in range(len(MIXED))], dtype=torch.int32)
+    found = run(mine, x, topk_weights, topk_ids, expert_map=expert_map)
+    kept = torch.where(topk_ids % 2 == rank, topk_ids, -1)
+    assert relative_error(found, reference(whole, x, topk_weights, kept)) < TOLERANCE
+
+
+def test_int64_ids_are_taken_as_they_are():
+    x, topk_weights, topk_ids = random_tokens(3, 128, 2, 2)
+    assert_agrees(random_layer([2, 3], 128, 128), x, topk_weights, topk_ids.long())
+
+
+def test_many_tokens_are_computed_in_chunks():
+    with mock.patch.object(triton_experts, "TOKENS_PER_CHUNK", 4):
+        assert_agrees(random_layer([2, 3], 128, 128), *random_tokens(9, 128, 2, 2))
+
+
+def test_the_inline_assembly_computes_the_same():
+    with mock.patch.object(triton_experts, "_has_ptx", lambda _: True):
+        assert_agrees(random_layer(MIXED, 128, 128), *random_tokens(3, 128, len(MIXED), 2))
+
+
+def _clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+def _stepped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
+
+
+def _gated(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda gate, up: function(gate) * up
+
+
+FORMULAS = {
+    "silu": _gated(torch.nn.functional.silu),
+    "gelu": _gated(torch.nn.functional.gelu),
+    "gelu_tanh": _gated(lambda gate: torch.nn.functional.gelu(gate, approximate="tanh")),
+    "swigluoai": _clamped_swiglu,
+    "swiglustep": _stepped_swiglu,
+}
+
+
+@pytest.mark.parametrize("split_k", [1, 2], ids=["fused", "after split-K"])
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_gated_activations(activation, split_k):
+    layer, (x, topk_weights, topk_ids) = random_layer([3], 256, 128), random_tokens(4, 256, 1, 1)
+    x *= 20  # gates of +-20: both clamps and both tails are reached
+    gate, up = linear_int8(x, layer.gate_up[0]).chunk(2, dim=-1)
+    assert gate.max() > 7 > -7 > gate.min()
+    expected = topk_weights * linear_int8(FORMULAS[activation](gate, up), layer.down[0])
+    tiles = Tiles(8, 2, 3, gate_up_split_k=split_k)
+    found = run(layer, x, topk_weights, topk_ids, tiles=tiles, activation=activation)
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_every_activation_is_tested():
+    assert set(FORMULAS) == set(triton_experts.TritonExperts.activations)
+
+
+def test_an_unknown_activation_is_refused():
+    with strict(), pytest.raises(ValueError, match="no activation 'relu'"):
+        prepare(random_layer([2], 128, 128), activation="relu")
+
+
+def test_an_unsupported_device_is_refused():
+    with pytest.raises(ValueError, match="CUDA and ROCm devices, found 'cpu'"):
+        prepare(random_layer([2], 128, 128))
+
+
+def test_an_unsupported_dtype_is_refused():
+    x, topk_weights, topk_ids = random_tokens(1, 128, 1, 1, torch.float64)
+    with pytest.raises(ValueError, match=r"found torch\.float64"):
+        run(random_layer([2], 128, 128), x, topk_weights, topk_ids)
+
+
+def test_the_layer_is_one_opaque_operation_under_torch_compile():
+    """The fake implementation has the shape, dtype and device of the real one."""
+    x, topk_weights, topk_ids = random_tokens(3, 128, 2, 2)
+    with strict():
+        experts = prepare(random_layer([2, 3], 128, 128))
+        torch.library.opcheck(
+            triton_experts.triton_experts,
+            experts.arguments(x, topk_weights, topk_ids, None),
+            test_utils=("test_schema", "test_faketensor"),
+        )
