@@ -26,8 +26,11 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
 EIGHTHS = 8
 SCALE_BITS = 16  # one fp16 scale per row and group, and one fp16 zero except at 1 bit
 
-# Above this many binary variables HiGHS may stop at this proven gap, which the plan records, instead of exactly.
-EXACT_VARIABLES = 20_000
+# Up to this many binary variables (32 layers x 8 experts x 2 projections x 4 widths) HiGHS proves optimality in about
+# a second; at 48 x 128 it takes minutes. Larger problems are reduced to a core first: 61 x 256 then takes seconds, at a
+# proven gap the plan records.
+EXACT_VARIABLES = 2048
+CORE_ITEMS = 100
 LARGE_GAP = 1e-6
 
 ROUNDING = 1e-12  # forgives 0.1 + 0.2: asked-for budgets are floating point, sizes are integers
@@ -277,20 +280,24 @@ def _constraints(problem: _Problem) -> str:
 
 def _extreme_size(problem: _Problem, extreme: Callable[[np.ndarray], int]) -> int:
     """Size of the smallest or largest plan that keeps the least counts and forced experts."""
-    if not problem.recipe.minimum_counts:
-        free = [i for i in problem.items if i.expert not in problem.forced.get(i.layer, ())]
-        held = [i for i in problem.items if i.expert in problem.forced.get(i.layer, ())]
-        return int(sum(extreme(i.sizes) for i in free) + sum(i.sizes[-1] for i in held))
-    sign = 1.0 if extreme is min else -1.0
-    unlimited = sum(int(i.sizes.max()) for i in problem.items)
-    by_size = replace(
-        problem,
-        recipe=replace(problem.recipe, budget="<="),
-        items=[replace(i, costs=sign * i.sizes.astype(np.float64)) for i in problem.items],
-        budget=unlimited,
-    )
-    indices, _ = _solve(by_size)
-    return int(sum(i.sizes[j] for i, j in zip(problem.items, indices, strict=True)))
+    widths = problem.recipe.widths
+    total = 0
+    for (layer, _), items in _kinds(problem).items():
+        sizes = items[0].sizes  # the experts of a layer are of one shape
+        least = np.array([problem.recipe.minimum_counts.get(width, 0) for width in widths])
+        least[-1] = max(least[-1], len(problem.forced.get(layer, ())))
+        if least.sum() > len(items):
+            raise PlanError(f"layer {layer!r} has {len(items)} experts, too few for {_constraints(problem)}")
+        total += int(least @ sizes) + (len(items) - int(least.sum())) * int(extreme(sizes))
+    return total
+
+
+def _kinds(problem: _Problem) -> dict[tuple[str, tuple[str, ...]], list[_Item]]:
+    """(layer, projections) -> its items, one per expert."""
+    kinds: dict[tuple[str, tuple[str, ...]], list[_Item]] = {}
+    for item in problem.items:
+        kinds.setdefault((item.layer, item.projections), []).append(item)
+    return kinds
 
 
 def _fill_in_index_order(problem: _Problem) -> list[int]:
@@ -309,13 +316,19 @@ def _solve(problem: _Problem) -> tuple[list[int], float]:
     costs = np.stack([item.costs for item in problem.items])
     # HiGHS' tolerances are absolute: bring the objective to a mean of 1. What an item costs at its cheapest is lost
     # whatever is chosen, so it is left out, which makes the relative gap the stricter.
-    avoidable = costs - costs.min(axis=1, keepdims=True)
+    costs = costs - costs.min(axis=1, keepdims=True)
+    costs /= costs.mean() or 1.0
+    sizes = np.stack([item.sizes for item in problem.items])
+    allowed, bound = _allowed(problem), None
+    large = costs.size > EXACT_VARIABLES
+    if large and problem.recipe.budget == "<=" and not problem.recipe.minimum_counts:
+        allowed, bound = _core(costs, sizes.astype(np.float64), allowed, problem.budget)
     result = milp(
-        (avoidable / (avoidable.mean() or 1.0)).ravel(),
+        costs.ravel(),
         integrality=np.ones(costs.size),
-        bounds=Bounds(_lower_bounds(problem).ravel(), 1),
+        bounds=Bounds(0, allowed.ravel()),
         constraints=[_one_width_each(*costs.shape), _budget_row(problem), *_least_counts(problem)],
-        options={"mip_rel_gap": 0.0 if costs.size <= EXACT_VARIABLES else LARGE_GAP},
+        options={"mip_rel_gap": LARGE_GAP if large else 0.0},
     )
     if result.x is None or result.status != 0:
         raise PlanError(
@@ -324,10 +337,15 @@ def _solve(problem: _Problem) -> tuple[list[int], float]:
             "a budget of '<=' is met by anything above the smallest plan"
         )
     indices = result.x.reshape(costs.shape).argmax(axis=1)
-    used = int(sum(i.sizes[j] for i, j in zip(problem.items, indices, strict=True)))
+    rows = np.arange(len(indices))
+    used = int(sizes[rows, indices].sum())
     if used > problem.budget or (problem.recipe.budget == "=" and used != problem.budget):
         raise RuntimeError(f"HiGHS returned a plan of size {used} for a budget of {problem.budget}; please report this")
-    return indices.tolist(), float(result.mip_gap or 0.0)
+    gap = float(result.mip_gap or 0.0)
+    if bound is not None:
+        value = float(costs[rows, indices].sum())
+        gap = max(0.0, value - bound) / value if value else 0.0
+    return indices.tolist(), gap
 
 
 def _one_width_each(items: int, widths: int) -> LinearConstraint:
@@ -351,9 +369,8 @@ def _budget_row(problem: _Problem) -> LinearConstraint:
 
 def _least_counts(problem: _Problem) -> list[LinearConstraint]:
     """One row per layer, kind of item and constrained width."""
-    kinds = dict.fromkeys((item.layer, item.projections) for item in problem.items)
     rows = []
-    for kind in kinds:
+    for kind in _kinds(problem):
         inside = np.array([(item.layer, item.projections) == kind for item in problem.items], dtype=np.float64)
         for width, least in problem.recipe.minimum_counts.items():
             is_width = np.array(problem.recipe.widths) == width
@@ -361,12 +378,47 @@ def _least_counts(problem: _Problem) -> list[LinearConstraint]:
     return rows
 
 
-def _lower_bounds(problem: _Problem) -> np.ndarray:
-    """1 at the top width of forced experts, else 0: [items, widths]."""
-    bounds = np.zeros((len(problem.items), len(problem.recipe.widths)))
-    for row, item in zip(bounds, problem.items, strict=True):
-        row[-1] = item.expert in problem.forced.get(item.layer, ())
-    return bounds
+def _allowed(problem: _Problem) -> np.ndarray:
+    """Widths each item may have, bool [items, widths]: all, or the top one for forced experts."""
+    allowed = np.ones((len(problem.items), len(problem.recipe.widths)), dtype=bool)
+    for row, item in zip(allowed, problem.items, strict=True):
+        if item.expert in problem.forced.get(item.layer, ()):
+            row[:-1] = False
+    return allowed
+
+
+def _core(costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, budget: int) -> tuple[np.ndarray, float]:
+    """Which widths remain to be decided in a large problem, and a lower bound on any plan's cost.
+
+    At the Lagrangian price of size every item has a cheapest width. Only CORE_ITEMS items, those whose second choice
+    is closest, are left open to spend the budget exactly; the bound proves how little that can lose.
+    """
+    costs = np.where(allowed, costs, np.inf)
+    price = _price_of_size(costs, sizes, budget)
+    priced = costs + price * sizes
+    best_two = np.partition(priced, 1, axis=1)[:, :2]
+    open_items = np.argsort(best_two[:, 1] - best_two[:, 0], kind="stable")[:CORE_ITEMS]
+    core = priced == best_two[:, :1]
+    core[open_items] = allowed[open_items]
+    return core, float(best_two[:, 0].sum() - price * budget)
+
+
+def _price_of_size(costs: np.ndarray, sizes: np.ndarray, budget: int) -> float:
+    """The lowest multiplier of size at which every item's cheapest width together fit the budget."""
+    rows = np.arange(len(costs))
+
+    def used(price: float) -> float:
+        return sizes[rows, (costs + price * sizes).argmin(axis=1)].sum()
+
+    if used(0.0) <= budget:
+        return 0.0
+    low, high = 0.0, 1e-30
+    while used(high) > budget:
+        low, high = high, high * 4
+    for _ in range(100):  # bisection down to the last bit of a float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if used(middle) > budget else (low, middle)
+    return high
 
 
 def _plan(factors: Factors, recipe: Recipe, items: Sequence[_Item], selection: Sequence[int]) -> Plan:
