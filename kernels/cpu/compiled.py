@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from numba import cfunc, types
+from numba import cfunc, njit, prange, types
 
 from vllm_mcmoe.kernels.cpu import moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
+from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
 
 _LAYER = types.void(types.int64)
 _ROWS = types.void(*[types.int64] * 11)
@@ -22,14 +23,18 @@ class Compiled(NamedTuple):
     entry: Callable[[int], None]
     worker: int
     multiply_rows: int
+    gomp_parallel: int  # 0 when entry brings its own threads
 
 
 @cache
 def compile_layer(isa: str) -> Compiled:
     """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model."""
-    source = _source_digest()
-    entry, worker, multiply_rows = _entry(source), _worker(source), _PRODUCTS[isa](source)
-    return Compiled(ctypes.CFUNCTYPE(None, ctypes.c_int64)(entry.address), worker.address, multiply_rows.address)
+    source, gomp_parallel = _source_digest(), find_gomp_parallel()
+    worker, multiply_rows = _worker(source), _PRODUCTS[isa](source)
+    if gomp_parallel is None:
+        return Compiled(_entry_on_numba_threads(source), worker.address, multiply_rows.address, 0)
+    entry = ctypes.CFUNCTYPE(None, ctypes.c_int64)(_entry(source).address)
+    return Compiled(entry, worker.address, multiply_rows.address, gomp_parallel)
 
 
 def _source_digest() -> str:
@@ -48,6 +53,19 @@ def _entry(source: str):
     def entry(address):
         source  # noqa: B018
         moe.run(as_int64(address), address)
+
+    return entry
+
+
+def _entry_on_numba_threads(source: str):
+    @njit(_LAYER, cache=True, nogil=True, parallel=True)
+    def entry(address):
+        source  # noqa: B018
+        p = as_int64(address)
+        moe.group_by_expert(p)
+        threads = 0 if p[moe.BAD_ID] >= 0 else p[moe.THREADS]
+        for _ in prange(threads):
+            moe.work(as_int64(address))
 
     return entry
 

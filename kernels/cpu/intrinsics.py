@@ -3,8 +3,10 @@
 Compiled code handles plain int64 addresses: it runs on threads Python knows nothing of, on buffers torch owns.
 """
 
+import platform
+
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -40,15 +42,38 @@ def fetch_add(typing_context, address, amount):
 
 
 @intrinsic
-def call_barrier(typing_context, function):
-    """Call `void function(void)` at an address: OpenMP's team barrier."""
+def load_acquire(typing_context, address):
+    """The int64 at `address`, and everything its writer wrote before it."""
 
     def emit(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer())
-        builder.call(pointer, [])
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def pause(typing_context):
+    """A short wait inside a spinning loop: `pause` on x86, nothing elsewhere."""
+
+    def emit(context, builder, signature, args):
+        if platform.machine() in ("x86_64", "AMD64"):
+            function = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()
 
-    return types.void(types.int64), emit
+    return types.void(), emit
+
+
+@intrinsic
+def yield_core(typing_context):
+    """Let the operating system run another thread: POSIX sched_yield."""
+
+    def emit(context, builder, signature, args):
+        function = ir.FunctionType(I32, [])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
 
 
 @intrinsic

@@ -18,11 +18,13 @@ from vllm_mcmoe.kernels.cpu.intrinsics import (
     as_float32,
     as_int32,
     as_int64,
-    call_barrier,
     call_parallel,
     call_rows,
     call_worker,
     fetch_add,
+    load_acquire,
+    pause,
+    yield_core,
 )
 from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.products import TILE
@@ -45,6 +47,7 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 CHUNK = 256  # most slots of one expert a task handles: 16 row blocks of float32 sums for them are 256 KiB of L2
 CACHED_INPUTS = 512 * 1024  # bytes of activations a task goes through before it comes back to them: they stay in L2
+SPINS = 2000  # about 50 us of waiting awake, longer than a task of decoding; then the core is offered to others
 GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
 
 
@@ -67,7 +70,7 @@ class Field(IntEnum):
     GATE_UP_TABLE = 13  # int64 [experts, 2]: width, offset of the expert's first record
     DOWN = 14
     DOWN_TABLE = 15
-    COUNTERS = 16  # int64 [4, 8], one cache line each: threads seen, then tasks taken per phase
+    COUNTERS = 16  # int64 [6, 8], a cache line each: threads seen; tasks taken of 3 phases; tasks done of the first 2
     SLOT_OF = 17  # int32 [tokens, top_k]: slot of the pair, -1 for none
     SLOT_TOKEN = 18  # int32 [slots]
     SLOT_WEIGHT = 19  # float32 [slots]
@@ -85,9 +88,8 @@ class Field(IntEnum):
     BAD_ID = 31  # value, written: an expert id out of range, else -1
     THREADS = 32  # value
     PARALLEL = 33  # GOMP_parallel
-    BARRIER = 34  # GOMP_barrier, 0 when there is one thread
-    WORKER = 35  # what every thread of the team runs
-    MULTIPLY_ROWS = 36  # the products of this CPU's instruction set
+    WORKER = 34  # what every thread of the team runs
+    MULTIPLY_ROWS = 35  # the products of this CPU's instruction set
 
 
 # numba takes plain integers as constants, not members of an enumeration
@@ -95,7 +97,7 @@ class Field(IntEnum):
     X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, ACTIVATION,
     GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_TILE, CHUNKS,
     CHUNK_COUNT, EXPERT_START, CODES, SCALES, MID_CODES, MID_SCALES, SCRATCH, SCRATCH_BYTES, DOWN_ROWS, BAD_ID,
-    THREADS, PARALLEL, BARRIER, WORKER, MULTIPLY_ROWS,
+    THREADS, PARALLEL, WORKER, MULTIPLY_ROWS,
 ) = map(int, Field)  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def group_by_expert(p):
     pairs, experts = p[TOKENS] * p[TOP_K], p[EXPERTS]
     starts, slot_of = as_int32(p[EXPERT_START]), as_int32(p[SLOT_OF])
     counters = as_int64(p[COUNTERS])
-    for i in range(32):
+    for i in range(6 * 8):
         counters[i] = 0
     for expert in range(experts + 1):
         starts[expert] = 0
@@ -173,14 +175,16 @@ def _scale_address(base, tile, tile_slots, row, features, group):
 
 @njit
 def quantize_inputs(p):
-    """Quantise x, token by token, and copy the codes to the token's slots."""
+    """Quantise x, token by token, and copy the codes to the token's slots. Returns the tasks done."""
     hidden, top_k, dtype = p[HIDDEN], p[TOP_K], p[DTYPE]
     slot_of, slot_tile = as_int32(p[SLOT_OF]), as_int32(p[SLOT_TILE])
     item = 4 if dtype == 0 else 2
+    done = 0
     while True:
         token = fetch_add(p[COUNTERS] + 64, 1)
         if token >= p[TOKENS]:
-            return
+            return done
+        done += 1
         for group in range(hidden // GROUP_SIZE):
             source = p[X] + (token * hidden + group * GROUP_SIZE) * item
             first_low = first_high = first_scale = 0
@@ -237,14 +241,16 @@ def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, sc
 
 @njit
 def gate_up_phase(p, scratch):
-    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up)."""
+    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up). Returns those done."""
     hidden, columns = p[HIDDEN], p[INTERMEDIATE] // GROUP_ROWS
     chunks, table = as_int32(p[CHUNKS]), as_int64(p[GATE_UP_TABLE])
     blocks = 2 * GROUP_ROWS // ROWS
+    done = 0
     while True:
         task = fetch_add(p[COUNTERS] + 128, 1)
         if task >= p[CHUNK_COUNT] * columns:
-            return
+            return done
+        done += 1
         chunk, column = task // columns, task % columns
         expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
         bits = table[2 * expert]
@@ -332,22 +338,31 @@ def _write_rows(p, out, first_row, blocks):
 def work(p):
     """What one thread of the team does."""
     scratch = p[SCRATCH] + fetch_add(p[COUNTERS], 1) * p[SCRATCH_BYTES]
-    quantize_inputs(p)
-    _wait(p)
-    gate_up_phase(p, scratch)
-    _wait(p)
+    _finish_phase(p, 0, quantize_inputs(p), p[TOKENS])
+    _finish_phase(p, 1, gate_up_phase(p, scratch), p[CHUNK_COUNT] * (p[INTERMEDIATE] // GROUP_ROWS))
     down_phase(p, scratch)
 
 
 @njit
-def _wait(p):
-    if p[BARRIER]:
-        call_barrier(p[BARRIER])
+def _finish_phase(p, phase, own_tasks, all_tasks):
+    """Report this thread's tasks, then wait until all are done.
+
+    Waiting for tasks rather than for threads lets a team go on while a thread of it has not been given a core yet.
+    """
+    finished = p[COUNTERS] + (4 + phase) * 64
+    fetch_add(finished, own_tasks)
+    spins = 0
+    while load_acquire(finished) < all_tasks:
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            yield_core()
 
 
 @njit
 def run(p, data):
-    """The whole layer: group, then work on the team. `data` is p's address."""
+    """The whole layer on torch's OpenMP team: group, then work. `data` is p's address."""
     group_by_expert(p)
     if p[BAD_ID] >= 0:
         return

@@ -7,7 +7,6 @@ import torch
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
 from vllm_mcmoe.kernels.cpu.isa import select_isa
 from vllm_mcmoe.kernels.cpu.moe import CHUNK, GROUP_ROWS, ROWS, Field
-from vllm_mcmoe.kernels.cpu.threads import find_openmp
 from vllm_mcmoe.kernels.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
@@ -51,7 +50,7 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
     slots = tokens * top_k
     chunk = min(CHUNK, slots)
     space = _Workspace()
-    space.add(Field.COUNTERS, 4 * 64)
+    space.add(Field.COUNTERS, 6 * 64)
     space.add(Field.SLOT_OF, 4 * slots)
     space.add(Field.SLOT_TOKEN, 4 * slots)
     space.add(Field.SLOT_WEIGHT, 4 * slots)
@@ -76,7 +75,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
     down_rows = _down_rows(tokens, hidden, threads)
     space, scratch_bytes = _workspace(tokens, top_k, hidden, intermediate_size, experts, threads, down_rows)
     buffer = torch.empty(space.size, dtype=torch.uint8)
-    openmp, compiled = find_openmp(), compile_layer(select_isa())
+    compiled = compile_layer(select_isa())
 
     params = (ctypes.c_int64 * len(Field))()
     space.addresses(params, buffer.data_ptr())
@@ -90,8 +89,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
     params[Field.DOWN], params[Field.DOWN_TABLE] = down.data_ptr(), down_table.data_ptr()
     params[Field.SCRATCH_BYTES], params[Field.THREADS] = scratch_bytes, threads
     params[Field.WORKER], params[Field.MULTIPLY_ROWS] = compiled.worker, compiled.multiply_rows
-    params[Field.PARALLEL] = openmp.parallel
-    params[Field.BARRIER] = openmp.barrier if threads > 1 else 0
+    params[Field.PARALLEL] = compiled.gomp_parallel
     compiled.entry(ctypes.addressof(params))
     if params[Field.BAD_ID] >= 0:
         raise IndexError(f"topk_ids names expert {params[Field.BAD_ID]}, this layer holds {experts}")

@@ -1,4 +1,4 @@
-"""Runs compiled workers on torch's own OpenMP threads.
+"""Finds torch's own OpenMP threads, which the compiled workers run on.
 
 torch's operators and vLLM's kernels run on one OpenMP team per process, which vLLM binds to cores. Borrowing that team
 through `GOMP_parallel`, the entry point compilers call for `#pragma omp parallel` (libgomp's, and libiomp5 and libomp
@@ -6,23 +6,18 @@ have it too), leaves no second pool of threads to fight over the cores.
 """
 
 import ctypes
+import logging
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-
-class OpenMP(NamedTuple):
-    """Addresses of `GOMP_parallel(fn, data, threads, flags)` and `GOMP_barrier()`."""
-
-    parallel: int
-    barrier: int
+logger = logging.getLogger(__name__)
 
 
 @cache
-def find_openmp() -> OpenMP | None:
-    """The OpenMP runtime torch uses, or None where torch has none with these entry points (macOS, Windows).
+def find_gomp_parallel() -> int | None:
+    """Address of `GOMP_parallel(fn, data, threads, flags)` in the OpenMP runtime torch uses, None where there is none.
 
     The process's global symbols come first, as they do for torch itself: vLLM preloads libiomp5 there. A torch wheel
     without preload finds its bundled libgomp among libtorch_cpu's dependencies.
@@ -30,9 +25,9 @@ def find_openmp() -> OpenMP | None:
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     for name in (None, str(torch_library)):
         try:
-            library = ctypes.CDLL(name)
-            functions = (library.GOMP_parallel, library.GOMP_barrier)
+            function = ctypes.CDLL(name).GOMP_parallel
         except (OSError, AttributeError):
             continue
-        return OpenMP(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        return ctypes.cast(function, ctypes.c_void_p).value
+    logger.warning("torch has no OpenMP runtime with GOMP_parallel here: the CPU kernels use numba's own threads")
     return None
