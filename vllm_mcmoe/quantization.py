@@ -58,8 +58,10 @@ class McmoeConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        # Custom methods are asked first about every checkpoint: claim only our own.
-        return QUANT_METHOD if hf_quant_cfg.get("quant_method") == QUANT_METHOD else None
+        # Custom methods are asked first about every checkpoint: claim only our own, and leave it to vLLM to refuse
+        # a user who names another method for it.
+        ours = hf_quant_cfg.get("quant_method") == QUANT_METHOD
+        return QUANT_METHOD if ours and user_quant in (None, QUANT_METHOD) else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""

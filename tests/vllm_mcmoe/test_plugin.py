@@ -1,0 +1,69 @@
+"""What vLLM decides before it starts an engine: which method a checkpoint gets, and which it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+import vllm_mcmoe
+from vllm_mcmoe.quantization import McmoeConfig
+
+
+def engine_config(model: Path, **options) -> VllmConfig:
+    return EngineArgs(model=str(model), max_model_len=256, **options).create_engine_config()
+
+
+def with_config(checkpoint: Path, target: Path, **changes) -> Path:
+    """A copy of the checkpoint with other values in its quantization_config."""
+    shutil.copytree(checkpoint, target)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_registering_twice_changes_nothing():
+    vllm_mcmoe.register()
+    vllm_mcmoe.register()
+    assert QUANTIZATION_METHODS.count("mcmoe") == 1
+    assert get_quantization_config("mcmoe") is McmoeConfig
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "mcmoe"}], ids=["found", "named"])
+def test_our_checkpoint_is_recognised_with_and_without_naming_it(checkpoint, options):
+    config = engine_config(checkpoint, **options)
+    assert config.model_config.quantization == "mcmoe"
+    assert isinstance(config.quant_config, McmoeConfig)
+
+
+def test_other_models_are_left_alone(reference_model):
+    assert engine_config(reference_model).model_config.quantization is None
+
+
+def test_naming_mcmoe_for_a_16_bit_model_is_refused(reference_model):
+    with pytest.raises(ValueError, match=r"no quantization_config: it is not quantised\. Run `mcmoe quantize"):
+        engine_config(reference_model, quantization="mcmoe")
+
+
+def test_naming_another_method_for_our_checkpoint_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="mcmoe"):
+        engine_config(checkpoint, quantization="fp8")
+
+
+def test_a_newer_format_version_is_refused(checkpoint, tmp_path):
+    newer = with_config(checkpoint, tmp_path / "newer", format_version=2)
+    with pytest.raises(ValueError, match="format_version is 2, this vllm-mcmoe reads version 1; upgrade vllm-mcmoe"):
+        engine_config(newer)
+
+
+def test_a_width_no_kernel_has_is_refused(checkpoint, tmp_path):
+    layers = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["experts"]
+    name = next(iter(layers))
+    layers[name]["down"][3] = 5
+    other = with_config(checkpoint, tmp_path / "five", experts=layers)
+    with pytest.raises(ValueError, match=f"{name}.down: expert 3 has bit-width 5"):
+        engine_config(other)
