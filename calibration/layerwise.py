@@ -18,7 +18,7 @@ the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,8 +34,28 @@ BATCH_TOKENS = 2048
 ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class WeightSource(Protocol):
+    """Weights of a model by the names they have in the 16-bit model's files, wherever they come from.
+
+    model   what they belong to
+    files   the files they are read from
+    """
+
+    model: MoeModel
+    files: TensorFiles
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. Raises FormatError if there is none of that name."""
+
+    def numel(self, name: str) -> int:
+        """Weights in it."""
+
+
 class WeightFiles:
-    """The 16-bit weights of a model directory by on-disk name. Other sources have the same two methods."""
+    """The WeightSource of a 16-bit model directory."""
 
     def __init__(self, model: MoeModel):
         """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
@@ -48,6 +68,9 @@ class WeightFiles:
 
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(name)
+
+    def numel(self, name: str) -> int:
+        return self.files.info[name].numel
 
 
 @dataclass
@@ -96,7 +119,7 @@ class DecoderLayer:
 class LayerwiseModel:
     """See the module's text. Parameters of decoder layers live on the meta device until they are loaded."""
 
-    def __init__(self, source: WeightFiles):
+    def __init__(self, source: WeightSource):
         self.source = source
         self.description = source.model
         self._layer_names: dict[int, list[str]] = {}
@@ -220,7 +243,7 @@ def _skeleton(description: MoeModel) -> PreTrainedModel:
     return model.eval()
 
 
-def load_full_model(source: WeightFiles) -> PreTrainedModel:
+def load_full_model(source: WeightSource) -> PreTrainedModel:
     """The whole model in memory, float32, for use as any transformers model."""
     model = LayerwiseModel(source)
     for index in range(model.num_layers):

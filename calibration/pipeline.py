@@ -1,6 +1,7 @@
 """Quantising a model: a 16-bit directory and a plan in, a checkpoint directory out.
 
-    report = quantize_model(model_dir, out_dir, plan=plan, sequences=load_sequences(...), recipe="mcmoe")
+    report = quantize(model_dir, out_dir, ["c4.jsonl"], bits=2.5)                # measure, allocate, quantise
+    report = quantize(model_dir, out_dir, ["c4.jsonl"], plan=Plan.load("plan.json"))
 
 Layers are quantised one after another. The inputs of each are what the already quantised layers below produce, so
 later layers make up for part of the earlier ones' errors. Inside a layer: attention linears first, then every expert's
@@ -8,16 +9,17 @@ gate_up from the tokens routed to it, then its down projection from the intermed
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from vllm_mcmoe.calibration.allocation import allocate
 from vllm_mcmoe.calibration.artifacts import Factors, Plan
-from vllm_mcmoe.calibration.data import TokenSequences
+from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
+from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.experts import (
     Activation,
     ExpertTokens,
@@ -31,10 +33,13 @@ from vllm_mcmoe.calibration.experts import (
 from vllm_mcmoe.calibration.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, LayerwiseModel, WeightFiles
 from vllm_mcmoe.calibration.linears import check_linear_bits, linear_config, quantize_linear
+from vllm_mcmoe.calibration.model_card import model_card
 from vllm_mcmoe.calibration.models import LAYER_PREFIX, MoeModel, activation_function, describe_model
 from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.quantizers import QuantizedMatrix
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
+from vllm_mcmoe.calibration.report import ExpertReport, QuantizationReport
+from vllm_mcmoe.calibration.statistics import load_calibration_data, measure
 from vllm_mcmoe.calibration.writer import CheckpointWriter, check_output, writing_checkpoint
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 from vllm_mcmoe.errors import PlanError
@@ -42,50 +47,85 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 Log = Callable[[str], None]
 
-REPORT_FILE, PLAN_FILE, FACTORS_FILE = "quantization_report.json", "plan.json", "factors.json"
+REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
+    "quantization_report.json",
+    "plan.json",
+    "factors.json",
+    "README.md",
+)
 
 ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
 
 
-@dataclass
-class ExpertReport:
-    """tokens: routed to the expert. output_error: relative change of its output on them, None without tokens.
-    pooled_hessian: it had too few tokens and was calibrated on the layer's (experts.calibration_tokens)."""
+def quantize(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    data: Sequence[str | Path],
+    *,
+    plan: Plan | None = None,
+    factors: Factors | None = None,
+    bits: float | None = None,
+    bits_per_layer: float | None = None,
+    recipe: str | Recipe = "mcmoe",
+    widths: Sequence[int] | None = None,
+    linear_bits: int | None = None,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    evaluation_data: Sequence[str | Path] | None = None,
+    log: Log = lambda message: None,
+    show_progress: bool = True,
+) -> QuantizationReport:
+    """The whole path: measure, allocate, quantise, write. What is given is not computed again.
 
-    gate_up: int
-    down: int
-    tokens: int
-    output_error: float | None
-    pooled_hessian: bool
+    data             calibration text, as load_sequences takes it
+    plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
+    factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
+    widths           bit-widths an expert may get; None takes the recipe's
+    linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
+    evaluation_data  text to score original and checkpoint on; the scores go into the model card
 
-
-@dataclass
-class QuantizationReport:
-    """What quantize_model did; quantization_report.json holds the same.
-
-    layers            layer name -> one ExpertReport per expert
-    unquantized_linears   linears left in 16 bits though linear_bits asked for fewer, with the reason
-    average_bits      {"experts", "model"}, from the written bytes, scales and zeros included
+    Raises UnsupportedModelError, FormatError, DataError or PlanError before any long work where possible; no partial
+    output is left behind.
     """
-
-    recipe: str
-    linear_bits: int
-    calibration_tokens: int
-    layers: dict[str, list[ExpertReport]] = field(default_factory=dict)
-    super_experts: dict[str, list[int]] = field(default_factory=dict)
-    unquantized_linears: dict[str, str] = field(default_factory=dict)
-    expert_bytes: int = 0
-    total_bytes: int = 0
-    average_bits: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = {name: [vars(expert) for expert in experts] for name, experts in self.layers.items()}
-        return {"format_version": 1, **vars(self), "layers": layers}
+    recipe = find_recipe(recipe)
+    if (plan is not None) + (bits is not None) + (bits_per_layer is not None) != 1:
+        raise PlanError("give exactly one of plan, bits and bits_per_layer.")
+    check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
+    check_output(Path(out_dir))
+    description = describe_model(model_dir)
+    model = LayerwiseModel(WeightFiles(description))
+    tokens = load_calibration_data(description, data, sequences, length, log)
+    gradient_norms = None
+    if (plan is None and factors is None) or recipe.hessian_weighting == "gradient":
+        log(f"Measuring {description.num_experts} experts in each of {len(description.moe_layers)} layers.")
+        measured = measure(model, tokens, recipe=recipe, widths=widths, seed=seed, log=log, show_progress=show_progress)
+        factors, gradient_norms = factors or measured.factors, measured.gradient_norms
+    if plan is None:
+        plan = allocate(factors, recipe=recipe, bits=bits, bits_per_layer=bits_per_layer, widths=widths)
+        log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
+    report = quantize_model(
+        model,
+        out_dir,
+        plan=plan,
+        sequences=tokens,
+        recipe=recipe,
+        linear_bits=linear_bits,
+        gradient_norms=gradient_norms,
+        factors=factors,
+        log=log,
+        show_progress=show_progress,
+    )
+    if evaluation_data is not None:
+        options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
+        before = evaluate(model_dir, evaluation_data, **options)
+        after = evaluate(out_dir, evaluation_data, against=model_dir, **options)
+        (Path(out_dir) / MODEL_CARD).write_text(model_card(description, report, (before, after)), encoding="utf-8")
+    return report
 
 
 def quantize_model(
-    model_dir: str | Path,
+    model: LayerwiseModel,
     out_dir: str | Path,
     *,
     plan: Plan,
@@ -99,30 +139,31 @@ def quantize_model(
 ) -> QuantizationReport:
     """Write a checkpoint of the model at the plan's bit-widths.
 
+    model           LayerwiseModel(WeightFiles(describe_model(path)))
     linear_bits     4, 8 or 16; None takes the recipe's
     gradient_norms  layer name -> float32 [tokens] of the same sequences, as calibrate returns them; needed by recipes
                     whose hessian_weighting is "gradient"
     factors         copied into the checkpoint beside the plan
 
-    Raises UnsupportedModelError or FormatError before any work for a model that cannot be quantised or an output
-    directory in use, PlanError for a plan of another model.
+    Raises before any work: FormatError for an output directory in use, PlanError for a plan of another model,
+    UnsupportedModelError for linear_bits that are not one of the three.
     """
     started = time.monotonic()
     recipe = find_recipe(recipe)
     bits = recipe.linear_bits if linear_bits is None else linear_bits
     check_linear_bits(bits)
     check_output(Path(out_dir))
-    description = describe_model(model_dir)
+    description = model.description
     plan.check_against(description.experts_per_layer())
     if recipe.hessian_weighting == "gradient" and gradient_norms is None:
         raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass calibrate's gradient_norms.")
-    model = LayerwiseModel(WeightFiles(description))
     report = QuantizationReport(recipe.name, bits, sequences.tokens.numel(), super_experts=_super_experts(factors))
     with writing_checkpoint(Path(out_dir)) as writer, torch.no_grad():
         run = _Run(model, writer, plan, recipe, bits, gradient_norms or {}, report, log)
         run.quantize(sequences.tokens, show_progress)
         run.write_config()
         report.seconds = round(time.monotonic() - started, 1)
+        writer.add_text(MODEL_CARD, model_card(description, report))
         writer.add_json(REPORT_FILE, report.to_dict())
         plan.save(writer.directory / PLAN_FILE)
         if factors is not None:
@@ -250,6 +291,8 @@ class _Run:
         is_expert = self.description.is_expert_tensor
         self.report.expert_bytes = sum(n for name, n in sizes.items() if is_expert(name))
         self.report.total_bytes = sum(sizes.values())
+        self.report.original_expert_bytes = sum(info.nbytes for name, info in files.items() if is_expert(name))
+        self.report.original_total_bytes = sum(info.nbytes for info in files.values())
         expert_weights = sum(info.numel for name, info in files.items() if is_expert(name))
         all_weights = sum(info.numel for info in files.values())
         self.report.average_bits = {

@@ -14,6 +14,12 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 
+ELEMENT_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "F32": 4, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is, from the header of its file. dtype is safetensors' own name, e.g. "BF16"."""
@@ -25,6 +31,10 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ELEMENT_BYTES[self.dtype]
 
 
 class TensorFiles:

@@ -1,0 +1,204 @@
+"""Evaluation of a 16-bit model or a quantised checkpoint: perplexity, distance to another model, bytes.
+
+    result = evaluate("mixtral-2.5bit", ["wikitext.txt"], against="mixtral")
+    result.geometric_mean_perplexity, result.mean_kl, result.average_bits["experts"]
+
+Everything is computed in float32 with dequantised weights, one layer in memory at a time. With activations="int8" the
+experts' inputs go through the kernels' activation quantisation, which makes the results those of every kernel up to
+float32 rounding.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, open_weights
+from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
+from vllm_mcmoe.calibration.experts import Activation
+from vllm_mcmoe.calibration.layerwise import DecoderLayer, ExpertsForward, LayerwiseModel, WeightSource
+from vllm_mcmoe.calibration.models import activation_function
+from vllm_mcmoe.calibration.progress import progress
+from vllm_mcmoe.calibration.statistics import load_calibration_data
+from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.reference import quantize_activations
+
+Activations = Literal["int8", "float"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    model, against     the directories compared
+    activations        "int8" or "float", of the experts; always "float" for a 16-bit model
+    tokens             predicted tokens
+    perplexity_by_file file name -> perplexity
+    geometric_mean_perplexity   over the files, each counting alike
+    token_perplexity   over all tokens together
+    mean_kl            KL(against || model), nats per token; None without against
+    top1_agreement     share of positions where both models' most likely token is the same; None without against
+    expert_bytes, total_bytes   bytes of the tensors on disk
+    average_bits       {"experts", "model"}: bits per weight on disk, scales and zeros included
+    """
+
+    model: Path
+    against: Path | None
+    activations: Activations
+    tokens: int
+    perplexity_by_file: dict[str, float]
+    geometric_mean_perplexity: float
+    token_perplexity: float
+    mean_kl: float | None
+    top1_agreement: float | None
+    expert_bytes: int
+    total_bytes: int
+    average_bits: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "model": str(self.model), "against": self.against and str(self.against)}
+
+
+def evaluate(
+    model: str | Path,
+    data: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    activations: Activations = "int8",
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    log: Callable[[str], None] = lambda message: None,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Evaluate a model directory on text.
+
+    data         as load_sequences takes it; one file is one domain
+    against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
+    activations  of the quantised experts, here and in `against`
+
+    Raises UnsupportedModelError, FormatError or DataError before any long work.
+    """
+    weights = open_weights(model)
+    reference = None if against is None else open_weights(against)
+    if reference is not None and reference.model.config.vocab_size != weights.model.config.vocab_size:
+        raise UnsupportedModelError(
+            f"{against} has a vocabulary of {reference.model.config.vocab_size} tokens, {model} one of "
+            f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
+        )
+    text = load_calibration_data(weights.model, data, sequences, length, log)
+    subject = _FinalStates(weights, text.tokens, activations, show_progress)
+    base = None if reference is None else _FinalStates(reference, text.tokens, activations, show_progress)
+    losses, mean_kl, agreement = _compare(subject, base, text.tokens)
+    by_file = _perplexity_by_file(losses, text)
+    expert_bytes, total_bytes, average_bits = _sizes(weights)
+    return Evaluation(
+        model=Path(model),
+        against=None if against is None else Path(against),
+        activations=activations if isinstance(weights, CheckpointWeights) else "float",
+        tokens=losses.numel(),
+        perplexity_by_file=by_file,
+        geometric_mean_perplexity=math.exp(sum(map(math.log, by_file.values())) / len(by_file)),
+        token_perplexity=math.exp(float(losses.mean())),
+        mean_kl=mean_kl,
+        top1_agreement=agreement,
+        expert_bytes=expert_bytes,
+        total_bytes=total_bytes,
+        average_bits=average_bits,
+    )
+
+
+class _FinalStates:
+    """Last hidden states of a model on all sequences, and its logits from them, batch by batch."""
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        tokens: torch.Tensor,
+        activations: Activations,
+        show_progress: bool,
+    ):
+        self.model = LayerwiseModel(weights)
+        integer = activations == "int8" and isinstance(weights, CheckpointWeights)
+        activation = activation_function(weights.model)
+        with torch.no_grad():
+            self.batches = self.model.embed(tokens)
+            for index in progress(
+                range(self.model.num_layers), f"Running {weights.model.path.name}", show=show_progress
+            ):
+                with self.model.loaded_layer(index) as layer:
+                    if integer and index in weights.model.moe_layers:
+                        with layer.experts_forward(_int8_experts(layer, activation)):
+                            self.batches = [layer(batch) for batch in self.batches]
+                    else:
+                        self.batches = [layer(batch) for batch in self.batches]
+
+    def log_probs(self, batch: int) -> torch.Tensor:
+        """float32 [sequences, length, vocabulary]."""
+        return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
+
+
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels' int8 activations represent it. float [n, K] -> float32 [n, K].
+
+    A kernel's exact integer sums, scaled, equal the float product of these values with the dequantised weights, so
+    rounding the inputs is all it takes to compute what the kernels compute.
+    """
+    codes, scales = quantize_activations(x)
+    return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales[..., None]).flatten(-2)
+
+
+def _int8_experts(layer: DecoderLayer, activation: Activation) -> ExpertsForward:
+    def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        rounded = round_activations(x)
+        out = torch.zeros_like(x)
+        for expert in topk_ids.unique().tolist():
+            index, slot = (topk_ids == expert).nonzero(as_tuple=True)
+            gate, up = (rounded[index] @ layer.gate_up[expert].t()).chunk(2, dim=-1)
+            y = round_activations(activation(gate) * up) @ layer.down[expert].t()
+            out.index_add_(0, index, y * topk_weights[index, slot, None])
+        return out
+
+    return forward
+
+
+def _compare(
+    subject: _FinalStates, base: _FinalStates | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor, float | None, float | None]:
+    """Losses float32 [sequences, length - 1] of the next tokens, mean KL and top-1 agreement over all positions."""
+    losses, kl, agreements = [], 0.0, 0
+    batch_tokens = tokens.split([len(batch) for batch in subject.batches])
+    with torch.no_grad():
+        for number, labels in enumerate(batch_tokens):
+            log_probs = subject.log_probs(number)
+            losses.append(-log_probs[:, :-1].gather(2, labels[:, 1:, None]).squeeze(2))
+            if base is not None:
+                expected = base.log_probs(number)
+                agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
+                kl += float((expected.exp() * (expected - log_probs)).sum(-1).double().sum())
+    if base is None:
+        return torch.cat(losses), None, None
+    return torch.cat(losses), kl / tokens.numel(), agreements / tokens.numel()
+
+
+def _perplexity_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
+    """File name (its whole path where two files have one name) -> perplexity."""
+    names = [path.name for path in text.files]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in text.files]
+    return {name: math.exp(float(losses[text.file_ids == i].mean())) for i, name in enumerate(names)}
+
+
+def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
+    """Bytes of the experts' tensors and of all, and average bits per weight, on disk."""
+    is_expert, info = weights.model.is_expert_tensor, weights.files.info
+    expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))
+    total_bytes = sum(tensor.nbytes for tensor in info.values())
+    expert_weights = sum(weights.numel(name) for name in weights.names() if is_expert(name))
+    all_weights = sum(weights.numel(name) for name in weights.names())
+    bits = {"experts": 8 * expert_bytes / expert_weights, "model": 8 * total_bytes / all_weights}
+    return expert_bytes, total_bytes, bits

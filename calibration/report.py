@@ -1,0 +1,54 @@
+"""What quantisation did, expert by expert: the content of quantization_report.json."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ExpertReport:
+    """One expert.
+
+    gate_up, down   bit-widths
+    tokens          calibration tokens routed to it
+    output_error    relative change (Frobenius norms) of its output on them, on the inputs the quantised layers below
+                    give; None without tokens
+    pooled_hessian  it had too few tokens and was calibrated on the layer's (experts.calibration_tokens)
+    """
+
+    gate_up: int
+    down: int
+    tokens: int
+    output_error: float | None
+    pooled_hessian: bool
+
+
+@dataclass
+class QuantizationReport:
+    """One checkpoint.
+
+    layers                layer name -> one ExpertReport per expert
+    super_experts         layer name -> ids, from the factors the plan was made with
+    unquantized_linears   linear layers left in 16 bits though fewer were asked for -> the reason
+    expert_bytes, total_bytes   of the tensors written; original_...: of the model they were made from
+    average_bits          {"experts", "model"}: bits per weight as written, scales and zeros included
+    """
+
+    recipe: str
+    linear_bits: int
+    calibration_tokens: int
+    layers: dict[str, list[ExpertReport]] = field(default_factory=dict)
+    super_experts: dict[str, list[int]] = field(default_factory=dict)
+    unquantized_linears: dict[str, str] = field(default_factory=dict)
+    expert_bytes: int = 0
+    total_bytes: int = 0
+    original_expert_bytes: int = 0
+    original_total_bytes: int = 0
+    average_bits: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        layers = {name: [vars(expert) for expert in experts] for name, experts in self.layers.items()}
+        return {"format_version": FORMAT_VERSION, **vars(self), "layers": layers}
