@@ -11,10 +11,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.platforms import current_platform
 
 from vllm_mcmoe.checkpoint import ExpertBits
-from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels import experts_class
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.support import check_layer
 
 BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
 
@@ -38,6 +38,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, bits: ExpertBits):
         super().__init__(moe)
         self.bits = bits
+        self.backend = select_backend()
         self.weights: LayerWeights | None = None
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
@@ -53,7 +54,18 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs,
     ) -> None:
         """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts."""
-        self._check_supported(layer, hidden_size, intermediate_size_per_partition)
+        check_layer(
+            layer.layer_name,
+            self.bits,
+            num_experts=layer.global_num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size_per_partition,
+            tp_size=self.moe.tp_size,
+            activation=layer.activation.value,
+            backend=self.backend,
+            has_bias=self.moe.has_bias,
+            weight_on_input=layer.apply_router_weight_on_input,
+        )
         shard = Shard(
             expert_ids=_local_expert_ids(layer, num_experts),
             tp_rank=self.moe.tp_rank,
@@ -72,36 +84,13 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         # `--load-format dummy` fills parameters without calling their loaders
         self.check_loaded = get_current_vllm_config().load_config.load_format != "dummy"
 
-    def _check_supported(self, layer: RoutedExperts, hidden_size: int, intermediate_size: int) -> None:
-        name, tp_size = layer.layer_name, self.moe.tp_size
-        if layer.global_num_experts != self.bits.num_experts:
-            raise FormatError(
-                f"{name}: the model has {layer.global_num_experts} experts, quantization_config.experts lists "
-                f"{self.bits.num_experts}."
-            )
-        if hidden_size % GROUP_SIZE:
-            raise UnsupportedModelError(
-                f"{name}: hidden size {hidden_size} is not divisible by the group size {GROUP_SIZE}."
-            )
-        if intermediate_size % GROUP_SIZE:
-            raise UnsupportedModelError(
-                f"{name}: the experts' intermediate size {intermediate_size * tp_size} over tensor parallel size "
-                f"{tp_size} gives {intermediate_size} per rank, not divisible by the group size {GROUP_SIZE}. "
-                "Use a smaller tensor parallel size, or --enable-expert-parallel, which keeps experts whole."
-            )
-        if layer.apply_router_weight_on_input:
-            raise UnsupportedModelError(f"{name}: models that apply routing weights to the input are not supported.")
-        if self.moe.has_bias:
-            raise UnsupportedModelError(f"{name}: experts with biases are not supported.")
-
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Repacks into the backend's layout and drops the checkpoint's, one layer at a time."""
         if self.weights is None:
             return  # vLLM may call this twice; the first call has done it
         if self.check_loaded:
             self.weights.check_complete()
-        backend = select_backend()
-        layer.mcmoe_experts = experts_class(backend).prepare(
+        layer.mcmoe_experts = experts_class(self.backend).prepare(
             self.weights.gate_up.matrices(),
             self.weights.down.matrices(),
             hidden_size=layer.hidden_size,
