@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from numba import cfunc, njit, prange, types
 
-from vllm_mcmoe.kernels.cpu import moe, products
+from vllm_mcmoe.kernels.cpu import amx, moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
 from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
 
@@ -105,4 +105,15 @@ def _products_portable(source: str):
     return multiply_rows_portable
 
 
-_PRODUCTS = {"avx512_vnni": _products_vnni, "portable": _products_portable}
+def _products_amx(source: str):
+    @cfunc(_ROWS, cache=True)
+    def multiply_rows_amx(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+        source  # noqa: B018
+        amx.multiply_rows_amx(
+            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
+
+    return multiply_rows_amx
+
+
+_PRODUCTS = {"amx": _products_amx, "avx512_vnni": _products_vnni, "portable": _products_portable}

@@ -1,12 +1,15 @@
 """Which instructions the kernels use on this machine."""
 
+import ctypes
 import os
+import platform
 from functools import cache
 
 import llvmlite.binding as llvm
 
 ISA_VARIABLE = "VLLM_MCMOE_CPU_ISA"
 _NEEDS = {
+    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8"),
     "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
     "portable": (),
 }
@@ -16,7 +19,18 @@ _NEEDS = {
 def available_isas() -> tuple[str, ...]:
     """Instruction sets this machine has, best first."""
     features = llvm.get_host_cpu_features()
-    return tuple(isa for isa, needs in _NEEDS.items() if all(features.get(need) for need in needs))
+    isas = [isa for isa, needs in _NEEDS.items() if all(features.get(need) for need in needs)]
+    if "amx" in isas and not _permit_amx():
+        isas.remove("amx")
+    return tuple(isas)
+
+
+def _permit_amx() -> bool:
+    """Ask Linux for the tile registers, which a process may use only after asking; holds for all its threads."""
+    syscall_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata = 158, 0x1023, 18
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(syscall_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0
 
 
 def select_isa() -> str:

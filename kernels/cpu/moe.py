@@ -5,9 +5,9 @@ from a shared counter, because experts differ in width and tokens, and cores in 
 by one thread in an order that depends on neither the number of threads nor the rest of the batch, so results are the
 same bits in any setting.
 
-Activations are stored in tiles of up to 16 slots of one expert: [inputs/64][slots of the tile][64 codes], scales
-[groups][slots of the tile][2] (see vectors.quantize_*). One token's codes are then contiguous, and 16 tokens' codes
-are 1 KiB blocks, an AMX tile each.
+Slots of one expert form chunks of at most CHUNK. Activations are stored chunk by chunk: codes [inputs/64][slots of the
+chunk][64], scales [groups][slots of the chunk][2] (see vectors.quantize_*). A lone token's codes are then contiguous, and
+any 16 slots' codes are 1 KiB blocks, an AMX tile each.
 """
 
 from enum import IntEnum
@@ -27,7 +27,6 @@ from vllm_mcmoe.kernels.cpu.intrinsics import (
     yield_core,
 )
 from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
-from vllm_mcmoe.kernels.cpu.products import TILE
 from vllm_mcmoe.kernels.cpu.vectors import (
     BFLOAT16,
     FLOAT16,
@@ -74,13 +73,13 @@ class Field(IntEnum):
     SLOT_OF = 17  # int32 [tokens, top_k]: slot of the pair, -1 for none
     SLOT_TOKEN = 18  # int32 [slots]
     SLOT_WEIGHT = 19  # float32 [slots]
-    SLOT_TILE = 20  # int32 [slots, 2]: first slot of the slot's tile, slots in that tile
+    SLOT_CHUNK = 20  # int32 [slots, 2]: first slot of the slot's chunk, slots in that chunk
     CHUNKS = 21  # int32 [chunks, 3]: expert, first slot, slots
     CHUNK_COUNT = 22  # value, written
     EXPERT_START = 23  # int32 [experts + 1]
-    CODES = 24  # int8 tiles [slots, hidden]
-    SCALES = 25  # float32 tiles [slots, hidden/128, 2]
-    MID_CODES = 26  # int8 tiles [slots, intermediate]
+    CODES = 24  # int8, slots * hidden, by chunk
+    SCALES = 25  # float32, slots * hidden/128 * 2, by chunk
+    MID_CODES = 26  # int8, slots * intermediate, by chunk
     MID_SCALES = 27
     SCRATCH = 28  # one area per thread
     SCRATCH_BYTES = 29  # value
@@ -95,7 +94,7 @@ class Field(IntEnum):
 # numba takes plain integers as constants, not members of an enumeration
 (
     X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, ACTIVATION,
-    GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_TILE, CHUNKS,
+    GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_CHUNK, CHUNKS,
     CHUNK_COUNT, EXPERT_START, CODES, SCALES, MID_CODES, MID_SCALES, SCRATCH, SCRATCH_BYTES, DOWN_ROWS, BAD_ID,
     THREADS, PARALLEL, WORKER, MULTIPLY_ROWS,
 ) = map(int, Field)  # fmt: skip
@@ -142,7 +141,7 @@ def group_by_expert(p):
 @njit
 def _fill_slots(p, pairs, starts, slot_of):
     """Give every pair the next slot of its expert. Afterwards starts[e] is where expert e ends."""
-    slot_token, slot_tile = as_int32(p[SLOT_TOKEN]), as_int32(p[SLOT_TILE])
+    slot_token, slot_chunk = as_int32(p[SLOT_TOKEN]), as_int32(p[SLOT_CHUNK])
     weights, slot_weight = as_float32(p[TOPK_WEIGHTS]), as_float32(p[SLOT_WEIGHT])
     for pair in range(pairs):
         expert = _expert_of(p, pair)
@@ -156,28 +155,27 @@ def _fill_slots(p, pairs, starts, slot_of):
     chunks = as_int32(p[CHUNKS])
     for chunk in range(p[CHUNK_COUNT]):
         first, count = chunks[3 * chunk + 1], chunks[3 * chunk + 2]
-        for i in range(count):
-            tile = i // TILE * TILE
-            slot_tile[2 * (first + i)] = first + tile
-            slot_tile[2 * (first + i) + 1] = min(TILE, count - tile)
+        for slot in range(first, first + count):
+            slot_chunk[2 * slot] = first
+            slot_chunk[2 * slot + 1] = count
 
 
 @njit
-def _code_address(base, tile, tile_slots, row, features, half):
-    """Address of 64 codes: the `half`-th 64 inputs of slot tile + row."""
-    return base + tile * features + (half * tile_slots + row) * 64
+def _code_address(base, first, count, i, features, half):
+    """Address of 64 codes: the `half`-th 64 inputs of slot i of the chunk of `count` slots from `first`."""
+    return base + first * features + (half * count + i) * 64
 
 
 @njit
-def _scale_address(base, tile, tile_slots, row, features, group):
-    return base + (tile * (features // GROUP_SIZE) + group * tile_slots + row) * 8
+def _scale_address(base, first, count, i, features, group):
+    return base + (first * (features // GROUP_SIZE) + group * count + i) * 8
 
 
 @njit
 def quantize_inputs(p):
     """Quantise x, token by token, and copy the codes to the token's slots. Returns the tasks done."""
     hidden, top_k, dtype = p[HIDDEN], p[TOP_K], p[DTYPE]
-    slot_of, slot_tile = as_int32(p[SLOT_OF]), as_int32(p[SLOT_TILE])
+    slot_of, slot_chunk = as_int32(p[SLOT_OF]), as_int32(p[SLOT_CHUNK])
     item = 4 if dtype == 0 else 2
     done = 0
     while True:
@@ -192,11 +190,10 @@ def quantize_inputs(p):
                 slot = slot_of[token * top_k + j]
                 if slot < 0:
                     continue
-                tile, tile_slots = int(slot_tile[2 * slot]), int(slot_tile[2 * slot + 1])
-                row = slot - tile
-                low = _code_address(p[CODES], tile, tile_slots, row, hidden, 2 * group)
-                high = low + tile_slots * 64
-                scale = _scale_address(p[SCALES], tile, tile_slots, row, hidden, group)
+                first, count = int(slot_chunk[2 * slot]), int(slot_chunk[2 * slot + 1])
+                low = _code_address(p[CODES], first, count, slot - first, hidden, 2 * group)
+                high = low + count * 64
+                scale = _scale_address(p[SCALES], first, count, slot - first, hidden, group)
                 if first_low:
                     copy64(first_low, low)
                     copy64(first_high, high)
@@ -241,7 +238,10 @@ def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, sc
 
 @njit
 def gate_up_phase(p, scratch):
-    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up). Returns those done."""
+    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up).
+
+    Returns the tasks done.
+    """
     hidden, columns = p[HIDDEN], p[INTERMEDIATE] // GROUP_ROWS
     chunks, table = as_int32(p[CHUNKS]), as_int64(p[GATE_UP_TABLE])
     blocks = 2 * GROUP_ROWS // ROWS
@@ -276,11 +276,9 @@ def _gate_and_quantize(p, totals, first, count, column):
                 gate_gelu(gate, up, group + block * row_bytes)
             else:
                 gate_gelu_tanh(gate, up, group + block * row_bytes)
-        tile = i // TILE * TILE
-        slots, row = min(TILE, count - tile), i - tile
-        low = _code_address(p[MID_CODES], first + tile, slots, row, intermediate, 2 * column)
-        scale = _scale_address(p[MID_SCALES], first + tile, slots, row, intermediate, column)
-        quantize_float32(group, low, low + slots * 64, scale)
+        low = _code_address(p[MID_CODES], first, count, i, intermediate, 2 * column)
+        scale = _scale_address(p[MID_SCALES], first, count, i, intermediate, column)
+        quantize_float32(group, low, low + count * 64, scale)
 
 
 @njit

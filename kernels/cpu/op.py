@@ -15,6 +15,8 @@ MAX_TOKENS = 2048  # tokens of one pass; longer inputs take several, so that the
 TASKS_PER_THREAD = 8  # of the down projection: enough to even out cores of different speed
 DOWN_SUMS_BYTES = 1024 * 1024  # of a task of the down projection: [tokens, rows] float32 should stay in L2
 
+TILE_BYTES = 1024  # the last tile of AMX reads whole, past the last slot
+
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "cpu_fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor gate_up_table, "
@@ -40,10 +42,10 @@ class _Workspace:
 
 
 def _down_rows(tokens: int, hidden: int, threads: int) -> int:
-    """Output rows of a task of the down projection, a multiple of 16."""
+    """Output rows of a task of the down projection, a multiple of 32: AMX multiplies two row blocks at a time."""
     even = hidden // (threads * TASKS_PER_THREAD)
     cached = DOWN_SUMS_BYTES // (4 * tokens)
-    return max(ROWS, min(even, cached) // ROWS * ROWS)
+    return max(2 * ROWS, min(even, cached) // (2 * ROWS) * (2 * ROWS))
 
 
 def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts: int, threads: int, down_rows: int):
@@ -54,12 +56,12 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
     space.add(Field.SLOT_OF, 4 * slots)
     space.add(Field.SLOT_TOKEN, 4 * slots)
     space.add(Field.SLOT_WEIGHT, 4 * slots)
-    space.add(Field.SLOT_TILE, 8 * slots)
+    space.add(Field.SLOT_CHUNK, 8 * slots)
     space.add(Field.CHUNKS, 12 * (min(experts, slots) + slots // CHUNK))
     space.add(Field.EXPERT_START, 4 * (experts + 1))
-    space.add(Field.CODES, slots * hidden)
+    space.add(Field.CODES, slots * hidden + TILE_BYTES)
     space.add(Field.SCALES, 8 * slots * (hidden // GROUP_SIZE))
-    space.add(Field.MID_CODES, slots * intermediate)
+    space.add(Field.MID_CODES, slots * intermediate + TILE_BYTES)
     space.add(Field.MID_SCALES, 8 * slots * (intermediate // GROUP_SIZE))
     gate_up = 2 * GROUP_ROWS * chunk * 4 + GROUP_ROWS * 4
     down = (tokens + chunk) * down_rows * 4

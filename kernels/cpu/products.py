@@ -57,7 +57,7 @@ def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad
     return total
 
 
-class _Codes:
+class Codes:
     """The packed codes of one group of 16 rows, or of a portion of it, unpacked quad by quad."""
 
     def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value, portion: ir.Value | None = None):
@@ -118,7 +118,7 @@ def _integer_products(builder, dot, bits: int, record, activations, tokens: int,
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), before)
     phis = [[builder.phi(VI32) for _ in range(chains)] for _ in range(tokens)]
-    codes = _Codes(builder, bits, record, portion)
+    codes = Codes(builder, bits, record, portion)
     base = builder.add(activations, builder.mul(builder.lshr(portion, I64(1)), half_stride))
     base = builder.add(base, builder.mul(builder.and_(portion, I64(1)), I64(4 * PORTION_QUADS)))
     totals = [list(chain) for chain in phis]
@@ -152,7 +152,7 @@ def _integer_product_in_place(builder, dot, bits: int, record, activations, half
     Fields of one position share a sum, which is shifted back once per group: exact, being a multiple of 2**p.
     For one token unpacking costs as much as multiplying, and this halves it.
     """
-    codes = _Codes(builder, bits, record)
+    codes = Codes(builder, bits, record)
     totals: dict[tuple[int, int], ir.Value] = {}
     second_half = builder.add(activations, half_stride)
     for quad in range(QUADS):
@@ -286,29 +286,28 @@ PORTABLE_TOKENS = (4, 1)
 multiply_vnni = _multiply("vnni", dot_vnni, VNNI_TOKENS)
 multiply_portable = _multiply("portable", dot_portable, PORTABLE_TOKENS)
 
-TILE = 16  # slots in a full tile of activations
-
 
 @njit
 def multiply_rows_vnni(
     bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
-    """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals [row block][slot][16]."""
+    """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals, float32 [block][slot][16].
+
+    codes, scales: the activations of moe.py, in which the `count` slots from `first` are one chunk.
+    """
+    codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
+    scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
         record = records + (block * groups + first_group) * record_bytes_compiled(bits)
-        for tile in range(0, count, TILE):
-            slots = min(TILE, count - tile)
-            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
-            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
-            row = 0
-            while row < slots:
-                left = slots - row
-                batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-                multiply_vnni(
-                    bits, batch, record, group_count, activations + row * 64, slots * 64,
-                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * LANES * 4,
-                )  # fmt: skip
-                row += batch
+        slot = 0
+        while slot < count:
+            left = count - slot
+            batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            multiply_vnni(
+                bits, batch, record, group_count, codes + slot * 64, count * 64,
+                scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
+            )  # fmt: skip
+            slot += batch
 
 
 @njit
@@ -316,17 +315,15 @@ def multiply_rows_portable(
     bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """As multiply_rows_vnni."""
+    codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
+    scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
         record = records + (block * groups + first_group) * record_bytes_compiled(bits)
-        for tile in range(0, count, TILE):
-            slots = min(TILE, count - tile)
-            activations = codes + (first + tile) * groups * GROUP_SIZE + first_group * GROUP_SIZE * slots
-            a_scales = scales + ((first + tile) * groups + first_group * slots) * 8
-            row = 0
-            while row < slots:
-                batch = 4 if slots - row >= 4 else 1
-                multiply_portable(
-                    bits, batch, record, group_count, activations + row * 64, slots * 64,
-                    a_scales + row * 8, slots * 8, totals + (block * count + tile + row) * LANES * 4,
-                )  # fmt: skip
-                row += batch
+        slot = 0
+        while slot < count:
+            batch = 4 if count - slot >= 4 else 1
+            multiply_portable(
+                bits, batch, record, group_count, codes + slot * 64, count * 64,
+                scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
+            )  # fmt: skip
+            slot += batch
