@@ -28,6 +28,8 @@ class CpuExperts(torch.nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation = activation
         self.activation_index = GATES.index(activation)
+        self.isa = select_isa()
+        compile_layer(self.isa)
 
     @classmethod
     def prepare(
@@ -51,7 +53,6 @@ class CpuExperts(torch.nn.Module):
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size <= 0 or size % GROUP_SIZE:
                 raise ValueError(f"{name} {size} is not a positive multiple of the group size {GROUP_SIZE}")
-        compile_layer(select_isa())
         experts = cls(hidden_size, intermediate_size, activation)
         experts._fill(
             "gate_up",
@@ -95,4 +96,5 @@ class CpuExperts(torch.nn.Module):
             self.down_table,
             self.intermediate_size,
             self.activation_index,
+            self.isa,
         )

@@ -6,8 +6,8 @@ by one thread in an order that depends on neither the number of threads nor the 
 same bits in any setting.
 
 Slots of one expert form chunks of at most CHUNK. Activations are stored chunk by chunk: codes [inputs/64][slots of the
-chunk][64], scales [groups][slots of the chunk][2] (see vectors.quantize_*). A lone token's codes are then contiguous, and
-any 16 slots' codes are 1 KiB blocks, an AMX tile each.
+chunk][64], scales [groups][slots of the chunk][2] (see vectors.quantize_*). A lone token's codes are then contiguous,
+and any 16 slots' codes are 1 KiB blocks, an AMX tile each.
 """
 
 from enum import IntEnum

@@ -5,7 +5,6 @@ import ctypes
 import torch
 
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
-from vllm_mcmoe.kernels.cpu.isa import select_isa
 from vllm_mcmoe.kernels.cpu.moe import CHUNK, GROUP_ROWS, ROWS, Field
 from vllm_mcmoe.kernels.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
@@ -20,7 +19,7 @@ TILE_BYTES = 1024  # the last tile of AMX reads whole, past the last slot
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "cpu_fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor gate_up_table, "
-    "Tensor down, Tensor down_table, int intermediate_size, int activation) -> Tensor",
+    "Tensor down, Tensor down_table, int intermediate_size, int activation, str isa) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -70,14 +69,14 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
     return space, scratch_bytes
 
 
-def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, out):
+def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa, out):
     tokens, hidden = x.shape
     top_k, experts = topk_ids.shape[1], gate_up_table.shape[0]
     threads = torch.get_num_threads()
     down_rows = _down_rows(tokens, hidden, threads)
     space, scratch_bytes = _workspace(tokens, top_k, hidden, intermediate_size, experts, threads, down_rows)
     buffer = torch.empty(space.size, dtype=torch.uint8)
-    compiled = compile_layer(select_isa())
+    compiled = compile_layer(isa)
 
     params = (ctypes.c_int64 * len(Field))()
     space.addresses(params, buffer.data_ptr())
@@ -98,7 +97,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
 
 
 def _cpu_fused_experts(
-    x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation
+    x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa
 ):
     x, topk_ids = x.contiguous(), topk_ids.contiguous()
     if topk_ids.dtype not in (torch.int32, torch.int64):
@@ -109,7 +108,7 @@ def _cpu_fused_experts(
         last = first + MAX_TOKENS
         _run(
             x[first:last], topk_weights[first:last], topk_ids[first:last],
-            gate_up, gate_up_table, down, down_table, intermediate_size, activation, out[first:last],
+            gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa, out[first:last],
         )  # fmt: skip
     return out
 
@@ -118,5 +117,5 @@ _LIBRARY.impl("cpu_fused_experts", _cpu_fused_experts, "CPU")
 
 
 @torch.library.register_fake("vllm_mcmoe::cpu_fused_experts", lib=_LIBRARY)
-def _fake(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation):
+def _fake(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,38 @@
+"""Random quantised experts, and what a layer of them is called with."""
+
+import torch
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
+
+
+def random_matrix(bits: int, out_features: int, in_features: int, generator: torch.Generator) -> PackedMatrix:
+    """Uniform codes, scales of 0.01 to 0.02 and unrounded zeros inside the range of the codes."""
+    groups = (out_features, in_features // GROUP_SIZE)
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(groups, generator=generator) + 1) / 100
+    zeros = torch.rand(groups, generator=generator) * ((1 << bits) - 1)
+    return PackedMatrix(bits, pack_codes(codes, bits), scales.half(), None if bits == 1 else zeros.half())
+
+
+def random_layer(gate_up_bits: list[int], down_bits: list[int], hidden: int, intermediate: int, seed: int = 0) -> dict:
+    """Keyword arguments of `prepare` for one layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "gate_up": [random_matrix(bits, 2 * intermediate, hidden, generator) for bits in gate_up_bits],
+        "down": [random_matrix(bits, hidden, intermediate, generator) for bits in down_bits],
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "gate_up_bits": gate_up_bits,
+        "down_bits": down_bits,
+    }
+
+
+def random_call(
+    tokens: int, hidden: int, experts: int, top_k: int, *, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] with distinct experts per token."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    scores = torch.rand(tokens, experts, generator=generator)
+    weights, ids = scores.topk(top_k, dim=-1)
+    return x, weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)

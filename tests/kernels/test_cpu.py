@@ -1,0 +1,264 @@
+"""The CPU kernels, on every instruction set of this machine, against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.matrices import random_call, random_layer
+from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
+from vllm_mcmoe.kernels.cpu.op import MAX_TOKENS
+from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.reference import ReferenceExperts
+
+HIDDEN, INTERMEDIATE = 384, 256  # 3 and 2 groups: neither a power of two nor the same
+ALL_ISAS = ("amx", "avx512_vnni", "portable")
+MIXED = [1, 2, 3, 4, 8]
+
+# The integers are exact, so backends differ by the rounding of float32 sums of 3 + 2 groups and by exp's last place:
+# some units of 6e-8 of the largest output. An intermediate value on the edge between two int8 codes may go either way:
+# one step of 1/127 of one of 256 inputs, seldom; the data here has none.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(params=ALL_ISAS)
+def isa(request, monkeypatch):
+    if request.param not in available_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_agrees(layer: dict, call: tuple, activation: str = "silu") -> None:
+    found = CpuExperts.prepare(**layer, activation=activation)(*call)
+    expected = ReferenceExperts.prepare(**layer, activation=activation)(*call)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 13, 16, 40])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_agrees_with_the_reference_at_every_width(isa, bits, tokens):
+    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
+    assert_agrees(layer, random_call(tokens, HIDDEN, 2, 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 17, 130])
+def test_agrees_with_widths_mixed_in_one_layer(isa, tokens):
+    layer = random_layer(MIXED, MIXED[::-1], HIDDEN, INTERMEDIATE)
+    assert_agrees(layer, random_call(tokens, HIDDEN, 5, 2))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 4), (16, 8), (64, 6)])
+def test_agrees_with_many_experts_some_without_tokens(isa, experts, top_k):
+    bits = [MIXED[e % 5] for e in range(experts)]
+    layer = random_layer(bits, bits[::-1], 128, 128)
+    assert_agrees(layer, random_call(9, 128, experts, top_k))
+
+
+def test_agrees_when_one_expert_gets_more_tokens_than_a_chunk_holds(isa):
+    layer = random_layer([2, 3], [3, 2], 128, 128)
+    x, weights, ids = random_call(300, 128, 2, 1)
+    assert_agrees(layer, (x, weights, torch.where(torch.arange(300).unsqueeze(1) < 290, 1, ids)))
+
+
+def test_agrees_over_more_tokens_than_one_pass_takes(isa):
+    layer = random_layer([2, 3], [3, 2], 128, 128)
+    assert_agrees(layer, random_call(MAX_TOKENS + 3, 128, 2, 1))
+
+
+@pytest.mark.parametrize("activation", CpuExperts.activations)
+def test_agrees_for_every_activation(isa, activation):
+    layer = random_layer([4, 8], [4, 8], HIDDEN, INTERMEDIATE)
+    assert_agrees(layer, random_call(6, HIDDEN, 2, 2), activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_gives_the_float_result_rounded(isa, dtype):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], HIDDEN, INTERMEDIATE))
+    x, weights, ids = random_call(6, HIDDEN, 2, 2, dtype=dtype)
+    assert torch.equal(module(x, weights, ids), module(x.float(), weights, ids).to(dtype))
+
+
+def test_routing_weights_may_have_the_dtype_of_the_activations(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights, ids = random_call(3, 128, 2, 2, dtype=torch.bfloat16)
+    weights = weights.bfloat16()
+    assert torch.equal(module(x, weights, ids), module(x, weights.float(), ids))
+
+
+def test_int32_and_int64_ids_are_the_same(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights, ids = random_call(3, 128, 2, 2)
+    assert torch.equal(module(x, weights, ids.int()), module(x, weights, ids.long()))
+
+
+def test_dropped_pairs_contribute_nothing(isa):
+    layer = random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE)
+    x, weights, ids = random_call(20, HIDDEN, 5, 3)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4] = -1
+    assert_agrees(layer, (x, weights, ids))
+
+
+def test_a_token_without_experts_is_zero(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights, ids = random_call(4, 128, 2, 2)
+    ids[2] = -1
+    out = module(x, weights, ids)
+    assert not out[2].any() and out[[0, 1, 3]].any(dim=1).all()
+
+
+def test_all_pairs_dropped_gives_zeros(isa):
+    module = CpuExperts.prepare(**random_layer([2], [2], 128, 128))
+    x, weights, ids = random_call(4, 128, 1, 1)
+    assert not module(x, weights, torch.full_like(ids, -1)).any()
+
+
+def test_no_tokens_give_an_empty_result(isa):
+    module = CpuExperts.prepare(**random_layer([2], [2], 128, 128))
+    out = module(torch.empty(0, 128), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int32))
+    assert out.shape == (0, 128)
+
+
+def test_strided_inputs_are_read_as_what_they_show(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights, ids = random_call(5, 128, 2, 2)
+    strided = [torch.stack([t, t + 1], dim=-1)[..., 0] for t in (x, weights, ids)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(module(*strided), module(x, weights, ids))
+
+
+def test_a_group_of_zero_activations_is_fine(isa):
+    module = CpuExperts.prepare(**random_layer([2], [3], 256, 128))
+    x, weights, ids = random_call(2, 256, 1, 1)
+    x[0, :128] = 0
+    x[1] = 0
+    out = module(x, weights, ids)
+    assert out[0].isfinite().all() and not out[1].any()
+
+
+def test_nan_in_one_token_reaches_that_token_alone(isa):
+    module = CpuExperts.prepare(**random_layer([2], [3], 256, 128))
+    x, weights, ids = random_call(3, 256, 1, 1)
+    clean = module(x, weights, ids)
+    x[1, 5] = torch.nan
+    out = module(x, weights, ids)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_thread_count_does_not_change_a_bit(isa, threads):
+    module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
+    call = random_call(33, HIDDEN, 5, 2)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(module(*call))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_other_tokens_in_the_batch_do_not_change_a_bit(isa):
+    module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
+    x, weights, ids = random_call(50, HIDDEN, 5, 2)
+    whole = module(x, weights, ids)
+    alone = torch.cat([module(x[i : i + 1], weights[i : i + 1], ids[i : i + 1]) for i in range(50)])
+    assert torch.equal(whole, alone)
+
+
+def test_instruction_sets_agree_to_the_bit(monkeypatch):
+    if len(available_isas()) < 2:
+        pytest.skip("this CPU has one instruction set")
+    results = []
+    for isa in available_isas():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
+        results.append(module(*random_call(40, HIDDEN, 5, 2)))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_matrices_are_taken_one_at_a_time():
+    layer = random_layer([2, 3, 4], [2, 3, 4], 128, 128)
+    alive = []
+
+    def one_by_one(matrices):
+        for matrix in matrices:
+            alive.append(matrix)
+            yield matrix
+            assert alive.pop() is matrix  # the consumer came back for the next before taking another
+
+    CpuExperts.prepare(**(layer | {"gate_up": one_by_one(layer["gate_up"]), "down": one_by_one(layer["down"])}))
+
+
+def test_compiled_by_torch_equals_eager(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    call = random_call(5, 128, 2, 2)
+
+    def doubled(x, weights, ids):
+        return module(x * 2, weights, ids) + 1
+
+    assert torch.equal(torch.compile(doubled, fullgraph=True)(*call), doubled(*call))
+
+
+def test_custom_op_passes_torchs_own_check(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    buffers = (module.gate_up, module.gate_up_table, module.down, module.down_table)
+    torch.library.opcheck(torch.ops.vllm_mcmoe.cpu_fused_experts, (*random_call(5, 128, 2, 2), *buffers, 128, 0, isa))
+
+
+def test_runs_on_numbas_threads_where_torch_has_no_openmp_team():
+    """In a process of its own: which threads are used is settled once."""
+    script = """
+from vllm_mcmoe.kernels.cpu import compiled
+compiled.find_gomp_parallel = lambda: None
+from tests.kernels.matrices import random_call, random_layer
+from tests.kernels.test_cpu import assert_agrees
+assert_agrees(random_layer([2, 3], [3, 2], 128, 128), random_call(20, 128, 2, 2))
+assert compiled.compile_layer.cache_info().currsize == 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+
+
+def test_an_expert_id_out_of_range_is_refused(isa):
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights, ids = random_call(5, 128, 2, 2)
+    ids[3, 0] = 2
+    with pytest.raises(IndexError, match="topk_ids names expert 2, this layer holds 2"):
+        module(x, weights, ids)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv(ISA_VARIABLE, "mmx")
+    with pytest.raises(ValueError, match="VLLM_MCMOE_CPU_ISA=mmx: expected one of amx, avx512_vnni, portable"):
+        select_isa()
+
+
+def test_an_instruction_set_this_cpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("vllm_mcmoe.kernels.cpu.isa.available_isas", lambda: ("portable",))
+    monkeypatch.setenv(ISA_VARIABLE, "amx")
+    with pytest.raises(ValueError, match=r"VLLM_MCMOE_CPU_ISA=amx: this CPU .* lacks it; it has portable"):
+        select_isa()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu2"}, "no activation 'relu2'; supported: silu, gelu, gelu_tanh"),
+        ({"gate_up_bits": [2, 5]}, "gate_up: the cpu kernels have no 5-bit matrices"),
+        ({"down_bits": [3, 4]}, "down of expert 1: expected 4 bits and shape .* found 2 bits"),
+        ({"down_bits": [3, 2, 2]}, "down: 3 widths were given, but only 2 matrices"),
+        ({"hidden_size": 100}, "hidden_size 100 is not a positive multiple of the group size 128"),
+        ({"intermediate_size": 256}, r"gate_up of expert 0: expected 2 bits and shape \[512, 128\]"),
+    ],
+)
+def test_a_layer_the_kernels_cannot_hold_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        CpuExperts.prepare(**(random_layer([2, 3], [3, 2], 128, 128) | change))
