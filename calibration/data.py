@@ -20,9 +20,10 @@ DEFAULT_LENGTH = 2048
 
 TEXT_SUFFIX, JSONL_SUFFIX = ".txt", ".jsonl"
 
-# Characters read per wanted token. Text has 3-5 characters per token; 16 leaves room for long words and white space
-# and still keeps a file of many gigabytes from being tokenised whole.
+# A file of many gigabytes is not read whole: 16 characters per wanted token are enough for any text (3-5 are usual),
+# and 8 MB, which tokenise in seconds, are read in any case, so that sequences can be spread over a file.
 CHARACTERS_PER_TOKEN = 16
+LEAST_CHARACTERS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,9 @@ def read_text(path: Path, *, separator: str, max_characters: int) -> str:
 def _tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[torch.Tensor]:
     """One int64 [tokens] tensor per file; no special tokens are added around the text."""
     streams = []
+    max_characters = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_tokens)
     for path in files:
-        text = read_text(
-            path, separator=tokenizer.eos_token or "\n\n", max_characters=CHARACTERS_PER_TOKEN * max_tokens
-        )
+        text = read_text(path, separator=tokenizer.eos_token or "\n\n", max_characters=max_characters)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         streams.append(torch.tensor(ids, dtype=torch.int64))
     return streams

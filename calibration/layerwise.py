@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_mcmoe.calibration.models import LAYER_PREFIX, MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.tensors import TensorFiles
-from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
 # Tokens per forward call: enough for full matrix multiplications, few enough for the [tokens, vocabulary] logits.
 BATCH_TOKENS = 2048
@@ -98,8 +98,11 @@ class DecoderLayer:
     @contextmanager
     def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
         """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
-        topk_weights [N, k]) -> [N, H]."""
-        experts = self.module.mlp.experts
+        topk_weights [N, k]) -> [N, H]. A dense layer stays as it is."""
+        experts = getattr(self.module.mlp, "experts", None)
+        if experts is None:
+            yield
+            return
         experts.forward = forward
         try:
             yield
@@ -138,9 +141,18 @@ class LayerwiseModel:
     def num_layers(self) -> int:
         return self.description.num_layers
 
+    def _read(self, name: str) -> torch.Tensor:
+        """As float32. Raises UnsupportedModelError for weights that would poison everything measured from them."""
+        tensor = self.source.read(name).float()
+        if not torch.isfinite(tensor).all():
+            raise UnsupportedModelError(
+                f"{self.description.path}: {name} has NaN or infinite values; repair the model first."
+            )
+        return tensor
+
     def _load_outer(self, names: list[str]) -> None:
         """Embeddings, final norm and lm_head."""
-        state = {name: self.source.read(name).float() for name in names}
+        state = {name: self._read(name) for name in names}
         if self.description.config.tie_word_embeddings:
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         expected = {name for name, _ in self.module.named_parameters() if split_layer_name(name) is None}
@@ -167,7 +179,7 @@ class LayerwiseModel:
         model, state = self.description, {}
         for name in self._layer_names.get(index, []):
             if not model.is_expert_tensor(name):
-                state[model.module_name(split_layer_name(name)[1])] = self.source.read(name).float()
+                state[model.module_name(split_layer_name(name)[1])] = self._read(name)
         if index in model.moe_layers:
             experts = model.module_name(f"{model.family.experts}.")
             state[f"{experts}gate_up_proj"] = self.expert_weights(index, "gate_up")
@@ -181,7 +193,7 @@ class LayerwiseModel:
         weights = torch.empty(model.num_experts, out_features, in_features)
         for expert in range(model.num_experts):
             matrices = [
-                self.source.read(f"{model.expert_tensor(model.moe_layers[index], expert, p)}.weight")
+                self._read(f"{model.expert_tensor(model.moe_layers[index], expert, p)}.weight")
                 for p in model.projections(part)
             ]
             weights[expert] = torch.cat(matrices)

@@ -1,0 +1,97 @@
+"""Small models and checkpoints of the calibration tests. Budgets are tiny: seconds, not quality."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from vllm_mcmoe.calibration.artifacts import Plan
+from vllm_mcmoe.calibration.gptq import GPTQOptions
+from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
+from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
+
+SEQUENCES, LENGTH = 8, 128
+
+# The default recipe with a quantiser ten times faster: grids that span the range and no refinement.
+QUICK = dataclasses.replace(RECIPES["mcmoe"], name="quick", gptq=GPTQOptions(mse_search=False), widths=(2, 4))
+
+
+@pytest.fixture(scope="session")
+def quick_recipe() -> Recipe:
+    return QUICK
+
+
+def make_qwen3(directory: Path, tokenizer_from: Path, **changes) -> Path:
+    """A random Qwen3-MoE: a dense layer, then two MoE layers of 8 experts, top-3; hidden and intermediate 128."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,  # the default 0.02 gives such a small model nearly uniform predictions
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **changes}))
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.bfloat16().save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy2(tokenizer_from / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def qwen3_model(tmp_path_factory, reference_model) -> Path:
+    return make_qwen3(tmp_path_factory.mktemp("qwen3") / "tiny-qwen3", reference_model)
+
+
+def layerwise(path: Path) -> LayerwiseModel:
+    return LayerwiseModel(WeightFiles(describe_model(path)))
+
+
+def mixed_plan(path: Path) -> Plan:
+    """Widths 1 to 4 and 8, gate_up and down apart, in every layer."""
+    model = describe_model(path)
+    gate_up, down = [2, 3, 1, 4, 2, 8, 2, 3], [3, 2, 2, 1, 4, 2, 8, 2]
+    return Plan(layers={name: {"gate_up": gate_up, "down": down} for name in model.moe_layers.values()})
+
+
+@pytest.fixture(scope="session")
+def mixed_checkpoint(tmp_path_factory, reference_model, calibration_files) -> Path:
+    """The reference model at mixed_plan's widths, linears at 4 bits."""
+    out = tmp_path_factory.mktemp("checkpoints") / "mixed"
+    quantize(
+        reference_model,
+        out,
+        calibration_files,
+        plan=mixed_plan(reference_model),
+        recipe=QUICK,
+        sequences=SEQUENCES,
+        length=LENGTH,
+    )
+    return out
+
+
+@pytest.fixture
+def editable_checkpoint(mixed_checkpoint, tmp_path) -> Path:
+    """A copy of mixed_checkpoint a test may damage."""
+    return Path(shutil.copytree(mixed_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def editable_model(reference_model, tmp_path) -> Path:
+    """A copy of the reference model a test may damage."""
+    return Path(shutil.copytree(reference_model, tmp_path / "model"))

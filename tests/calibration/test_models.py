@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.calibration.conftest import layerwise, make_qwen3
+from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
+from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+
+
+def edit_config(model, **changes) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(model, edit) -> None:
+    tensors = load_file(model / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.fixture(params=["mixtral", "qwen3"])
+def model_path(request, reference_model, qwen3_model):
+    return reference_model if request.param == "mixtral" else qwen3_model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def test_mixtral_is_described_from_its_config(reference_model):
+    model = describe_model(reference_model)
+    assert next(iter(model.moe_layers.values())) == "model.layers.0.block_sparse_moe.experts"
+    assert (len(model.moe_layers), model.num_experts, model.top_k) == (4, 8, 2)
+    assert model.part_shapes() == {"gate_up": [1024, 256], "down": [256, 512]}
+    assert model.expert_tensor(model.moe_layers[1], 3, "w2") == "model.layers.1.block_sparse_moe.experts.3.w2"
+
+
+def test_qwen3_dense_layers_are_not_moe_layers(qwen3_model):
+    model = describe_model(qwen3_model)
+    assert model.moe_layers == {1: "model.layers.1.mlp.experts", 2: "model.layers.2.mlp.experts"}
+
+
+def test_qwen3_sparse_step_selects_every_second_layer(tmp_path, reference_model):
+    path = make_qwen3(tmp_path / "m", reference_model, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[])
+    assert list(describe_model(path).moe_layers) == [1, 3]
+
+
+def test_layer_by_layer_logits_equal_transformers(model_path, tokens):
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, experts_implementation="eager")
+    model = layerwise(model_path)
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+        for index in range(model.num_layers):
+            with model.loaded_layer(index) as layer:
+                hidden = [layer(batch) for batch in hidden]
+        logits = torch.cat([model.logits(batch) for batch in hidden])
+        # the same operations on the same numbers
+        assert torch.equal(logits, reference(tokens).logits)
+
+
+def test_a_full_model_is_an_ordinary_transformers_model(model_path, tokens):
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, experts_implementation="eager")
+    full = load_full_model(WeightFiles(describe_model(model_path)))
+    with torch.no_grad():
+        assert torch.equal(full(tokens).logits, reference(tokens).logits)
+
+
+def test_a_layers_weights_are_dropped_after_use(reference_model, tokens):
+    model = layerwise(reference_model)
+    model.embed(tokens)
+    with model.loaded_layer(0) as layer:
+        assert layer.gate_up.device.type == "cpu"
+    assert layer.gate_up.device.type == "meta"
+
+
+def test_a_sliding_window_is_respected(editable_model, tokens):
+    edit_config(editable_model, sliding_window=8)
+    reference = AutoModelForCausalLM.from_pretrained(
+        editable_model, dtype=torch.float32, experts_implementation="eager"
+    )
+    full = layerwise(editable_model)
+    with torch.no_grad():
+        hidden = full.embed(tokens)
+        for index in range(full.num_layers):
+            with full.loaded_layer(index) as layer:
+                hidden = [layer(batch) for batch in hidden]
+        logits = torch.cat([full.logits(batch) for batch in hidden])
+        # one mask is shared by all sequences here, which changes the order of float32 sums
+        assert torch.allclose(logits, reference(tokens).logits, atol=1e-4)
+
+
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones(editable_model):
+    edit_config(editable_model, architectures=["LlamaForCausalLM"], model_type="llama")
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*MixtralForCausalLM, Qwen3MoeForCausalLM"):
+        describe_model(editable_model)
+
+
+def test_a_path_without_a_config_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json"):
+        describe_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 192}, r"hidden_size is 192.*not divisible by the group size 128"),
+        ({"intermediate_size": 500}, r"intermediate_size is 500"),
+        ({"hidden_act": "relu"}, r"hidden_act is 'relu'; supported: silu"),
+        ({"model_type": "no-such-type"}, r"transformers cannot read it"),
+    ],
+)
+def test_a_config_that_cannot_be_quantised_is_refused(editable_model, changes, message):
+    edit_config(editable_model, **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        describe_model(editable_model)
+
+
+TENSOR = "model.layers.2.block_sparse_moe.experts.5.w3.weight"
+
+
+def test_a_missing_expert_tensor_is_named(editable_model):
+    edit_tensors(editable_model, lambda tensors: tensors.pop(TENSOR))
+    with pytest.raises(UnsupportedModelError, match=f"tensor {TENSOR} is missing"):
+        WeightFiles(describe_model(editable_model))
+
+
+def test_a_misshapen_expert_tensor_is_named_with_both_shapes(editable_model):
+    edit_tensors(editable_model, lambda tensors: tensors.update({TENSOR: torch.zeros(512, 128)}))
+    with pytest.raises(UnsupportedModelError, match=rf"{TENSOR} has shape \[512, 128\].*\[512, 256\]"):
+        WeightFiles(describe_model(editable_model))
+
+
+def test_an_already_quantised_expert_tensor_is_refused(editable_model):
+    edit_tensors(editable_model, lambda tensors: tensors.update({TENSOR: torch.zeros(512, 256, dtype=torch.int8)}))
+    with pytest.raises(UnsupportedModelError, match=f"{TENSOR} has dtype I8"):
+        WeightFiles(describe_model(editable_model))
+
+
+def test_a_missing_attention_tensor_is_named(editable_model, tokens):
+    edit_tensors(editable_model, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight"))
+    model = layerwise(editable_model)
+    with pytest.raises(FormatError, match=r"model\.layers\.1 lacks self_attn\.o_proj\.weight"):
+        model.load_layer(1)
+
+
+def test_a_missing_embedding_is_named(editable_model):
+    edit_tensors(editable_model, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(FormatError, match=r"model\.embed_tokens\.weight is missing"):
+        layerwise(editable_model)
+
+
+def test_a_shard_the_index_promises_must_exist(editable_model):
+    index = {"weight_map": {TENSOR: "model-00002-of-00002.safetensors"}}
+    (editable_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"model-00002-of-00002\.safetensors: named in .* but missing"):
+        WeightFiles(describe_model(editable_model))
+
+
+def test_a_truncated_file_is_refused(editable_model):
+    path = editable_model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FormatError, match=r"model\.safetensors: cannot be read as safetensors"):
+        WeightFiles(describe_model(editable_model))
