@@ -194,7 +194,8 @@ def test_qwen3_is_measured_on_its_moe_layers(qwen3_model, calibration_files):
 
 def test_an_expert_without_tokens_costs_nothing(reference_model, sequences):
     model = layerwise(reference_model)
-    trace = next(backward_traces(model, sequences.tokens[:2]))
+    traces = backward_traces(model, sequences.tokens[:2])  # a trace is valid while its generator lives
+    trace = next(traces)
     rerouted = torch.where(trace.inputs.topk_ids == 5, 0, trace.inputs.topk_ids)
     trace = dataclasses.replace(trace, inputs=dataclasses.replace(trace.inputs, topk_ids=rerouted))
     layer = _measure_layer(trace, model.description, QUICK, (2,), None)
