@@ -109,10 +109,14 @@ def measure(
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> Calibration:
-    """calibrate on a loaded model and drawn sequences. Recipes that use no gradient are measured without one, and
-    their factors have no loss_increase."""
+    """calibrate on a loaded model and drawn sequences.
+
+    Recipes that use no gradient are measured without one, and their factors have no loss_increase; the uniform
+    recipe's have no errors either, unless widths are given.
+    """
     recipe = find_recipe(recipe)
-    widths = tuple(widths or recipe.widths)
+    if widths is None:  # a uniform allocation asks for no errors
+        widths = () if recipe.objective == "uniform" else recipe.widths
     tokens = sequences.tokens
     if needs_gradients(recipe):
         traces = backward_traces(model, tokens, seed=seed, show_progress=show_progress)
@@ -125,7 +129,7 @@ def measure(
             norms = trace.gradients.square().sum(-1)
             norms /= norms.mean().clamp_min(1e-30)
             gradient_norms[trace.name] = norms
-        layers[trace.name] = _measure_layer(trace, model.description, recipe, widths, norms)
+        layers[trace.name] = _measure_layer(trace, model.description, recipe, tuple(widths), norms)
         massive[trace.name] = trace.output_peak >= MASSIVE_RATIO * trace.output_median
     order = model.description.moe_layers.values()  # a backward sweep measures the last layer first
     factors = Factors(
@@ -215,6 +219,8 @@ def _measure_expert(
     h = intermediate(tokens.x, gate_up, activation)
     output = h @ down.t()
     measured = _ExpertMeasurement({}, {"gate_up": {}, "down": {}}, float(output.abs().max()) if len(tokens) else 0.0)
+    if not widths:
+        return measured
     quantizers = _part_quantizers(trace, expert, activation, recipe, gradient_norms)
     weight = tokens.routing_weight[:, None]
     if trace.gradients is not None:

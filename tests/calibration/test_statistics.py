@@ -147,6 +147,13 @@ def test_recipes_without_gradients_are_measured_forward_only(reference_model, se
         assert sorted(layer.quantization_error) == [1, 2, 3]
 
 
+def test_a_uniform_allocation_needs_counts_only(reference_model, sequences):
+    factors = measure(layerwise(reference_model), sequences, recipe="uniform").factors
+    assert all(layer.quantization_error == {} for layer in factors.layers.values())
+    plan = allocate(factors, recipe="uniform", bits=2.25)
+    assert all(widths == [2] * 8 for layer in plan.layers.values() for widths in layer.values())
+
+
 def test_forward_and_backward_sweeps_see_the_same_experts(reference_model, sequences):
     recipe = dataclasses.replace(RTN, objective="weighted_error")
     forward = measure(layerwise(reference_model), sequences, recipe=recipe, widths=(2,)).factors
