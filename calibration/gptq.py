@@ -8,10 +8,12 @@ H belongs to the inputs, not to a width: build its factor once, then quantise to
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.quantizers import Grid, QuantizedMatrix, check_weight, search_grid
 from vllm_mcmoe.calibration.refinement import refine
+from vllm_mcmoe.calibration.rowwise import gptq_block, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 BLOCK = GROUP_SIZE  # columns quantised between two updates of all later columns; a block is one group of the grid
@@ -157,38 +159,33 @@ def _gptq_codes(
     name: str,
 ) -> torch.Tensor:
     """GPTQ's pass over the columns. Returns codes, float32 [out, in]; unless static, refits grid block by block."""
-    # Columns as rows of a transposed copy: every step reads and writes contiguous memory.
-    remaining = weight.t()[factor.order].contiguous()
+    remaining = weight[:, factor.order]  # indexing copies: the caller's weight stays as it is
     codes = torch.empty_like(remaining)
     inverse = factor.inverse_factor
-    largest = float((1 << grid.bits) - 1)
-    group_of = factor.order // GROUP_SIZE
-    for start in range(0, len(remaining), BLOCK):
+    largest = np.float32((1 << grid.bits) - 1)
+    for start in range(0, remaining.shape[1], BLOCK):
         stop = start + BLOCK
-        block = remaining[start:stop]
+        block = remaining[:, start:stop].contiguous()
         if not static:
             _refit_group(grid, start // GROUP_SIZE, block, factor, options, name)
-        scales, zeros = grid.scales.t()[group_of[start:stop]], grid.zeros.t()[group_of[start:stop]]
-        errors = torch.empty_like(block)
-        for i in range(BLOCK):
-            column = block[i]
-            code = column.div(scales[i]).add_(zeros[i]).round_().clamp_(0, largest)
-            codes[start + i] = code
-            errors[i] = column.sub(code.sub_(zeros[i]).mul_(scales[i])).div_(inverse[start + i, start + i])
-            if options.compensate_within_block:
-                block[i + 1 :].addr_(inverse[start + i, start + i + 1 : stop], errors[i], alpha=-1)
-        remaining[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
-    unsorted = torch.empty_like(codes)
-    unsorted[factor.order] = codes
-    return unsorted.t().contiguous()
+        group_of = factor.order[start:stop] // GROUP_SIZE
+        scales, zeros = grid.scales[:, group_of], grid.zeros[:, group_of]
+        block_codes, errors = torch.empty_like(block), torch.empty_like(block)
+        triangle = inverse[start:stop, start:stop].contiguous()
+        over_rows(
+            gptq_block, (block, block_codes, errors, scales, zeros), triangle, largest, options.compensate_within_block
+        )
+        codes[:, factor.order[start:stop]] = block_codes
+        remaining[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
+    return codes
 
 
 def _refit_group(
     grid: Grid, group: int, block: torch.Tensor, factor: HessianFactor, options: GPTQOptions, name: str
 ) -> None:
-    """Search a group's grid anew on its weights as compensation has left them. block: [128, out]."""
+    """Search a group's grid anew on its weights as compensation has left them. block: [out, 128]."""
     columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
     search = "mse" if options.mse_search else "minmax"
     importance = factor.hessian.diagonal()[columns]
-    fresh = search_grid(block.t()[:, None], grid.bits, search, importance, name)
+    fresh = search_grid(block[:, None], grid.bits, search, importance, name)
     grid.scales[:, group], grid.zeros[:, group] = fresh.scales[:, 0], fresh.zeros[:, 0]

@@ -9,8 +9,10 @@ unrounded in units of codes. At 1 bit the zero is 0.5: a weight is -scale/2 or +
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
+from vllm_mcmoe.calibration.rowwise import least_squares_grids, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, WIDTHS, PackedMatrix, pack_codes
 
 Search = Literal["mse", "minmax"]
@@ -134,7 +136,7 @@ def search_grid(
         return storable_grid(groups, bits, scales, torch.full_like(scales, ONE_BIT_ZERO), name)
     low, high = groups.amin(-1), groups.amax(-1)
     grid = _grid_spanning(groups, bits, low, high, name)
-    return grid if search == "minmax" else _least_squares_grid(groups, grid, column_weight, low, high, name)
+    return grid if search == "minmax" else _least_squares_grid(groups, grid, column_weight, name)
 
 
 def _grid_spanning(groups: torch.Tensor, bits: int, low: torch.Tensor, high: torch.Tensor, name: str) -> Grid:
@@ -147,55 +149,26 @@ def _grid_spanning(groups: torch.Tensor, bits: int, low: torch.Tensor, high: tor
     return storable_grid(groups, bits, scales, zeros, name)
 
 
-# Shrinking the range before the least-squares iterations matters most at 2 bits; 12 starts reach within 0.1% of 80.
-_RANGE_SHARES = tuple(1 - 0.06 * i for i in range(12))
-_FIT_ITERATIONS = 4
+# Parts of the range the search starts from, and least-squares steps from each. On Gaussian and on the reference model's
+# weights this reaches the squared error of 80 starts within 0.2% at 2 to 4 bits.
+_RANGE_SHARES = np.array([1.0, 0.88, 0.76, 0.64, 0.52, 0.4], dtype=np.float32)
+_FIT_STEPS = 4
 
 
-def _least_squares_grid(
-    groups: torch.Tensor,
-    spanning: Grid,
-    column_weight: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    name: str,
-) -> Grid:
-    """Best of several shrunken ranges, each improved by alternating nearest codes with the least-squares grid."""
+def _least_squares_grid(groups: torch.Tensor, spanning: Grid, column_weight: torch.Tensor, name: str) -> Grid:
+    """Scales and zeros of least weighted squared error, searched from the grids that span the range."""
     bits = spanning.bits
-    best = Grid(bits, spanning.scales.clone(), spanning.zeros.clone())
-    best_error = _weighted_error(groups, best, column_weight)
-    for share in _RANGE_SHARES:
-        grid = spanning if share == 1 else _grid_spanning(groups, bits, low * share, high * share, name)
-        for _ in range(_FIT_ITERATIONS):
-            codes = grid.encode(groups)
-            scales, zeros = _fit(groups, codes, column_weight, grid)
-            grid = storable_grid(groups, bits, scales, zeros, name)
-            error = _weighted_error(groups, grid, column_weight)
-            better = error < best_error
-            best.scales = torch.where(better, grid.scales, best.scales)
-            best.zeros = torch.where(better, grid.zeros, best.zeros)
-            best_error = torch.where(better, error, best_error)
-    return best
-
-
-def _weighted_error(groups: torch.Tensor, grid: Grid, column_weight: torch.Tensor) -> torch.Tensor:
-    residual = grid.decode(grid.encode(groups)).sub_(groups)
-    return (residual.square_() * column_weight).sum(-1)
-
-
-def _fit(
-    groups: torch.Tensor, codes: torch.Tensor, column_weight: torch.Tensor, fallback: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted least squares of groups ~ scale * codes + offset per row and group -> scales, zeros."""
-    total = column_weight.sum(-1)
-    mean_code = (codes * column_weight).sum(-1) / total
-    mean_weight = (groups * column_weight).sum(-1) / total
-    centred = codes - mean_code[..., None]
-    variance = (centred.square() * column_weight).sum(-1)
-    scales = (centred * groups * column_weight).sum(-1) / variance
-    usable = (variance > 0) & (scales > 0)
-    scales = torch.where(usable, scales, fallback.scales)
-    return scales, torch.where(usable, mean_code - mean_weight / scales, fallback.zeros)
+    scales, zeros = spanning.scales.clone(), spanning.zeros.clone()
+    largest = np.float32((1 << bits) - 1)
+    over_rows(
+        least_squares_grids,
+        (groups.contiguous(), scales, zeros),
+        column_weight.contiguous(),
+        largest,
+        _RANGE_SHARES,
+        _FIT_STEPS,
+    )
+    return storable_grid(groups, bits, scales, zeros, name)
 
 
 def storable_grid(groups: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, name: str) -> Grid:
