@@ -1,7 +1,8 @@
 """The Triton backend: all experts of a layer as one module, computed by one torch custom op."""
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import triton
@@ -20,15 +21,20 @@ ROCM_ARCHITECTURES = ("gfx942", "gfx950")  # compiled ahead of time in the tests
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOKENS_PER_CHUNK = 4096  # bounds the float32 workspace to 4096 * top_k * hidden: 256 MiB at top-8 and 2048
 COMBINE_BLOCK = 1024
+ACTIVATIONS_VARIABLE = "VLLM_MCMOE_ACTIVATIONS"
 
 
-class Int8Activations:
-    """Int8 codes of some rows, [rows, features], with scale and sum of codes, float32 [rows, features/128]."""
+class Activations:
+    """Rows as matrix operands: int8 or float16 [rows, features], scale and sum float32 [rows, features/128]."""
 
-    def __init__(self, rows: int, features: int, device: torch.device):
-        self.codes = torch.empty(rows, features, dtype=torch.int8, device=device)
+    def __init__(self, rows: int, features: int, dtype: torch.dtype, device: torch.device):
+        self.values = torch.empty(rows, features, dtype=dtype, device=device)
         self.scales = torch.empty(rows, features // 128, dtype=torch.float32, device=device)
         self.sums = torch.empty_like(self.scales)
+
+    @property
+    def is_float(self) -> bool:
+        return self.values.dtype == torch.float16
 
 
 class Routing:
@@ -59,30 +65,37 @@ class Routing:
         )
 
 
-def _quantize(x: torch.Tensor) -> Int8Activations:
+def _quantize(x: torch.Tensor, dtype: torch.dtype) -> Activations:
     tokens, features = x.shape
-    quantized = Int8Activations(tokens, features, x.device)
+    quantized = Activations(tokens, features, dtype, x.device)
     grid = (tokens, triton.cdiv(features // 128, GROUPS_PER_PROGRAM))
     quantize_kernel[grid](
-        x, quantized.codes, quantized.scales, quantized.sums, features, x.stride(0), GROUPS=GROUPS_PER_PROGRAM
+        x,
+        quantized.values,
+        quantized.scales,
+        quantized.sums,
+        features,
+        x.stride(0),
+        GROUPS=GROUPS_PER_PROGRAM,
+        FLOAT=quantized.is_float,
     )
     return quantized
 
 
 def _grouped_gemm(
-    x: Int8Activations,
+    x: Activations,
     weights: ExpertStack,
     routing: Routing,
-    out: torch.Tensor | Int8Activations,
+    out: torch.Tensor | Activations,
     tiles: Tiles,
     split_k: int,
     activation: str | None,
 ) -> None:
     """Into `out`: float32 [split_k, slots, out_features], or quantised activations where `activation` is given."""
-    fused = isinstance(out, Int8Activations)
+    fused = isinstance(out, Activations)
     grid = (triton.cdiv(weights.out_features, TILE_FEATURES), routing.blocks, split_k)
     grouped_gemm_kernel[grid](
-        x.codes,
+        x.values,
         x.scales,
         x.sums,
         weights.codes,
@@ -91,21 +104,23 @@ def _grouped_gemm(
         weights.bits,
         routing.sorted_slots,
         routing.block_expert,
-        out.codes if fused else out,
+        out.values if fused else out,
         out.scales if fused else out,
         out.sums if fused else out,
         routing.slots,
         weights.out_features,
         weights.in_features,
-        SLOTS_PER_ROW=routing.slots // x.codes.shape[0],
+        SLOTS_PER_ROW=routing.slots // x.values.shape[0],
         WIDTHS=weights.widths,
         BLOCK_TOKENS=tiles.block_tokens,
         SPLIT_K=split_k,
         STAGES=tiles.num_stages,
         ACTIVATION=activation,
-        INLINE_ASM=_has_ptx(x.codes.device),
+        INLINE_ASM=_has_ptx(x.values.device),
+        FLOAT=x.is_float,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        enable_fp_fusion=True,  # Triton 3.10 turns it off by default; without it every scaling takes a third more
     )
 
 
@@ -113,12 +128,10 @@ def _has_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _gate_up(
-    x: Int8Activations, weights: ExpertStack, routing: Routing, tiles: Tiles, activation: str
-) -> Int8Activations:
+def _gate_up(x: Activations, weights: ExpertStack, routing: Routing, tiles: Tiles, activation: str) -> Activations:
     """[slots, intermediate], activated and quantised by the GEMM itself, or after it where the groups were split."""
-    device, split_k = x.codes.device, tiles.gate_up_split_k
-    activated = Int8Activations(routing.slots, weights.out_features // 2, device)
+    device, split_k = x.values.device, tiles.gate_up_split_k
+    activated = Activations(routing.slots, weights.out_features // 2, x.values.dtype, device)
     if split_k == 1:
         _grouped_gemm(x, weights, routing, activated, tiles, 1, activation)
         return activated
@@ -128,20 +141,21 @@ def _gate_up(
         partial,
         routing.ids,
         routing.map,
-        activated.codes,
+        activated.values,
         activated.scales,
         activated.sums,
         routing.slots,
         weights.out_features,
         SPLIT_K=split_k,
         ACTIVATION=activation,
+        FLOAT=x.is_float,
         **routing.constants,
     )
     return activated
 
 
 def _down(
-    x: Int8Activations,
+    x: Activations,
     weights: ExpertStack,
     routing: Routing,
     tiles: Tiles,
@@ -179,6 +193,7 @@ def triton_experts(
     down_widths: int,
     intermediate_size: int,
     activation: str,
+    float_activations: bool,
 ) -> torch.Tensor:
     """out[t] = sum_j topk_weights[t, j] * down_e(activation(gate_e(x[t])) * up_e(x[t])),  e = topk_ids[t, j].
 
@@ -196,7 +211,8 @@ def triton_experts(
         tiles = choose_tiles(describe_device(x.device), shape, rows.shape[0])
         routing = Routing(ids, expert_map, shape.experts, tiles.block_tokens)
         routing.align()
-        activated = _gate_up(_quantize(rows), gate_up_stack, routing, tiles, activation)
+        quantized = _quantize(rows, torch.float16 if float_activations else torch.int8)
+        activated = _gate_up(quantized, gate_up_stack, routing, tiles, activation)
         _down(activated, down_stack, routing, tiles, routing_weights, out[chunk])
     return out
 
@@ -231,13 +247,14 @@ class TritonExperts(torch.nn.Module):
 
     activations = ACTIVATIONS
 
-    def __init__(self, gate_up: ExpertStack, down: ExpertStack, activation: str):
+    def __init__(self, gate_up: ExpertStack, down: ExpertStack, activation: str, float_activations: bool):
         super().__init__()
         for name, stack in (("gate_up", gate_up), ("down", down)):
             for field, tensor in stack.tensors().items():
                 self.register_buffer(f"{name}_{field}", tensor, persistent=False)
         self.gate_up_widths, self.down_widths = gate_up.widths, down.widths
         self.intermediate_size, self.activation = down.in_features, activation
+        self.float_activations = float_activations
 
     @classmethod
     def prepare(
@@ -251,16 +268,22 @@ class TritonExperts(torch.nn.Module):
         down_bits: Sequence[int],
         activation: str = "silu",
         device: torch.device | str = "cuda",
+        activations: Literal["int8", "float"] | None = None,
     ) -> Self:
         """Repack a layer's experts, one matrix at a time, on the device.
 
         gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first; down: [hidden_size, intermediate_size].
+        activations: what the activations are multiplied as. "int8" is the contract of all backends; "float" rounds them
+        to float16 instead. None takes VLLM_MCMOE_ACTIVATIONS, or int8 without it.
         Raises ValueError for an unsupported device or activation, and where a matrix is not what was announced.
         """
         device = torch.device(device)
         check_device(device)
         if activation not in ACTIVATIONS:
             raise ValueError(f"the triton kernels have no activation {activation!r}; supported: {ACTIVATIONS}")
+        activations = activations or os.environ.get(ACTIVATIONS_VARIABLE, "int8")
+        if activations not in ("int8", "float"):
+            raise ValueError(f"{ACTIVATIONS_VARIABLE}={activations!r}: choose int8 or float")
         return cls(
             pack_experts(
                 gate_up,
@@ -279,6 +302,7 @@ class TritonExperts(torch.nn.Module):
                 device=device,
             ),
             activation,
+            activations == "float",
         )
 
     def forward(
@@ -316,4 +340,5 @@ class TritonExperts(torch.nn.Module):
             self.down_widths,
             self.intermediate_size,
             self.activation,
+            self.float_activations,
         )

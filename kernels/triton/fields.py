@@ -59,9 +59,9 @@ def is_sign_flipped(bits, field):
 
 
 @triton.constexpr_function
-def zero_offset(bits, field):
+def zero_offset(bits, field, flipped_back=False):
     """What flipping the top bit subtracts from every code of the field."""
-    return float(1 << (bits - 1)) if is_sign_flipped(bits, field) else 0.0
+    return float(1 << (bits - 1)) if is_sign_flipped(bits, field) and not flipped_back else 0.0
 
 
 @triton.constexpr_function
@@ -88,9 +88,15 @@ def piece_mask(bits, field, piece):
 
 
 @triton.constexpr_function
-def piece_factor(bits, field, piece):
+def piece_flip(bits, field, piece):
+    """The bit that was flipped, if this piece has it: an operand that is not signed must flip it back."""
+    return 128 if piece == 0 and is_sign_flipped(bits, field) else 0
+
+
+@triton.constexpr_function
+def piece_factor(bits, field, piece, unsigned=False):
     """What the piece's dot product is multiplied by, so that the pieces add up to code * 2**field_shift."""
     where = fields(bits)[field][piece]
     factor = 1 << (field_shift(bits, field) - where.byte_bit + where.code_bit)
-    # a low piece at bit 7 reads as minus its value
-    return -factor if piece > 0 and where.byte_bit + where.width == 8 else factor
+    # as int8, a low piece at bit 7 reads as minus its value
+    return -factor if piece > 0 and where.byte_bit + where.width == 8 and not unsigned else factor

@@ -22,13 +22,14 @@ from vllm_mcmoe.kernels.triton.fields import (
     field_shift,
     piece_count,
     piece_factor,
+    piece_flip,
     piece_mask,
     piece_plane,
     plane_count,
     tile_rows,
     zero_offset,
 )
-from vllm_mcmoe.kernels.triton.quantize import scale_of, to_code
+from vllm_mcmoe.kernels.triton.quantize import scale_of, stored_position, stored_sum, stored_value
 
 
 @triton.constexpr_function
@@ -36,8 +37,13 @@ def and_four_bytes(mask):
     return f"and.b32 $0, $1, {mask * 0x01010101};"
 
 
+@triton.constexpr_function
+def and_xor_two_words(mask, flip):
+    return f"lop3.b32 $0, $1, {mask * 0x00010001}, {flip * 0x00010001}, 0x6a;"  # 0x6a: (a & b) ^ c
+
+
 @triton.jit
-def _operand(plane, MASK: tl.constexpr, INLINE_ASM: tl.constexpr):
+def _int8_operand(plane, MASK: tl.constexpr, INLINE_ASM: tl.constexpr):
     """uint8 [rows, 128] -> int8 [rows, 128], the field in its place."""
     if MASK == 255:
         return plane.to(tl.int8, bitcast=True)
@@ -48,14 +54,57 @@ def _operand(plane, MASK: tl.constexpr, INLINE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _field_dot(planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, INLINE_ASM: tl.constexpr):
-    """sum over the group of (field's code * 2**shift) * x, exact -> float32 [rows, tokens], below 2**24."""
-    w = _operand(planes[piece_plane(BITS, FIELD, 0)], piece_mask(BITS, FIELD, 0), INLINE_ASM)
-    total = tl.dot(w, x, out_dtype=tl.int32)
+def _float16_operand(words, MASK: tl.constexpr, FLIP: tl.constexpr, INLINE_ASM: tl.constexpr):
+    """uint16 [rows, 64] -> float16 [rows, 64]: the low byte's field as a subnormal, code * 2**(shift - 24), exact."""
+    if INLINE_ASM:
+        return tl.inline_asm_elementwise(
+            and_xor_two_words(MASK, FLIP), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return ((words & MASK) ^ FLIP).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _second_bytes(words, INLINE_ASM: tl.constexpr):
+    """uint16: the high byte moved to the low one; what stands above it is masked away later."""
+    if INLINE_ASM:
+        return tl.inline_asm_elementwise("shr.u32 $0, $1, 8;", "=r,r", [words], dtype=tl.uint16, is_pure=True, pack=2)
+    else:
+        return words >> 8
+
+
+@triton.jit
+def _load_operands(plane_at, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr):
+    """One plane of a tile, ready to be masked: (uint8 [rows, 128],), or uint16 [rows, 64] of even and of odd k."""
+    words = tl.load(plane_at)
+    if FLOAT:
+        return words, _second_bytes(words, INLINE_ASM)
+    else:
+        return (words,)
+
+
+@triton.jit
+def _piece_dot(
+    planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, PIECE: tl.constexpr,
+    INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    plane = planes[piece_plane(BITS, FIELD, PIECE)]
+    MASK: tl.constexpr = piece_mask(BITS, FIELD, PIECE)
+    if FLOAT:
+        FLIP: tl.constexpr = piece_flip(BITS, FIELD, PIECE)
+        even = tl.dot(_float16_operand(plane[0], MASK, FLIP, INLINE_ASM), x[0])
+        return tl.dot(_float16_operand(plane[1], MASK, FLIP, INLINE_ASM), x[1], even)
+    else:
+        return tl.dot(_int8_operand(plane[0], MASK, INLINE_ASM), x[0], out_dtype=tl.int32)
+
+
+@triton.jit
+def _field_dot(planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr):
+    """sum over the group of (field's code * 2**shift) * x -> float32 [rows, tokens]; exact, below 2**24, for int8."""
+    total = _piece_dot(planes, x, BITS, FIELD, 0, INLINE_ASM, FLOAT)
     if piece_count(BITS, FIELD) == 2:
-        w = _operand(planes[piece_plane(BITS, FIELD, 1)], piece_mask(BITS, FIELD, 1), INLINE_ASM)
-        low = tl.dot(w, x, out_dtype=tl.int32)
-        total = piece_factor(BITS, FIELD, 0) * total + piece_factor(BITS, FIELD, 1) * low
+        low = _piece_dot(planes, x, BITS, FIELD, 1, INLINE_ASM, FLOAT)
+        total = piece_factor(BITS, FIELD, 0, FLOAT) * total + piece_factor(BITS, FIELD, 1, FLOAT) * low
     return total.to(tl.float32)
 
 
@@ -88,13 +137,13 @@ def _half(word):
 
 
 @triton.jit
-def _scales_and_zeros(scales_ptr, at, BITS: tl.constexpr):
+def _scales_and_zeros(scales_ptr, at, BITS: tl.constexpr, FLOAT: tl.constexpr):
     """One group's (scales, zeros): tuples of float32 [rows], one per field, zeros as the kernel subtracts them."""
     if BITS == 1:
         scales = _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at).to(tl.float32))
         zeros = ()
         for field in tl.static_range(8):
-            zeros = zeros + (0.5 - zero_offset(1, field),)
+            zeros = zeros + (0.5 - zero_offset(1, field, FLOAT),)
         return scales, zeros
     else:
         words = tl.load(scales_ptr + at)
@@ -102,7 +151,7 @@ def _scales_and_zeros(scales_ptr, at, BITS: tl.constexpr):
         stored = _split_fields(_half(words >> 16))
         zeros = ()
         for field in tl.static_range(field_count(BITS)):
-            zeros = zeros + ((stored[field] - zero_offset(BITS, field))[:, None],)
+            zeros = zeros + ((stored[field] - zero_offset(BITS, field, FLOAT))[:, None],)
         return scales, zeros
 
 
@@ -121,6 +170,7 @@ def _accumulate(
     BLOCK_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     INLINE_ASM: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):
     """The main loop over groups [first_group, end_group) -> tuple of float32 [rows, tokens], one per field.
 
@@ -128,33 +178,37 @@ def _accumulate(
     """
     FIELD_COUNT: tl.constexpr = field_count(BITS)
     ROWS: tl.constexpr = tile_rows(BITS)
-    PLANE_BYTES: tl.constexpr = ROWS * 128
-    row, byte = tl.arange(0, ROWS), tl.arange(0, 128)
-    group_bytes = row[:, None] * 128 + byte[None, :]
-    group_scales = row[:, None] * FIELD_COUNT + tl.arange(0, FIELD_COUNT)[None, :]
-    x_at = x_ptr + x_row[None, :] * K + byte[:, None]
+    WORDS: tl.constexpr = 64 if FLOAT else 128  # of a row: 16-bit, or bytes
+    if FLOAT:
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint16))
+    row, word = tl.arange(0, ROWS), tl.arange(0, WORDS)
+    tile_words = row[:, None] * WORDS + word[None, :]
+    tile_scales = row[:, None] * FIELD_COUNT + tl.arange(0, FIELD_COUNT)[None, :]
+    x_at = x_ptr + x_row[None, :] * K + word[:, None]
     x_group = x_row * (K // 128)
     sums = ()
     for _ in tl.static_range(FIELD_COUNT):
         sums = sums + (tl.zeros((ROWS, BLOCK_TOKENS), tl.float32),)
     for group in tl.range(first_group, end_group, num_stages=STAGES):
-        tile_at = codes_ptr + group * (PLANE_BYTES * plane_count(BITS)) + group_bytes
-        planes = (tl.load(tile_at),)
-        for plane in tl.static_range(1, plane_count(BITS)):
-            planes = planes + (tl.load(tile_at + plane * PLANE_BYTES),)
-        x = tl.load(x_at + group * 128)
+        tile_at = codes_ptr + group * (ROWS * WORDS * plane_count(BITS)) + tile_words
+        planes = ()
+        for plane in tl.static_range(plane_count(BITS)):
+            planes = planes + (_load_operands(tile_at + plane * (ROWS * WORDS), INLINE_ASM, FLOAT),)
+        x = (tl.load(x_at + group * 128),)
+        if FLOAT:
+            x = x + (tl.load(x_at + group * 128 + 64),)
         x_scale = tl.load(x_scale_ptr + x_group + group)
         x_sum = tl.load(x_sum_ptr + x_group + group)
-        scales, zeros = _scales_and_zeros(scales_ptr, group * 256 + group_scales, BITS)
+        scales, zeros = _scales_and_zeros(scales_ptr, group * 256 + tile_scales, BITS, FLOAT)
         updated = ()
         for field in tl.static_range(FIELD_COUNT):
-            dot = _field_dot(planes, x, BITS, field, INLINE_ASM)
+            dot = _field_dot(planes, x, BITS, field, INLINE_ASM, FLOAT)
             centred = dot + zeros[field] * (x_sum * -(1 << field_shift(BITS, field)))[None, :]
             updated = updated + (sums[field] + centred * (scales[field][:, None] * x_scale[None, :]),)
         sums = updated
     unshifted = ()
     for field in tl.static_range(FIELD_COUNT):
-        unshifted = unshifted + (sums[field] * (1.0 / (1 << field_shift(BITS, field))),)
+        unshifted = unshifted + (sums[field] * ((2.0**24 if FLOAT else 1.0) / (1 << field_shift(BITS, field))),)
     return unshifted
 
 
@@ -170,9 +224,10 @@ def _store_sums(sums, out_ptr, slot, inside, tile, N, BITS: tl.constexpr):
 
 @triton.jit
 def _store_activated(
-    sums, out_ptr, scale_ptr, sum_ptr, slot, inside, tile, N, BITS: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """Activation, then int8 codes [slots, N/2] with scale and sum [slots, N/256]: the tile is one group of them."""
+    sums, out_ptr, scale_ptr, sum_ptr, slot, inside, tile, N,
+    BITS: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """Activation, then int8 or float16 [slots, N/2] with scale and sum [slots, N/256]: the tile is one group."""
     ROWS: tl.constexpr = tile_rows(BITS)
     PAIRS: tl.constexpr = field_count(BITS) // 2  # the tile's first 128 features are gate, the last 128 up
     activated = ()
@@ -181,16 +236,17 @@ def _store_activated(
     absmax = tl.max(tl.abs(activated[0]), axis=0)
     for field in tl.static_range(1, PAIRS):
         absmax = tl.maximum(absmax, tl.max(tl.abs(activated[field]), axis=0))
-    scale = scale_of(absmax)
+    scale = scale_of(absmax, FLOAT)
     slot = slot.to(tl.int64)
-    code_sum = tl.zeros_like(scale)
+    value_sum = tl.zeros_like(scale)
     for field in tl.static_range(PAIRS):
-        codes = to_code(activated[field], scale[None, :])
-        code_sum += tl.sum(codes, axis=0)
-        feature = tile * 128 + field * ROWS + tl.arange(0, ROWS)
-        tl.store(out_ptr + slot[None, :] * (N // 2) + feature[:, None], codes.to(tl.int8), mask=inside[None, :])
+        values = stored_value(activated[field], scale[None, :], FLOAT)
+        value_sum += tl.sum(values, axis=0)
+        feature = tile * 128 + stored_position(field * ROWS + tl.arange(0, ROWS), FLOAT)
+        out_at = out_ptr + slot[None, :] * (N // 2) + feature[:, None]
+        tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[None, :])
     tl.store(scale_ptr + slot * (N // 256) + tile, scale, mask=inside)
-    tl.store(sum_ptr + slot * (N // 256) + tile, code_sum, mask=inside)
+    tl.store(sum_ptr + slot * (N // 256) + tile, stored_sum(value_sum, FLOAT), mask=inside)
 
 
 @triton.jit
@@ -198,7 +254,7 @@ def _tile(
     x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
     slot, slots, N, K,
     SLOTS_PER_ROW: tl.constexpr, BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr,
+    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """One program's work for an expert of one width; codes_ptr and scales_ptr point at the expert."""
     tile, part = tl.program_id(0), tl.program_id(2)
@@ -211,12 +267,12 @@ def _tile(
     share = tl.cdiv(groups, SPLIT_K)
     sums = _accumulate(
         x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K,
-        part * share, tl.minimum(part * share + share, groups), BITS, BLOCK_TOKENS, STAGES, INLINE_ASM,
+        part * share, tl.minimum(part * share + share, groups), BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
     )  # fmt: skip
     if ACTIVATION is None:
         _store_sums(sums, out_ptr + part.to(tl.int64) * slots * N, slot, inside, tile, N, BITS)
     else:
-        _store_activated(sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, inside, tile, N, BITS, ACTIVATION)
+        _store_activated(sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, inside, tile, N, BITS, ACTIVATION, FLOAT)
 
 
 @triton.jit
@@ -227,16 +283,16 @@ def grouped_gemm_kernel(
     out_ptr, out_scale_ptr, out_sum_ptr,
     slots, N, K,
     SLOTS_PER_ROW: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr,
+    STAGES: tl.constexpr, ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of 256 features, blocks of slots, SPLIT_K).
 
-    x               int8    [rows, K]              with x_scale, x_sum float32 [rows, K/128]
+    x               int8    [rows, K]              float16 where FLOAT; with x_scale, x_sum float32 [rows, K/128]
     codes, scales, offsets, bits                   an ExpertStack
     sorted_slots    int32   [blocks*BLOCK_TOKENS]  slots by expert; `slots` where a block is not full
     block_expert    int32   [blocks]               expert of each block, -1 for unused blocks
     ACTIVATION None:  out float32 [SPLIT_K, slots, N], partial sums, features in the stack's row order
-    else:             out int8 [slots, N/2], out_scale and out_sum float32 [slots, N/256]; SPLIT_K is 1
+    else:             out as x, [slots, N/2], out_scale and out_sum float32 [slots, N/256]; SPLIT_K is 1
     WIDTHS          bit b set: some expert of the layer has b bits; the others' code is not even compiled
     """
     expert = tl.load(block_expert_ptr + tl.program_id(1)).to(tl.int64)
@@ -254,5 +310,5 @@ def grouped_gemm_kernel(
                     slot, slots, N, K,
                     SLOTS_PER_ROW, exponent, BLOCK_TOKENS, SPLIT_K,
                     2 if exponent == 8 else STAGES,  # 32 KiB a stage: three exceed the 99 KiB of sm86, sm89, sm120
-                    ACTIVATION, INLINE_ASM,
+                    ACTIVATION, INLINE_ASM, FLOAT,
                 )  # fmt: skip

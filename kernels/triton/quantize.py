@@ -1,8 +1,15 @@
-"""Activations to int8, per token and group of 128.
+"""Activations as matrix operands, per token and group of 128: stored values times a float32 scale.
 
-    scale = max |x| / 127,   code = round_half_to_even(x / scale),   code_sum = sum of the group's codes
+| format  | stored              | scale                                             |
+|---------|---------------------|---------------------------------------------------|
+| int8    | integers up to 127  | max |x| / 127                                     |
+| float16 | float16 up to 2**11 | a power of two, so that only float16 itself rounds |
 
-`code_sum` multiplies the weight's zero point in the GEMM. It is an integer below 2**14, kept as float32.
+int8 rounds half to even. float16 is exact for float16 and bfloat16 inputs whose group spans less than 2**24, and puts
+a group's even elements before its odd ones, as the kernel finds them in the 16-bit words of the codes.
+
+The sum of the stored values multiplies the weights' zero points in the GEMM; of float16 it carries the 2**-24 that the
+codes have as float16 (see gemm.py).
 """
 
 import triton
@@ -15,48 +22,69 @@ GROUPS_PER_PROGRAM = 8  # 1024 elements: 8 per thread of a 4-warp program, one 1
 
 
 @triton.jit
-def scale_of(absmax):
+def scale_of(absmax, FLOAT: tl.constexpr):
     """A group's scale from its largest magnitude, float32."""
-    return tl.div_rn(absmax, 127.0)
+    if FLOAT:
+        exponent = absmax.to(tl.int32, bitcast=True) >> 23
+        # 2**10 <= absmax / scale < 2**11; the smallest normal number where that would be subnormal
+        return (tl.maximum(exponent - 10, 1) << 23).to(tl.float32, bitcast=True)
+    else:
+        return tl.div_rn(absmax, 127.0)
 
 
 @triton.jit
-def to_code(x, scale):
-    """x / scale rounded to an integer in [-127, 127], still float32; 0 where the scale is 0.
+def stored_value(x, scale, FLOAT: tl.constexpr):
+    """x / scale as it will be stored, still float32; 0 where an int8 scale is 0.
 
     Adding 1.5 * 2**23 leaves no fraction bits in float32, so the addition itself rounds, half to even.
     """
-    return (tl.div_rn(x, tl.where(scale > 0, scale, 1.0)) + 12582912.0) - 12582912.0
+    if FLOAT:
+        return tl.div_rn(x, scale).to(tl.float16).to(tl.float32)
+    else:
+        return (tl.div_rn(x, tl.where(scale > 0, scale, 1.0)) + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def quantize_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, K, stride_x, GROUPS: tl.constexpr):
-    """x [tokens, K] of any float type -> codes int8 [tokens, K], scale and sum float32 [tokens, K/128].
+def stored_sum(sum_of_values, FLOAT: tl.constexpr):
+    return sum_of_values * 2.0**-24 if FLOAT else sum_of_values
+
+
+@triton.jit
+def stored_position(element, FLOAT: tl.constexpr):
+    """Where in its group an element of [0, 128) is stored."""
+    return (element & 1) * 64 + element // 2 if FLOAT else element
+
+
+@triton.jit
+def quantize_kernel(x_ptr, out_ptr, scale_ptr, sum_ptr, K, stride_x, GROUPS: tl.constexpr, FLOAT: tl.constexpr):
+    """x [tokens, K] of any float type -> out int8 or float16 [tokens, K], scale and sum float32 [tokens, K/128].
 
     Grid: (tokens, ceil(K / (128 * GROUPS))).
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    element = tl.arange(0, 128)
     groups = K // 128
-    element = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = group < groups
-    x = tl.load(x_ptr + token * stride_x + element, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(x), axis=1))
-    codes = to_code(x, scale[:, None])
-    tl.store(codes_ptr + token * K + element, codes.to(tl.int8), mask=inside[:, None])
+    x_at = x_ptr + token * stride_x + group[:, None] * 128 + element[None, :]
+    x = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(x), axis=1), FLOAT)
+    values = stored_value(x, scale[:, None], FLOAT)
+    out_at = out_ptr + token * K + group[:, None] * 128 + stored_position(element, FLOAT)[None, :]
+    tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(scale_ptr + token * groups + group, scale, mask=inside)
-    tl.store(sum_ptr + token * groups + group, tl.sum(codes, axis=1), mask=inside)
+    tl.store(sum_ptr + token * groups + group, stored_sum(tl.sum(values, axis=1), FLOAT), mask=inside)
 
 
 @triton.jit
 def activate_kernel(
-    partial_ptr, ids_ptr, map_ptr, codes_ptr, scale_ptr, sum_ptr, slots, N,
-    SPLIT_K: tl.constexpr, ACTIVATION: tl.constexpr, EXPERTS: tl.constexpr, MAPPED: tl.constexpr,
+    partial_ptr, ids_ptr, map_ptr, out_ptr, scale_ptr, sum_ptr, slots, N,
+    SPLIT_K: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT: tl.constexpr, EXPERTS: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """What the fused epilogue does, after split-K: add the parts, activate, quantise.
 
     Grid: (slots, N/256). partial float32 [SPLIT_K, slots, N], in tiles of 128 gate and 128 up features
-    -> codes int8 [slots, N/2], scale and sum float32 [slots, N/256]. Slots without an expert are left alone.
+    -> out int8 or float16 [slots, N/2], scale and sum float32 [slots, N/256]. Slots without an expert are left alone.
     """
     slot, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if local_expert(tl.load(ids_ptr + slot), map_ptr, slot < slots, EXPERTS, MAPPED) >= 0:
@@ -68,8 +96,9 @@ def activate_kernel(
             gate += tl.load(at)
             up += tl.load(at + 128)
         activated = gated_activation(gate, up, ACTIVATION)
-        scale = scale_of(tl.max(tl.abs(activated)))
-        codes = to_code(activated, scale)
-        tl.store(codes_ptr + slot * (N // 2) + group * 128 + feature, codes.to(tl.int8))
+        scale = scale_of(tl.max(tl.abs(activated)), FLOAT)
+        values = stored_value(activated, scale, FLOAT)
+        out_at = out_ptr + slot * (N // 2) + group * 128 + stored_position(feature, FLOAT)
+        tl.store(out_at, values.to(out_ptr.dtype.element_ty))
         tl.store(scale_ptr + slot * (N // 256) + group, scale)
-        tl.store(sum_ptr + slot * (N // 256) + group, tl.sum(codes))
+        tl.store(sum_ptr + slot * (N // 256) + group, stored_sum(tl.sum(values), FLOAT))

@@ -31,9 +31,14 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def prepare(layer: Layer, activation: str = "silu") -> torch.nn.Module:
+def prepare(layer: Layer, activation: str = "silu", activations: str = "int8") -> torch.nn.Module:
     return triton_experts.TritonExperts.prepare(
-        iter(layer.gate_up), iter(layer.down), **layer.announced(), activation=activation, device="cpu"
+        iter(layer.gate_up),
+        iter(layer.down),
+        **layer.announced(),
+        activation=activation,
+        activations=activations,
+        device="cpu",
     )
 
 
@@ -45,11 +50,12 @@ def run(
     *,
     tiles: Tiles = DECODE,
     activation: str = "silu",
+    activations: str = "int8",
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One layer through the interpreted kernels, with the given tiles."""
     with strict(), mock.patch.object(triton_experts, "choose_tiles", lambda *_: tiles):
-        return prepare(layer, activation)(x, topk_weights, topk_ids, expert_map)
+        return prepare(layer, activation, activations)(x, topk_weights, topk_ids, expert_map)
 
 
 def reference(layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -161,6 +167,41 @@ def test_many_tokens_are_computed_in_chunks():
 def test_the_inline_assembly_computes_the_same():
     with mock.patch.object(triton_experts, "_has_ptx", lambda _: True):
         assert_agrees(random_layer(MIXED, 128, 128), *random_tokens(3, 128, len(MIXED), 2))
+
+
+# float16 rounds x and the intermediate by at most 2**-12 each; a sum keeps less than both
+FLOAT_TOLERANCE = 2**-11
+
+
+@pytest.mark.parametrize("inline_asm", [False, True], ids=["plain", "assembly"])
+@pytest.mark.parametrize("split_k", [1, 2], ids=["fused", "split-K"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float_activations(dtype, split_k, inline_asm):
+    layer, tokens = random_layer(MIXED, 256, 128), random_tokens(5, 256, len(MIXED), 2, dtype)
+    tiles = Tiles(8, 2, 3, gate_up_split_k=split_k)
+    with mock.patch.object(triton_experts, "_has_ptx", lambda _: inline_asm):
+        found = run(layer, *tokens, tiles=tiles, activations="float")
+    expected = fused_experts(*tokens, layer.gate_up, layer.down, activations="float")
+    assert relative_error(found, expected) < max(FLOAT_TOLERANCE, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-100, 2.0**100])
+def test_float_activations_far_outside_float16s_range_are_kept(magnitude):
+    """bfloat16 reaches there; a group's scale is a power of two, so the stored values are the same at any magnitude."""
+    x = random_tokens(2, 256, 1, 1)[0]
+    with strict():
+        usual, extreme = (triton_experts._quantize(x * m, torch.float16) for m in (1.0, magnitude))
+    assert torch.equal(extreme.values, usual.values)
+    assert torch.equal(extreme.scales, usual.scales * magnitude)
+
+
+def test_the_environment_can_ask_for_float_activations(monkeypatch):
+    monkeypatch.setenv("VLLM_MCMOE_ACTIVATIONS", "float")
+    with strict():
+        assert prepare(random_layer([2], 128, 128), activations=None).float_activations
+    monkeypatch.setenv("VLLM_MCMOE_ACTIVATIONS", "fp8")
+    with strict(), pytest.raises(ValueError, match="VLLM_MCMOE_ACTIVATIONS='fp8': choose int8 or float"):
+        prepare(random_layer([2], 128, 128), activations=None)
 
 
 def _clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@
   the interpreter runs programs one after the other and always gets the same answer
 - a false `tl.multiple_of` promise is an error; the interpreter ignores it, the compiler believes it
 - bfloat16 is converted at casts, and arithmetic on it is an error; the interpreter would add raw bit patterns
-- the kernels' one inline assembly instruction, a 32-bit AND, is emulated
+- the kernels' inline assembly, three bitwise instructions, is emulated
 - fresh memory holds NaN or the largest integer, so that reading an unwritten element shows
 """
 
@@ -157,15 +157,24 @@ def _access_patches(guard: AccessGuard) -> dict:
     return {"create_masked_load": create_masked_load, "create_masked_store": create_masked_store}
 
 
+_ASSEMBLY = {
+    r"and\.b32 \$0, \$1, (\d+);": lambda word, mask: word & mask,
+    r"lop3\.b32 \$0, \$1, (\d+), (\d+), 0x6a;": lambda word, mask, flip: (word & mask) ^ flip,
+    r"shr\.u32 \$0, \$1, (\d+);": lambda word, bits: word >> bits,
+}
+
+
 def _create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
-    """`and.b32 $0, $1, <constant>;` on four bytes at a time."""
-    constant = re.fullmatch(r"and\.b32 \$0, \$1, (\d+);", assembly)
-    if not constant or pack != 4 or constraints != "=r,r":
-        raise NotImplementedError(f"inline assembly {assembly!r}")
+    """The kernels' three instructions on 32-bit words, which hold `pack` elements each."""
     data = np.ascontiguousarray(values[0].data)
-    result = (data.view(np.uint32) & np.uint32(int(constant[1]))).view(np.int8).reshape(data.shape)
-    handles = [interpreter.TensorHandle(result, types[0].scalar)]
-    return mock.Mock(get_result=handles.__getitem__)
+    for pattern, compute in _ASSEMBLY.items():
+        found = re.fullmatch(pattern, assembly)
+        if found and constraints == "=r,r" and data.itemsize * pack == 4:
+            result = compute(data.view(np.uint32), *(np.uint32(int(constant)) for constant in found.groups()))
+            dtype = interpreter._get_np_dtype(types[0].scalar)
+            handle = interpreter.TensorHandle(result.view(dtype).reshape(data.shape), types[0].scalar)
+            return mock.Mock(get_result=[handle].__getitem__)
+    raise NotImplementedError(f"inline assembly {assembly!r}")
 
 
 def _check_promise(handle: interpreter.TensorHandle, name: str, values: list[int]) -> None:
@@ -201,14 +210,19 @@ def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
     return interpreter.InterpretedFunction(function.fn)
 
 
-_call_device_function = interpreter.InterpretedFunction.__call__
-
-
 def _call_without_patching_again(self: interpreter.InterpretedFunction, *args, **kwargs):
-    """The launch has already patched `tl`; the original patches all of it on every call, most of the time it takes."""
-    if self.fn.__globals__.get("tl") is tl:
-        return self.rewrite()(*args, **kwargs)
-    return _call_device_function(self, *args, **kwargs)
+    """A device function: the original patches `tl` again, which the launch has done, and takes most of the time."""
+    return self.rewrite()(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _patched_core() -> Iterator[None]:
+    """tl.core, which the standard library uses instead of tl."""
+    patches = interpreter._patch_lang(tl.sum.fn)
+    try:
+        yield
+    finally:
+        patches.restore()
 
 
 @contextlib.contextmanager
@@ -230,6 +244,7 @@ def strict(bf16: bool = True) -> Iterator[None]:
         mock.patch.object(interpreter.InterpretedFunction, "__call__", _call_without_patching_again),
         mock.patch.object(interpreter.TensorHandle, "set_attr", _check_promise),
         _interpreted_standard_library(),
+        _patched_core(),
         _poisoned_allocations(),
     ):
         yield

@@ -1,0 +1,247 @@
+"""Time of one MoE layer on a GPU: this project's Triton kernels beside vLLM's bf16 and 4-bit MoE kernels.
+
+    python benchmarks/gpu_moe.py [--shapes mixtral-8x7b ...] [--tokens 1 8 ...] [--bits 2 3] [--json FILE]
+    python benchmarks/gpu_moe.py --tune tiles.json          measure tiles, then serve with VLLM_MCMOE_TILES=tiles.json
+
+Routing is uniform at random, the experts' widths cycle through --bits. The second level cache is flushed before every
+run, as the other layers of a model would. "of copy" is the bytes of the experts that the routing touches, scales
+included, over the time, as a share of the device's own copy bandwidth. vLLM's rows appear where vLLM is installed.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from triton.testing import do_bench
+
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.triton import experts as backend
+from vllm_mcmoe.kernels.triton.tiles import Shape, Tiles, default_tiles, describe_device, write_table
+
+SHAPES = {
+    "mixtral-8x7b": Shape(experts=8, top_k=2, hidden_size=4096, intermediate_size=14336),
+    "qwen3-30b-a3b": Shape(experts=128, top_k=8, hidden_size=2048, intermediate_size=768),
+    "deepseek-v2-lite": Shape(experts=64, top_k=6, hidden_size=2048, intermediate_size=1408),
+}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+COPY_BYTES = 1 << 30  # far beyond any cache
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    shape: str
+    tokens: int
+    kernel: str
+    microseconds: float
+    share_of_copy_bandwidth: float
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that the device reads and writes together in a plain copy."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+
+
+def random_matrices(bits: Sequence[int], out_features: int, in_features: int) -> Iterator[PackedMatrix]:
+    """Any bytes are valid codes; scales keep the outputs finite in bfloat16."""
+    groups = in_features // GROUP_SIZE
+    for width in bits:
+        qweight = (out_features, groups, packed_bytes_per_group(width))
+        scales = torch.full(
+            (out_features, groups), in_features**-0.5 / (1 << width), dtype=torch.float16, device="cuda"
+        )
+        zeros = torch.full_like(scales, ((1 << width) - 1) / 2)
+        codes = torch.randint(0, 256, qweight, dtype=torch.uint8, device="cuda")
+        yield PackedMatrix(width, codes, scales, None if width == 1 else zeros)
+
+
+def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> torch.nn.Module:
+    widths = [bits[expert % len(bits)] for expert in range(shape.experts)]
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    return backend.TritonExperts.prepare(
+        random_matrices(widths, 2 * intermediate, hidden),
+        random_matrices(widths, hidden, intermediate),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        gate_up_bits=widths,
+        down_bits=widths,
+        activations=activations,
+    )
+
+
+def random_inputs(shape: Shape, tokens: int) -> Inputs:
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    x = torch.randn(tokens, shape.hidden_size, device="cuda", generator=generator).bfloat16()
+    scores = torch.softmax(torch.randn(tokens, shape.experts, device="cuda", generator=generator), dim=-1)
+    topk_weights, topk_ids = scores.topk(shape.top_k)
+    return x, topk_weights, topk_ids.int()
+
+
+def expert_bytes(shape: Shape, bits_per_weight: float, topk_ids: torch.Tensor) -> float:
+    """Weight bytes of the experts that a routing touches."""
+    weights = 3 * shape.hidden_size * shape.intermediate_size
+    return topk_ids.unique().numel() * weights * bits_per_weight / 8
+
+
+def stored_bits(bits: Sequence[int]) -> float:
+    """Average bits per weight, with a scale at 1 bit, scale and zero at others."""
+    return sum(width + (16 if width == 1 else 32) / GROUP_SIZE for width in bits) / len(bits)
+
+
+def microseconds(run: Callable[[], torch.Tensor]) -> float:
+    """Median of a captured graph's replays, so that launches from Python cost nothing, as in vLLM's decode."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return do_bench(graph.replay, return_mode="median") * 1e3
+
+
+def vllm_bf16(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    w1 = torch.randn(shape.experts, 2 * intermediate, hidden, **options) * hidden**-0.5
+    w2 = torch.randn(shape.experts, hidden, intermediate, **options) * intermediate**-0.5
+    return lambda inputs: fused_experts(inputs[0], w1, w2, inputs[1], inputs[2])
+
+
+def vllm_w4a16(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
+    """4 bits, symmetric, groups of 128: vLLM's Triton kernel for it."""
+    from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    def random(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = (shape.experts, out_features, in_features // 2)
+        codes = torch.randint(0, 256, packed, dtype=torch.uint8, device="cuda")
+        groups = (shape.experts, out_features, in_features // GROUP_SIZE)
+        return codes, torch.full(groups, in_features**-0.5 / 16, dtype=torch.bfloat16, device="cuda")
+
+    w1, w1_scale = random(2 * shape.intermediate_size, shape.hidden_size)
+    w2, w2_scale = random(shape.hidden_size, shape.intermediate_size)
+    config = int4_w4a16_moe_quant_config(
+        w1_scale=w1_scale, w2_scale=w2_scale, w1_zp=None, w2_zp=None, block_shape=[0, GROUP_SIZE]
+    )
+    return lambda inputs: fused_experts(inputs[0], w1, w2, inputs[1], inputs[2], quant_config=config)
+
+
+def contenders(shape: Shape, bits: Sequence[int]) -> Iterator[tuple[str, float, Callable[[Inputs], torch.Tensor]]]:
+    """(name, stored bits per weight, layer); one at a time, so that one set of weights is on the device."""
+    for activations in ("int8", "float"):
+        layer = prepare_layer(shape, bits, activations)
+        yield (
+            f"{'+'.join(map(str, bits))} bit, {activations}",
+            stored_bits(bits),
+            lambda inputs, run=layer: run(*inputs),
+        )
+        del layer
+    if importlib.util.find_spec("vllm"):
+        yield "vLLM bf16", 16.0, vllm_bf16(shape)
+        yield "vLLM W4A16", 4 + 16 / GROUP_SIZE, vllm_w4a16(shape)
+
+
+def measure_shape(name: str, tokens: Sequence[int], bits: Sequence[int], bandwidth: float) -> list[Measurement]:
+    measurements = []
+    for kernel, bits_per_weight, layer in contenders(SHAPES[name], bits):
+        for count in tokens:
+            inputs = random_inputs(SHAPES[name], count)
+            time = microseconds(lambda layer=layer, inputs=inputs: layer(inputs))
+            read = expert_bytes(SHAPES[name], bits_per_weight, inputs[2])
+            measurements.append(Measurement(name, count, kernel, time, read / (time * 1e-6) / bandwidth))
+    return measurements
+
+
+def print_measurements(console: Console, measurements: Sequence[Measurement]) -> None:
+    kernels = list(dict.fromkeys(m.kernel for m in measurements))
+    table = Table(title=f"{measurements[0].shape}: microseconds per layer (share of copy bandwidth)")
+    for heading in ("tokens", *kernels):
+        table.add_column(heading, justify="right")
+    for tokens in dict.fromkeys(m.tokens for m in measurements):
+        row = {m.kernel: m for m in measurements if m.tokens == tokens}
+        cells = (f"{row[k].microseconds:.1f} ({row[k].share_of_copy_bandwidth:.0%})" for k in kernels)
+        table.add_row(str(tokens), *cells)
+    console.print(table)
+
+
+def candidates(default: Tiles, smallest_block: int) -> Iterator[Tiles]:
+    """Blocks, warps and stages with the default's split-K."""
+    for block, warps, stages in product((8, 16, 32, 64), (2, 4, 8), (2, 3, 4)):
+        if block >= smallest_block and warps >= block // 16:
+            yield replace(default, block_tokens=block, num_warps=warps, num_stages=stages)
+
+
+def splits(tiles: Tiles) -> Iterator[Tiles]:
+    for gate_up, down in product((1, 2, 4, 8), repeat=2):
+        yield replace(tiles, gate_up_split_k=gate_up, down_split_k=down)
+
+
+def fastest(layer: torch.nn.Module, inputs: Inputs, tried: Iterator[Tiles]) -> Tiles:
+    """Of the tiles that fit the device's shared memory."""
+    times = {}
+    for tiles in tried:
+        with mock.patch.object(backend, "choose_tiles", lambda *_, tiles=tiles: tiles):
+            try:
+                times[tiles] = microseconds(lambda: layer(*inputs))
+            except backend.triton.runtime.errors.OutOfResources:
+                continue
+    return min(times, key=times.__getitem__)
+
+
+def tune(console: Console, names: Sequence[str], tokens: Sequence[int], bits: Sequence[int], path: Path) -> None:
+    """Write the fastest tiles by shape and number of tokens: first block, warps and stages, then split-K."""
+    device = describe_device(torch.device("cuda"))
+    table: dict[str, dict[int, Tiles]] = {}
+    for name in names:
+        shape = SHAPES[name]
+        layer = prepare_layer(shape, bits, "int8")
+        table[shape.key] = {}
+        for count in tokens:
+            inputs, default = random_inputs(shape, count), default_tiles(device, shape, count)
+            best = fastest(layer, inputs, candidates(default, device.smallest_block))
+            table[shape.key][count] = fastest(layer, inputs, splits(best))
+            console.print(f"{name}, {count} tokens: {table[shape.key][count]}")
+            write_table(path, {device.architecture: table})  # kept if a later shape is interrupted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--bits", nargs="+", type=int, default=(2, 3), help="widths the experts cycle through")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_moe.py needs a CUDA or ROCm device")
+    console = Console()
+    if arguments.tune:
+        tune(console, arguments.shapes, arguments.tokens, arguments.bits, arguments.tune)
+        return
+    bandwidth = copy_bandwidth()
+    console.print(f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    measurements = []
+    for name in arguments.shapes:
+        measured = measure_shape(name, arguments.tokens, arguments.bits, bandwidth)
+        print_measurements(console, measured)
+        measurements += measured
+    if arguments.json:
+        report = {"device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth}
+        report["measurements"] = [vars(m) for m in measurements]
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The correctness matrix of the Triton kernels on hardware, eagerly and inside a CUDA graph.
+
+    pytest tests/gpu        in a process of its own: beside tests/kernels the kernels are already interpreted
+
+Tolerance as in tests/kernels/test_triton_experts.py, twice as wide, because a device's exp and division differ from the
+CPU's in the last place, which can move a requantised code by one.
+"""
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import Layer, random_layer, random_tokens
+from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.reference import fused_experts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+
+# one int8 code of an intermediate group of 128 off by one changes the output's norm by about 1 / (127 * sqrt(I))
+TOLERANCE = 1e-3
+MIXED = [1, 2, 3, 4, 8, 2, 3, 1]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    from triton.runtime import JITFunction
+
+    from vllm_mcmoe.kernels.triton import experts, gemm
+
+    if not isinstance(gemm.grouped_gemm_kernel, JITFunction):
+        pytest.skip("the kernels were imported to be interpreted; run `pytest tests/gpu` by itself")
+    return experts
+
+
+def on_device(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.cuda() for tensor in tensors)
+
+
+def prepare(backend, layer: Layer) -> torch.nn.Module:
+    return backend.TritonExperts.prepare(iter(layer.gate_up), iter(layer.down), **layer.announced())
+
+
+def assert_agrees(found: torch.Tensor, layer: Layer, tokens: tuple[torch.Tensor, ...]) -> None:
+    expected = fused_experts(*tokens, layer.gate_up, layer.down).double()
+    error = (found.cpu().double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packing_on_the_device_can_be_undone(backend, bits):
+    from vllm_mcmoe.kernels.triton.layout import pack_experts
+
+    layer = random_layer([bits], 512, 256)
+    stack = pack_experts(
+        layer.gate_up, bits=[bits], out_features=512, in_features=512, gated=True, device=torch.device("cuda")
+    )
+    assert torch.equal(stack.matrix(0).qweight.cpu(), layer.gate_up[0].qweight)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_every_width_alone(backend, bits, tokens):
+    layer, inputs = random_layer([bits] * 4, 512, 384), random_tokens(tokens, 512, 4, 2)
+    assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 130, 1024])
+def test_all_widths_in_one_layer(backend, tokens, dtype):
+    layer, inputs = random_layer(MIXED, 1024, 512), random_tokens(tokens, 1024, len(MIXED), 2, dtype)
+    found = prepare(backend, layer)(*on_device(inputs)).float()
+    expected = fused_experts(*inputs, layer.gate_up, layer.down).float()
+    assert (found.cpu() - expected).norm() / expected.norm() < max(TOLERANCE, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("block_tokens", [8, 16, 64])
+@pytest.mark.parametrize("split_k", [1, 2, 3])
+def test_every_tile_that_the_tuner_tries(backend, monkeypatch, block_tokens, split_k):
+    tiles = backend.Tiles(block_tokens, 8 if block_tokens == 64 else 2, 2, split_k, split_k)
+    if block_tokens < backend.describe_device(torch.device("cuda")).smallest_block:
+        pytest.skip("AMD's matrix instructions are 16 wide")
+    monkeypatch.setattr(backend, "choose_tiles", lambda *_: tiles)
+    layer, inputs = random_layer(MIXED, 1024, 640), random_tokens(50, 1024, len(MIXED), 2)
+    assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
+
+
+def test_512_experts_most_of_them_idle(backend):
+    bits = [WIDTHS[expert % len(WIDTHS)] for expert in range(512)]
+    layer, inputs = random_layer(bits, 128, 128), random_tokens(3, 128, 512, 8)
+    assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
+
+
+def test_an_id_of_minus_one_contributes_nothing(backend):
+    layer, (x, topk_weights, topk_ids) = random_layer(MIXED, 256, 256), random_tokens(9, 256, len(MIXED), 3)
+    topk_ids[0, 1] = topk_ids[2, 0] = -1
+    topk_ids[4] = -1
+    inputs = (x, topk_weights, topk_ids)
+    assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
+
+
+def test_16384_tokens(backend):
+    layer, inputs = random_layer([2, 3], 256, 128), random_tokens(16384, 256, 2, 1)
+    assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
+
+
+def test_two_runs_give_the_same_bits(backend):
+    layer, inputs = random_layer(MIXED, 1024, 512), on_device(random_tokens(77, 1024, len(MIXED), 4))
+    experts = prepare(backend, layer)
+    assert torch.equal(experts(*inputs), experts(*inputs))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256])
+def test_a_captured_graph_follows_new_routings(backend, tokens):
+    """Grids and allocations come from shapes: the graph of one routing must be right for every other."""
+    layer = random_layer(MIXED, 1024, 512)
+    experts = prepare(backend, layer)
+    held = on_device(random_tokens(tokens, 1024, len(MIXED), 2, seed=1))
+    experts(*held)  # compiles, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts(*held)
+    for seed in (1, 2, 3):
+        inputs = random_tokens(tokens, 1024, len(MIXED), 2, seed=seed)
+        if seed == 3:
+            inputs[2].fill_(5)  # every token to the same two slots of one expert
+        for kept, new in zip(held, inputs, strict=True):
+            kept.copy_(new)
+        graph.replay()
+        assert_agrees(out, layer, inputs)
