@@ -263,9 +263,10 @@ def _check_feasible(problem: _Problem) -> None:
     """Raises PlanError where the budget is below the smallest plan, or (for "=") above the largest."""
     smallest, largest = _extreme_size(problem, min), _extreme_size(problem, max)
     if problem.budget < smallest or (problem.recipe.budget == "=" and problem.budget > largest):
+        smallest_asked = math.ceil(1e4 * smallest / problem.per_ask) / 1e4  # rounded down it would not be feasible
         raise PlanError(
             f"{problem.where}: {problem.asked(problem.budget)} {problem.unit} cannot be met with "
-            f"{_constraints(problem)}; feasible are {problem.asked(smallest)} to {problem.asked(largest)}"
+            f"{_constraints(problem)}; feasible are {smallest_asked:.4f} to {problem.asked(largest)}"
         )
 
 
