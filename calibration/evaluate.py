@@ -94,16 +94,16 @@ def evaluate(
     subject = _FinalStates(weights, text.tokens, activations, show_progress)
     base = None if reference is None else _FinalStates(reference, text.tokens, activations, show_progress)
     losses, mean_kl, agreement = _compare(subject, base, text.tokens)
-    by_file = _perplexity_by_file(losses, text)
+    loss_by_file = _mean_loss_by_file(losses, text)
     expert_bytes, total_bytes, average_bits = _sizes(weights)
     return Evaluation(
         model=Path(model),
         against=None if against is None else Path(against),
         activations=activations if isinstance(weights, CheckpointWeights) else "float",
         tokens=losses.numel(),
-        perplexity_by_file=by_file,
-        geometric_mean_perplexity=math.exp(sum(map(math.log, by_file.values())) / len(by_file)),
-        token_perplexity=math.exp(float(losses.mean())),
+        perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
+        geometric_mean_perplexity=_exp(sum(loss_by_file.values()) / len(loss_by_file)),
+        token_perplexity=_exp(float(losses.mean())),
         mean_kl=mean_kl,
         top1_agreement=agreement,
         expert_bytes=expert_bytes,
@@ -185,12 +185,17 @@ def _compare(
     return torch.cat(losses), kl / tokens.numel(), agreements / tokens.numel()
 
 
-def _perplexity_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
-    """File name (its whole path where two files have one name) -> perplexity."""
+def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
+    """File name (its whole path where two files have one name) -> nats per token."""
     names = [path.name for path in text.files]
     if len(set(names)) < len(names):
         names = [str(path) for path in text.files]
-    return {name: math.exp(float(losses[text.file_ids == i].mean())) for i, name in enumerate(names)}
+    return {name: float(losses[text.file_ids == i].mean()) for i, name in enumerate(names)}
+
+
+def _exp(loss: float) -> float:
+    """A broken model's perplexity may exceed every float; math.exp would raise."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:

@@ -46,7 +46,8 @@ def make_qwen3(directory: Path, tokenizer_from: Path, **changes) -> Path:
         "initializer_range": 0.1,  # the default 0.02 gives such a small model nearly uniform predictions
     }
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **changes}))
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    if not model.config.tie_word_embeddings:  # a tied head would give logits of hundreds
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
     model.bfloat16().save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(tokenizer_from / name, directory / name)

@@ -12,7 +12,7 @@ from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
 from vllm_mcmoe.calibration.data import load_sequences
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.calibration.recipes import RECIPES
-from vllm_mcmoe.calibration.sensitivity import _output_gradients, backward_traces, forward_traces
+from vllm_mcmoe.calibration.sensitivity import _output_gradients, backward_traces, forward_traces, sample_labels
 from vllm_mcmoe.calibration.statistics import (
     _measure_layer,
     calibrate,
@@ -89,7 +89,7 @@ def test_gradients_equal_autograd_through_the_whole_model(reference_model, seque
         handles.append(layer.mlp.experts.register_forward_hook(keep))
     logits = transformers_model(tokens).logits.flatten(0, 1)
     generator = torch.Generator().manual_seed(5)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    labels = sample_labels(logits.detach(), generator)
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
@@ -97,9 +97,16 @@ def test_gradients_equal_autograd_through_the_whole_model(reference_model, seque
         assert torch.allclose(output.grad, gradient, atol=1e-5 * float(output.grad.abs().max()))
 
 
+def test_sampled_labels_have_the_softmax_distribution():
+    logits = torch.tensor([0.0, 1.0, -30.0, 2.0])
+    labels = sample_labels(logits.expand(20000, 4), torch.Generator().manual_seed(0))
+    frequency = labels.bincount(minlength=4) / 20000
+    # a binomial's standard deviation is at most 0.0035 here
+    assert torch.allclose(frequency, logits.softmax(0), atol=0.015)
+
+
 def test_labels_are_sampled_from_the_models_own_predictions(reference_model, sequences):
-    """With sampled labels the gradient of the logits is p - onehot, so it sums to zero over the vocabulary and the
-    mean over many samples vanishes; with the text's labels it would not."""
+    """The gradient's expectation over such labels is zero, so the mean of 64 samples shrinks by a factor of 8."""
     model = layerwise(reference_model)
     with torch.no_grad():
         hidden = model.embed(sequences.tokens[:1])
