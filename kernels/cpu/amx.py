@@ -1,8 +1,11 @@
 """The matrix product for many tokens on AMX: 16 x 16 x 64 int8 multiply-adds per instruction.
 
 The records of layout.py unpack straight into AMX's operand: a quad of 16 rows is one row of a tile. Per pair of row
-blocks and group of 128 the codes are unpacked once into four tiles; then every 16 slots take two tiles of activations
-and give two of sums, which are scaled in float32 exactly as products.py does.
+blocks and group of 128 the codes are unpacked once; then every 32 slots ("a step") take two tiles of activations per
+half of the group, and leave four tiles of sums, which are scaled in float32 exactly as products.py does.
+
+Two waits are hidden by doing something else first: the codes of the next group are unpacked before the tiles of this
+one are multiplied, and the sums of a step are scaled while the tiles of the next are being multiplied.
 """
 
 from llvmlite import ir
@@ -11,7 +14,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
-from vllm_mcmoe.kernels.cpu.layout import record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.products import (
     PORTION_QUADS,
     QUADS,
@@ -19,6 +22,7 @@ from vllm_mcmoe.kernels.cpu.products import (
     Codes,
     add_scaled,
     multiply_rows_vnni,
+    prefetch_ahead,
     scale_and_zero,
 )
 from vllm_mcmoe.kernels.cpu.vectors import VI32, call, load, store
@@ -26,24 +30,26 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
 
 TILE_ROWS = 16
 TILE_BYTES = TILE_ROWS * 64
-MIN_SLOTS = 6  # below, VNNI products are faster
+STEP_SLOTS = 2 * TILE_ROWS
+MIN_SLOTS = 6  # of an expert; below, VNNI products are faster
 
-# Tile registers, fixed for the whole product
-SUMS = (0, 1)  # per row block of the pair
-INPUTS = (2, 3)  # per half of the group
-WEIGHTS = ((4, 5), (6, 7))  # per row block, per half
+# Tile registers
+SUMS = ((0, 1), (2, 3))  # per row block of the pair, per 16 slots of the step
+INPUTS = (4, 5)  # per 16 slots
+WEIGHTS = (6, 7)  # per row block
+
+# Scratch memory of a thread: codes of two groups, each [row block][half] tiles; sums of two steps, [row block][32][16]
+PAIR_BYTES = 4 * TILE_BYTES
+SUMS_START = 2 * PAIR_BYTES
+SUMS_BYTES = 4 * TILE_BYTES
 
 
-def _tile(builder: ir.IRBuilder, name: str, *args) -> None:
+def _tile(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
     call(builder, f"llvm.x86.{name}", ir.VoidType(), *args)
 
 
-def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.inttoptr(address, I8.as_pointer())
-
-
-def _load_tile(builder: ir.IRBuilder, tile: int, address: ir.Value) -> None:
-    _tile(builder, "tileloadd64", I8(tile), _pointer(builder, address), I64(64))
+def _pointer(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) -> ir.Value:
+    return builder.inttoptr(builder.add(address, I64(offset)), I8.as_pointer())
 
 
 @intrinsic
@@ -51,20 +57,16 @@ def configure_tiles(typing_context):
     """Set all eight tiles of this thread to 16 rows of 64 bytes."""
 
     def emit(context, builder, signature, args):
-        palette, tiles = 1, range(8)
         config = bytearray(64)
-        config[0] = palette
-        for tile in tiles:
-            config[16 + 2 * tile] = 64  # bytes per row, 16 bits
+        config[0] = 1  # palette 1, the only one there is
+        for tile in range(8):
+            config[16 + 2 * tile] = 64  # bytes per row, a 16-bit field
             config[48 + tile] = TILE_ROWS
         kind = ir.ArrayType(I8, 64)
-        name = "mcmoe_tile_config"
-        constant = builder.module.globals.get(name)
-        if constant is None:
-            constant = ir.GlobalVariable(builder.module, kind, name)
-            constant.initializer, constant.global_constant = ir.Constant(kind, config), True
-            constant.linkage = "internal"
-        _tile(builder, "ldtilecfg", builder.bitcast(constant, I8.as_pointer()))
+        variable = ir.GlobalVariable(builder.module, kind, builder.module.get_unique_name("mcmoe_tile_config"))
+        variable.initializer, variable.global_constant = ir.Constant(kind, config), True
+        variable.linkage = "internal"
+        _tile(builder, "ldtilecfg", builder.bitcast(variable, I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(), emit
@@ -81,8 +83,21 @@ def release_tiles(typing_context):
     return types.void(), emit
 
 
+@intrinsic
+def scratch_memory(typing_context):
+    """Address of scratch memory on the stack, aligned to a cache line."""
+
+    def emit(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(I8, SUMS_START + 2 * SUMS_BYTES))
+            room.align = 64
+        return builder.ptrtoint(room, I64)
+
+    return types.int64(), emit
+
+
 def _unpack_function(module: ir.Module, bits: int) -> ir.Function:
-    """void name(record, out): the codes of one record as bytes, [quad][row][4]: two tiles."""
+    """void name(record, out): the codes of one record as bytes [quad][row][4], two tiles."""
     name = f"mcmoe_amx_unpack_{bits}bit"
     existing = module.globals.get(name)
     if existing is not None:
@@ -93,6 +108,7 @@ def _unpack_function(module: ir.Module, bits: int) -> ir.Function:
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, out = function.args
     builder = ir.IRBuilder(entry)
+    prefetch_ahead(builder, bits, record)
     builder.branch(loop)
     builder.position_at_end(loop)
     portion = builder.phi(I64)
@@ -109,102 +125,165 @@ def _unpack_function(module: ir.Module, bits: int) -> ir.Function:
     return function
 
 
-def _scaling_function(module: ir.Module, bits: int) -> ir.Function:
-    """void name(record, next_record, weights, activations, half_stride, scales, count, sums, totals, totals_stride).
-
-    One group of two row blocks times `count` slots, added to totals. weights: four unpacked tiles; sums: room for two.
-    """
-    name = f"mcmoe_amx_group_{bits}bit"
-    existing = module.globals.get(name)
-    if existing is not None:
-        return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    record, next_record, weights, activations, half_stride, scales, count, sums, totals, totals_stride = function.args
-    entry, tiles, rows, tile_done, done = (
-        function.append_basic_block(label) for label in ("entry", "tiles", "rows", "tile_done", "done")
-    )
-    builder = ir.IRBuilder(entry)
-    for block in range(2):
-        for half in range(2):
-            _load_tile(builder, WEIGHTS[block][half], builder.add(weights, I64((2 * block + half) * TILE_BYTES)))
-    rescale = [scale_and_zero(builder, bits, address) for address in (record, next_record)]
-    builder.branch(tiles)
-
-    builder.position_at_end(tiles)
-    first = builder.phi(I64)
-    first.add_incoming(I64(0), entry)
-    address = builder.add(activations, builder.mul(first, I64(64)))
-    _load_tile(builder, INPUTS[0], address)
-    _load_tile(builder, INPUTS[1], builder.add(address, half_stride))
-    for block in range(2):
-        _tile(builder, "tilezero", I8(SUMS[block]))
-    for half in range(2):
-        for block in range(2):
-            _tile(builder, "tdpbsud", I8(SUMS[block]), I8(INPUTS[half]), I8(WEIGHTS[block][half]))
-    for block in range(2):
-        target = _pointer(builder, builder.add(sums, I64(block * TILE_BYTES)))
-        _tile(builder, "tilestored64", I8(SUMS[block]), target, I64(64))
-    end = builder.add(first, I64(TILE_ROWS))
-    end = builder.select(builder.icmp_signed("<", end, count), end, count)
-    builder.branch(rows)
-
-    builder.position_at_end(rows)
-    slot = builder.phi(I64)
-    slot.add_incoming(first, tiles)
-    source = builder.add(sums, builder.mul(builder.sub(slot, first), I64(64)))
-    token_scale = builder.add(scales, builder.mul(slot, I64(8)))
-    total = builder.add(totals, builder.mul(slot, I64(VECTOR_BYTES)))
-    for block, (scale, zero) in enumerate(rescale):
-        product = load(builder, VI32, source, block * TILE_BYTES)
-        add_scaled(builder, product, scale, zero, token_scale, 0, total, 0)
-        total = builder.add(total, totals_stride)
-    following = builder.add(slot, I64(1))
-    slot.add_incoming(following, rows)
-    builder.cbranch(builder.icmp_signed("<", following, end), rows, tile_done)
-
-    builder.position_at_end(tile_done)
-    first.add_incoming(end, tile_done)
-    builder.cbranch(builder.icmp_signed("<", end, count), tiles, done)
-    builder.position_at_end(done)
-    builder.ret_void()
-    return function
-
-
 @intrinsic
-def multiply_group(
-    typing_context, bits, record, next_record, activations, half_stride, scales, count, totals, totals_stride
-):
-    """Unpack one group of two row blocks and add its product with `count` slots to totals."""
+def unpack_pair(typing_context, bits, record, next_record, out):
+    """Codes of one group of two row blocks as four tiles [row block][half]."""
 
     def emit(context, builder, signature, args):
-        bits, record, next_record, activations, half_stride, scales, count, totals, totals_stride = args
-        with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(I8, 6 * TILE_BYTES))
-            room.align = 64
-        weights = builder.ptrtoint(room, I64)
-        sums = builder.add(weights, I64(4 * TILE_BYTES))
-        done = builder.append_basic_block("group_done")
-        switch = builder.switch(bits, done)
-        for width in WIDTHS:
-            block = builder.append_basic_block(f"amx_{width}bit")
-            switch.add_case(I64(width), block)
+        width, record, next_record, out = args
+        done = builder.append_basic_block("unpacked")
+        switch = builder.switch(width, done)
+        for bits in WIDTHS:
+            block = builder.append_basic_block(f"unpack_{bits}bit")
+            switch.add_case(I64(bits), block)
             builder.position_at_end(block)
-            unpack, multiply = _unpack_function(builder.module, width), _scaling_function(builder.module, width)
-            builder.call(unpack, [record, weights])
-            builder.call(unpack, [next_record, builder.add(weights, I64(2 * TILE_BYTES))])
-            builder.call(
-                multiply,
-                [
-                    record, next_record, weights, activations, half_stride, scales, count, sums, totals, totals_stride,
-                ],
-            )  # fmt: skip
+            unpack = _unpack_function(builder.module, bits)
+            builder.call(unpack, [record, out])
+            builder.call(unpack, [next_record, builder.add(out, I64(2 * TILE_BYTES))])
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), emit
+    return types.void(*[types.int64] * 4), emit
+
+
+def _multiply_tiles(tiles: int):
+    """multiply(weights, activations, half_stride): sums of 16 * tiles slots and two row blocks, in registers."""
+
+    @intrinsic
+    def multiply(typing_context, weights, activations, half_stride):
+        def emit(context, builder, signature, args):
+            weights, activations, half_stride = args
+            stride = I64(64)
+            for row_block in range(2):
+                for tile in range(tiles):
+                    _tile(builder, "tilezero", I8(SUMS[row_block][tile]))
+            for half in range(2):
+                for row_block in range(2):
+                    source = _pointer(builder, weights, (2 * row_block + half) * TILE_BYTES)
+                    _tile(builder, "tileloadd64", I8(WEIGHTS[row_block]), source, stride)
+                for tile in range(tiles):
+                    source = _pointer(builder, activations, tile * TILE_BYTES)
+                    _tile(builder, "tileloadd64", I8(INPUTS[tile]), source, stride)
+                for tile in range(tiles):
+                    for row_block in range(2):
+                        operands = (SUMS[row_block][tile], INPUTS[tile], WEIGHTS[row_block])
+                        _tile(builder, "tdpbsud", *map(I8, operands))
+                activations = builder.add(activations, half_stride)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    return multiply
+
+
+def _store_sums(tiles: int):
+    """store_sums(out): what multiply left in registers, int32 [row block][32 slots][16]."""
+
+    @intrinsic
+    def store_sums(typing_context, out):
+        def emit(context, builder, signature, args):
+            for row_block in range(2):
+                for tile in range(tiles):
+                    target = _pointer(builder, args[0], (2 * row_block + tile) * TILE_BYTES)
+                    _tile(builder, "tilestored64", I8(SUMS[row_block][tile]), target, I64(64))
+            return context.get_dummy_value()
+
+        return types.void(types.int64), emit
+
+    return store_sums
+
+
+multiply_one, multiply_two = _multiply_tiles(1), _multiply_tiles(2)
+store_one, store_two = _store_sums(1), _store_sums(2)
+
+
+def _scale_rows(bits: int):
+    """scale_rows(rescale, next_rescale, scales, slots, sums, totals, totals_stride): add a step's sums to totals.
+
+    rescale: scales and zeros in a record of either row block; totals_stride: from one row block to the next.
+    """
+
+    @intrinsic
+    def scale_rows(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
+        def emit(context, builder, signature, args):
+            rescale, next_rescale, scales, slots, sums, totals, totals_stride = args
+            factors = [scale_and_zero(builder, bits, address) for address in (rescale, next_rescale)]
+            before, loop = builder.block, builder.append_basic_block("slot")
+            done = builder.append_basic_block("scaled")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            slot = builder.phi(I64)
+            slot.add_incoming(I64(0), before)
+            source = builder.add(sums, builder.mul(slot, I64(VECTOR_BYTES)))
+            token_scale = builder.add(scales, builder.mul(slot, I64(8)))
+            total = builder.add(totals, builder.mul(slot, I64(VECTOR_BYTES)))
+            for row_block, (scale, zero) in enumerate(factors):
+                product = load(builder, VI32, source, row_block * 2 * TILE_BYTES)
+                add_scaled(builder, product, scale, zero, token_scale, 0, total, 0)
+                total = builder.add(total, totals_stride)
+            following = builder.add(slot, I64(1))
+            slot.add_incoming(following, loop)
+            builder.cbranch(builder.icmp_signed("<", following, slots), loop, done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), emit
+
+    return scale_rows
+
+
+scale_rows_1bit, scale_rows_with_zeros = _scale_rows(1), _scale_rows(2)
+code_bytes_compiled = njit(code_bytes)
+
+
+@njit
+def _scale_step(bits, record, record_stride, scales, slots, sums, totals, totals_stride):
+    rescale = record + code_bytes_compiled(bits)
+    if bits == 1:
+        scale_rows_1bit(rescale, rescale + record_stride, scales, slots, sums, totals, totals_stride)
+    else:
+        scale_rows_with_zeros(rescale, rescale + record_stride, scales, slots, sums, totals, totals_stride)
+
+
+@njit
+def _multiply_pair(bits, record, record_stride, group_count, codes, scales, count, totals, scratch):
+    """Two row blocks, of which record is in the first and record + record_stride in the second."""
+    size = record_bytes_compiled(bits)
+    totals_stride = count * VECTOR_BYTES
+    waiting_slots = waiting_first = waiting_group = step = 0
+    unpack_pair(bits, record, record + record_stride, scratch)
+    for group in range(group_count):
+        weights = scratch + group % 2 * PAIR_BYTES
+        if group + 1 < group_count:
+            following = record + (group + 1) * size
+            unpack_pair(bits, following, following + record_stride, scratch + (group + 1) % 2 * PAIR_BYTES)
+        for first in range(0, count, STEP_SLOTS):
+            slots = min(STEP_SLOTS, count - first)
+            activations = codes + group * GROUP_SIZE * count + first * 64
+            sums = scratch + SUMS_START + step % 2 * SUMS_BYTES
+            other_sums = scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES
+            if slots > TILE_ROWS:
+                multiply_two(weights, activations, count * 64)
+            else:
+                multiply_one(weights, activations, count * 64)
+            if waiting_slots:
+                _scale_step(
+                    bits, record + waiting_group * size, record_stride,
+                    scales + (waiting_group * count + waiting_first) * 8, waiting_slots, other_sums,
+                    totals + waiting_first * VECTOR_BYTES, totals_stride,
+                )  # fmt: skip
+            if slots > TILE_ROWS:
+                store_two(sums)
+            else:
+                store_one(sums)
+            waiting_slots, waiting_first, waiting_group = slots, first, group
+            step += 1
+    _scale_step(
+        bits, record + waiting_group * size, record_stride,
+        scales + (waiting_group * count + waiting_first) * 8, waiting_slots,
+        scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES, totals + waiting_first * VECTOR_BYTES, totals_stride,
+    )  # fmt: skip
 
 
 @njit
@@ -217,14 +296,13 @@ def multiply_rows_amx(bits, records, row_blocks, groups, first_group, group_coun
         return
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
-    size = record_bytes_compiled(bits)
-    block_bytes = count * VECTOR_BYTES
+    block_stride = groups * record_bytes_compiled(bits)
+    scratch = scratch_memory()
     configure_tiles()
     for block in range(0, row_blocks, 2):
-        for group in range(group_count):
-            record = records + (block * groups + first_group + group) * size
-            multiply_group(
-                bits, record, record + groups * size, codes + group * GROUP_SIZE * count, count * 64,
-                scales + group * count * 8, count, totals + block * block_bytes, block_bytes,
-            )  # fmt: skip
+        record = records + block * block_stride + first_group * record_bytes_compiled(bits)
+        _multiply_pair(
+            bits, record, block_stride, group_count, codes, scales, count,
+            totals + block * count * VECTOR_BYTES, scratch,
+        )  # fmt: skip
     release_tiles()

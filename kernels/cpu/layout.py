@@ -17,10 +17,15 @@ import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, planes
 
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
+
+
+def code_bytes(bits: int) -> int:
+    """Bytes of the codes of one group of 16 rows."""
+    return GROUP_SIZE * ROWS // 8 * bits
 
 
 def record_bytes(bits: int) -> int:
@@ -75,12 +80,12 @@ def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> N
     for bits in planes(matrix.bits):
         _repack_plane(words, bits, 8 // bits, start, row_blocks, start, codes)
         start += 4 * bits
-    code_bytes = ROWS * packed_bytes_per_group(matrix.bits)
-    records[:, :, :code_bytes] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)
+    scales_start = code_bytes(matrix.bits)
+    records[:, :, :scales_start] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)
     for position, values in enumerate((matrix.scales, matrix.zeros)):
         if values is not None:
             per_block = values.contiguous().numpy().reshape(-1, ROWS, groups)[row_blocks].transpose(0, 2, 1)
-            offset = code_bytes + 2 * ROWS * position
+            offset = scales_start + 2 * ROWS * position
             records[:, :, offset : offset + 2 * ROWS] = np.ascontiguousarray(per_block).view(np.uint8)
 
 

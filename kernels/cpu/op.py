@@ -1,6 +1,7 @@
 """The custom op `vllm_mcmoe::cpu_fused_experts`: from tensors to one call of compiled code."""
 
 import ctypes
+import threading
 
 import torch
 
@@ -14,8 +15,9 @@ MAX_TOKENS = 2048  # tokens of one pass; longer inputs take several, so that the
 TASKS_PER_THREAD = 8  # of the down projection: enough to even out cores of different speed
 DOWN_SUMS_BYTES = 1024 * 1024  # of a task of the down projection: [tokens, rows] float32 should stay in L2
 
-TILE_BYTES = 1024  # the last tile of AMX reads whole, past the last slot
+TILE_BYTES = 1024  # AMX reads whole tiles, past the last slot
 
+_kept = threading.local()  # calls from different threads may run at once
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "cpu_fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor gate_up_table, "
@@ -69,13 +71,21 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
     return space, scratch_bytes
 
 
+def _buffer(size: int) -> torch.Tensor:
+    """Memory for one call. It is kept for the next, so that prefill does not wait for the kernel to clear fresh pages."""
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer
+
+
 def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa, out):
     tokens, hidden = x.shape
     top_k, experts = topk_ids.shape[1], gate_up_table.shape[0]
     threads = torch.get_num_threads()
     down_rows = _down_rows(tokens, hidden, threads)
     space, scratch_bytes = _workspace(tokens, top_k, hidden, intermediate_size, experts, threads, down_rows)
-    buffer = torch.empty(space.size, dtype=torch.uint8)
+    buffer = _buffer(space.size)
     compiled = compile_layer(isa)
 
     params = (ctypes.c_int64 * len(Field))()

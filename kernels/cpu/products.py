@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
-from vllm_mcmoe.kernels.cpu.layout import record_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.vectors import (
     LANES,
     VF16,
@@ -172,13 +172,12 @@ def _integer_product_in_place(builder, dot, bits: int, record, activations, half
     return _sum(builder, shifted)
 
 
-def scale_and_zero(builder: ir.IRBuilder, bits: int, record: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """w_scale and zero of the group's 16 rows as float32."""
-    offset = GROUP_SIZE * LANES * bits // 8
-    scale = builder.fpext(load(builder, VF16, record, offset), VF32)
+def scale_and_zero(builder: ir.IRBuilder, bits: int, address: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """w_scale and zero of the group's 16 rows as float32, from behind the record's codes."""
+    scale = builder.fpext(load(builder, VF16, address), VF32)
     if bits == 1:
         return scale, constant(VF32, ONE_BIT_ZERO)
-    return scale, builder.fpext(load(builder, VF16, record, offset + 2 * LANES), VF32)
+    return scale, builder.fpext(load(builder, VF16, address, 2 * LANES), VF32)
 
 
 def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offset: int, total: ir.Value, offset: int):
@@ -231,15 +230,20 @@ def _product_function(module: ir.Module, name: str, dot, bits: int, tokens: int)
     return function
 
 
-def _emit_group(builder, dot, bits, tokens, record, activations, half_stride, scales, totals) -> None:
+def prefetch_ahead(builder: ir.IRBuilder, bits: int, record: ir.Value) -> None:
+    """Ask for what will be read PREFETCH_BYTES after this record, as many bytes as the record has."""
     for line in range(0, record_bytes(bits), 64):
         ahead = builder.inttoptr(builder.add(record, I64(PREFETCH_BYTES + line)), I8.as_pointer())
         call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
+
+
+def _emit_group(builder, dot, bits, tokens, record, activations, half_stride, scales, totals) -> None:
+    prefetch_ahead(builder, bits, record)
     if tokens == 1:
         products = [_integer_product_in_place(builder, dot, bits, record, activations, half_stride)]
     else:
         products = _integer_products(builder, dot, bits, record, activations, tokens, half_stride)
-    scale, zero = scale_and_zero(builder, bits, record)
+    scale, zero = scale_and_zero(builder, bits, builder.add(record, I64(code_bytes(bits))))
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
 
