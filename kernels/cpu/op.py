@@ -72,7 +72,7 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
 
 
 def _buffer(size: int) -> torch.Tensor:
-    """Memory for one call. It is kept for the next, so that prefill does not wait for the kernel to clear fresh pages."""
+    """Memory for one call, kept for the next, so that prefill does not wait for Linux to clear fresh pages."""
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8)
