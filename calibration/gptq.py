@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_mcmoe.calibration.quantizers import Grid, QuantizedMatrix, check_weight, search_grid
+from vllm_mcmoe.calibration.quantizers import Grid, QuantizedMatrix, check_weight, quantize_rtn, search_grid
 from vllm_mcmoe.calibration.refinement import refine
 from vllm_mcmoe.calibration.rowwise import gptq_block, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
@@ -29,6 +29,7 @@ class GPTQOptions:
     act_order                quantise the columns in order of falling Hessian diagonal. The groups stay those of the
                              file: their grids are fixed up front from the original weights
     mse_search               least-squares grids weighted by the Hessian's diagonal; off: grids span the range
+    compensate               off: round to nearest, grids from the weights alone; nothing else here but mse_search counts
     compensate_within_block  off: a column's error is only passed on to later blocks of 128, as the authors' code
                              does below 4 bits (PAPER.md section 3, item 2)
     refinement_sweeps        rounds of least-squares grids and coordinate descent over the codes after GPTQ; 0 is
@@ -38,6 +39,7 @@ class GPTQOptions:
     damping: float = 0.01
     act_order: bool = False
     mse_search: bool = True
+    compensate: bool = True
     compensate_within_block: bool = True
     refinement_sweeps: int = 0
 
@@ -135,6 +137,8 @@ def quantize_gptq(
     check_weight(weight, bits, name)
     if weight.shape[1] != len(factor.order):
         raise ValueError(f"{name}: {weight.shape[1]} inputs, but its Hessian has {len(factor.order)}")
+    if not options.compensate:
+        return quantize_rtn(weight, bits, search="mse" if options.mse_search else "minmax", name=name)
     weight = weight.float()
     static = options.act_order  # act order visits a group's columns far apart, so its grid must exist beforehand
     grid = _search(weight, bits, factor, options, name)

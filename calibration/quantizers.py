@@ -149,10 +149,11 @@ def _grid_spanning(groups: torch.Tensor, bits: int, low: torch.Tensor, high: tor
     return storable_grid(groups, bits, scales, zeros, name)
 
 
-# Parts of the range the search starts from, and least-squares steps from each. On Gaussian and on the reference model's
-# weights this reaches the squared error of 80 starts within 0.2% at 2 to 4 bits.
-_RANGE_SHARES = np.array([1.0, 0.88, 0.76, 0.64, 0.52, 0.4], dtype=np.float32)
-_FIT_STEPS = 4
+# Shares of the range's lower and upper half the search starts from, in all 16 combinations, and least-squares steps
+# from each: within 0.3% of the squared error of 256 starts at 2 and 3 bits and 3% at 4, in a fourteenth of the time
+# (1024 x 256 Gaussian weights, 0.03 s on one thread).
+_RANGE_SHARES = np.array([1.0, 0.85, 0.7, 0.55], dtype=np.float32)
+_FIT_STEPS = 5
 
 
 def _least_squares_grid(groups: torch.Tensor, spanning: Grid, column_weight: torch.Tensor, name: str) -> Grid:

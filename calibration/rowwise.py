@@ -88,7 +88,7 @@ def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, i
     groups         [rows, in/128, 128]
     scales, zeros  [rows, in/128]: in, a grid over the whole range; out, the best found
     column_weight  [in/128, 128], positive sums
-    shares         [starts], parts of the range to start from
+    shares         [starts], parts of the range's lower and of its upper half to start from, in all combinations
     """
     codes = np.empty(groups.shape[2], dtype=np.float32)
     for row in range(groups.shape[0]):
@@ -96,14 +96,18 @@ def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, i
             weights, importance = groups[row, index], column_weight[index]
             full_scale, full_zero = scales[row, index], zeros[row, index]
             least = _squared_error(weights, importance, full_scale, full_zero, largest)
-            for share in shares:
-                scale, zero = full_scale * share, full_zero
-                for _ in range(iterations):
-                    scale, zero = _fit(weights, importance, scale, zero, largest, codes)
-                    error = _squared_error(weights, importance, scale, zero, largest)
-                    if error < least:
-                        least = error
-                        scales[row, index], zeros[row, index] = scale, zero
+            middle = np.float32(0.5) * largest - full_zero  # of the range, in units of the full scale
+            for low in shares:
+                for high in shares:
+                    span = np.float32(0.5) * (low + high)
+                    scale = full_scale * span
+                    zero = np.float32(0.5) * largest * low / span - middle / span
+                    for _ in range(iterations):
+                        scale, zero = _fit(weights, importance, scale, zero, largest, codes)
+                        error = _squared_error(weights, importance, scale, zero, largest)
+                        if error < least:
+                            least = error
+                            scales[row, index], zeros[row, index] = scale, zero
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

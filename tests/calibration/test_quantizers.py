@@ -1,0 +1,159 @@
+"""Round-to-nearest, and the form all quantisers return."""
+
+import pytest
+import torch
+
+from vllm_mcmoe.calibration.quantizers import SMALLEST_SCALE, QuantizedMatrix, quantize_rtn
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Matrices of a test are too small to share, and threads that wait for a busy core make it 20 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gaussian(rows: int = 16, columns: int = 256, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def representable(bits: int, rows: int = 8, columns: int = 256, seed: int = 0) -> torch.Tensor:
+    """A matrix some grid of that width holds exactly; every group uses its first and its last code."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[:, 0::GROUP_SIZE], codes[:, 1::GROUP_SIZE] = 0, (1 << bits) - 1
+    shape = (rows, columns // GROUP_SIZE)
+    scales = (torch.rand(shape, generator=generator) + 0.5).half()
+    zeros = None if bits == 1 else (torch.rand(shape, generator=generator) * (1 << bits)).half()
+    return QuantizedMatrix(bits, codes, scales, zeros).dequantize()
+
+
+def squared_error(weight: torch.Tensor, quantized: QuantizedMatrix) -> float:
+    return float((quantized.dequantize() - weight).double().square().sum())
+
+
+@pytest.mark.parametrize("search", ["mse", "minmax"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_representable_weights_come_back(bits, search):
+    weight = representable(bits)
+    restored = quantize_rtn(weight, bits, search=search).dequantize()
+    # Scales and zeros are rounded to fp16 again: half a unit in the last of 11 bits of each, on values up to 2**bits.
+    tolerance = float(weight.abs().max()) * 2 * 2**-11
+    torch.testing.assert_close(restored, weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packing_keeps_every_weight(bits):
+    matrix = quantize_rtn(gaussian(), bits)
+    packed = matrix.pack()
+    assert torch.equal(packed.dequantize(), matrix.dequantize())
+    assert (packed.zeros is None) == (bits == 1)
+    assert (matrix.codes.dtype, matrix.scales.dtype) == (torch.uint8, torch.float16)
+
+
+def test_one_bit_is_the_sign_times_the_mean_magnitude_of_the_group():
+    weight = gaussian()
+    matrix = quantize_rtn(weight, 1)
+    magnitude = (
+        weight.unflatten(-1, (-1, GROUP_SIZE)).abs().mean(-1, keepdim=True).expand(-1, -1, GROUP_SIZE).flatten(-2)
+    )
+    torch.testing.assert_close(matrix.dequantize(), weight.sign() * magnitude, rtol=2**-11, atol=0)  # fp16 scales
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_grids_beat_grids_over_the_range(bits):
+    weight = gaussian()
+    searched, spanning = (quantize_rtn(weight, bits, search=s) for s in ("mse", "minmax"))
+    # 2 to 4 bits lose least with a range clipped to about 1.5, 2 and 2.6 of a Gaussian's standard deviations.
+    assert squared_error(weight, searched) < 0.9 * squared_error(weight, spanning)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_search_finds_the_best_of_a_dense_scan(bits):
+    weight = gaussian(rows=4, columns=GROUP_SIZE)
+    largest = (1 << bits) - 1
+    least = torch.full((4,), float("inf"))
+    for low_share in torch.linspace(0.3, 1, 36):
+        for high_share in torch.linspace(0.3, 1, 36):
+            low, high = weight.amin(1, True) * low_share, weight.amax(1, True) * high_share
+            scale = (high - low) / largest
+            restored = scale * ((weight - low) / scale).round().clamp(0, largest) + low
+            least = torch.minimum(least, (restored - weight).square().sum(1))
+    found = (quantize_rtn(weight, bits).dequantize() - weight).square().sum(1)
+    assert (found <= 1.03 * least).all()  # the scan has 1296 starts per row, the search six
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_importance_moves_error_away_from_important_columns(bits):
+    weight = gaussian()
+    importance = torch.ones(256)
+    importance[::4] = 100.0
+    plain, weighted = quantize_rtn(weight, bits), quantize_rtn(weight, bits, importance=importance)
+
+    def weighted_error(matrix: QuantizedMatrix) -> float:
+        return float(((matrix.dequantize() - weight).square() * importance).sum())
+
+    assert weighted_error(weighted) < weighted_error(plain)
+
+
+def test_a_group_no_token_uses_is_quantised_as_if_all_columns_counted():
+    weight = gaussian()
+    importance = torch.ones(256)
+    importance[:GROUP_SIZE] = 0
+    restored = quantize_rtn(weight, 2, importance=importance).dequantize()
+    expected = quantize_rtn(weight, 2).dequantize()
+    assert torch.equal(restored, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("value", [0.0, 0.75, -0.001])
+def test_constant_groups_are_exact(bits, value):
+    weight = torch.full((2, 256), value)
+    restored = quantize_rtn(weight, bits).dequantize()
+    torch.testing.assert_close(restored, weight, rtol=2**-11, atol=0)  # the value becomes an fp16 scale
+
+
+def test_zero_weights_at_one_bit_become_as_small_as_fp16_normals_allow():
+    matrix = quantize_rtn(torch.zeros(2, 128), 1)
+    assert (matrix.scales > 0).all()
+    assert matrix.dequantize().abs().max() <= SMALLEST_SCALE / 2
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_negligible_tiny_group_keeps_a_normal_scale(bits):
+    weight = gaussian()
+    weight[3, :GROUP_SIZE] *= 1e-6
+    matrix = quantize_rtn(weight, bits)
+    assert float(matrix.scales.min()) >= SMALLEST_SCALE
+    off = (matrix.dequantize() - weight)[3, :GROUP_SIZE].abs().max()
+    assert off <= SMALLEST_SCALE  # at most one step of the smallest grid
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_matrix_too_small_for_fp16_scales_is_refused_by_name(bits):
+    with pytest.raises(ValueError, match=r"layer\.3\.down: 32 of 32 groups, 100\.0% of the squared norm"):
+        quantize_rtn(gaussian() * 1e-5, bits, name="layer.3.down")
+
+
+def test_a_matrix_too_large_for_fp16_scales_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"layer\.3\.down: scale .* exceeds fp16's largest value 65504"):
+        quantize_rtn(gaussian() * 1e8, 2, name="layer.3.down")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    weight = gaussian()
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match=r"layer\.3\.down: 1 of 4096 weights are NaN or infinite"):
+        quantize_rtn(weight, 2, name="layer.3.down")
+
+
+@pytest.mark.parametrize(
+    ("columns", "bits", "message"), [(100, 2, "divisible by 128"), (128, 5, "bit-width 5 is not one of")]
+)
+def test_shapes_and_widths_outside_the_format_are_refused(columns, bits, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_rtn(torch.ones(2, columns), bits)
