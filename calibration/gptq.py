@@ -29,7 +29,7 @@ class GPTQOptions:
     act_order                quantise the columns in order of falling Hessian diagonal. The groups stay those of the
                              file: their grids are fixed up front from the original weights
     mse_search               least-squares grids weighted by the Hessian's diagonal; off: grids span the range
-    compensate               off: round to nearest, grids from the weights alone; nothing else here but mse_search counts
+    compensate               off: round to nearest, grids from the weights alone; only mse_search counts then
     compensate_within_block  off: a column's error is only passed on to later blocks of 128, as the authors' code
                              does below 4 bits (PAPER.md section 3, item 2)
     refinement_sweeps        rounds of least-squares grids and coordinate descent over the codes after GPTQ; 0 is
