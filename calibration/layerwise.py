@@ -155,7 +155,8 @@ class LayerwiseModel:
         state = {name: self._read(name) for name in names}
         if self.description.config.tie_word_embeddings:
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-        expected = {name for name, _ in self.module.named_parameters() if split_layer_name(name) is None}
+        parameters = self.module.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
+        expected = {name for name, _ in parameters if split_layer_name(name) is None}
         for name in expected - state.keys():
             raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
         self.module.load_state_dict({n: state[n] for n in expected}, strict=False, assign=True)

@@ -17,9 +17,9 @@ def model_card(
     sections = [
         f"# {name}, experts at {report.average_bits['experts']:.2f} bits",
         f"A quantised copy of `{name}` ({description.architecture}, {len(description.moe_layers)} MoE layers of "
-        f"{description.num_experts} experts, top-{description.top_k}). Every expert has its own bit-width. Written by "
-        "[vllm-mcmoe](https://pypi.org/project/vllm-mcmoe/), whose plugin vLLM needs to serve it:",
-        "```\npip install vllm-mcmoe\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
+        f"{description.num_experts} experts, top-{description.top_k}). Every expert has its own bit-width. "
+        "vLLM serves it where the plugin vllm-mcmoe is installed:",
+        "```\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
         _quantization(report),
         _quality(evaluation),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
@@ -48,7 +48,7 @@ def _quantization(report: QuantizationReport) -> str:
     ]
     if report.super_experts:
         listed = "; ".join(f"{layer}: {ids}" for layer, ids in report.super_experts.items())
-        rows.append(("super experts, kept at the top width", listed))
+        rows.append(("super experts (rare extreme activations)", listed))
     return _table("quantisation", "", rows)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from vllm_mcmoe.calibration.allocation import allocate
 from vllm_mcmoe.calibration.artifacts import Factors, Plan
-from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
+from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, find_data_files
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.experts import (
     Activation,
@@ -82,7 +82,8 @@ def quantize(
     plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     widths           bit-widths an expert may get; None takes the recipe's
-    linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
+    linear_bits      attention and dense linears: 4, 8 (vLLM 0.32 serves these on GPUs only) or 16; None takes the
+                     recipe's
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
 
     Raises UnsupportedModelError, FormatError, DataError or PlanError before any long work where possible; no partial
@@ -94,13 +95,22 @@ def quantize(
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
     description = describe_model(model_dir)
+    if plan is not None:
+        plan.check_against(description.experts_per_layer())
+    if evaluation_data is not None:
+        find_data_files(evaluation_data)
     model = LayerwiseModel(WeightFiles(description))
     tokens = load_calibration_data(description, data, sequences, length, log)
+    needs_factors = plan is None and factors is None
     gradient_norms = None
-    if (plan is None and factors is None) or recipe.hessian_weighting == "gradient":
+    if needs_factors or recipe.hessian_weighting == "gradient":
         log(f"Measuring {description.num_experts} experts in each of {len(description.moe_layers)} layers.")
-        measured = measure(model, tokens, recipe=recipe, widths=widths, seed=seed, log=log, show_progress=show_progress)
-        factors, gradient_norms = factors or measured.factors, measured.gradient_norms
+        measured_widths = widths if needs_factors else ()
+        measured = measure(
+            model, tokens, recipe=recipe, widths=measured_widths, seed=seed, log=log, show_progress=show_progress
+        )
+        gradient_norms = measured.gradient_norms
+        factors = measured.factors if needs_factors else factors
     if plan is None:
         plan = allocate(factors, recipe=recipe, bits=bits, bits_per_layer=bits_per_layer, widths=widths)
         log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")

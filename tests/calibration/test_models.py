@@ -22,9 +22,13 @@ def edit_tensors(model, edit) -> None:
     save_file(tensors, model / "model.safetensors")
 
 
-@pytest.fixture(params=["mixtral", "qwen3"])
-def model_path(request, reference_model, qwen3_model):
-    return reference_model if request.param == "mixtral" else qwen3_model
+@pytest.fixture(params=["mixtral", "qwen3", "qwen3-tied-embeddings"])
+def model_path(request, tmp_path, reference_model, qwen3_model):
+    if request.param == "mixtral":
+        return reference_model
+    if request.param == "qwen3":
+        return qwen3_model
+    return make_qwen3(tmp_path / "tied", reference_model, tie_word_embeddings=True)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pipeline import quantize, quantize_model, split_rows
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.checkpoint import read_checkpoint_config
-from vllm_mcmoe.errors import FormatError, PlanError, UnsupportedModelError
+from vllm_mcmoe.errors import DataError, FormatError, PlanError, UnsupportedModelError
 
 LAYER = "model.layers.1.block_sparse_moe.experts"
+QWEN3_LAYER = "model.layers.1.mlp.experts"
 
 
 def tensors_of(directory) -> dict[str, torch.Tensor]:
@@ -145,10 +147,10 @@ def test_compensation_beats_rounding_at_the_same_widths(tmp_path, reference_mode
     assert kl[0] < 0.95 * kl[1]
 
 
-def test_bits_are_measured_allocated_and_written_in_one_call(tmp_path, reference_model, calibration_files):
+def test_bits_are_measured_allocated_and_written_in_one_call(tmp_path, qwen3_model, calibration_files):
     messages = []
     report = quantize(
-        reference_model,
+        qwen3_model,
         tmp_path / "out",
         calibration_files,
         bits=3.0,
@@ -167,36 +169,34 @@ def test_bits_are_measured_allocated_and_written_in_one_call(tmp_path, reference
     assert calibration_files[0].name in card and "KL to the original" in card
 
 
-def test_an_expert_with_few_tokens_is_calibrated_on_the_layers_and_reported(
-    tmp_path, reference_model, calibration_files
-):
+def test_an_expert_with_few_tokens_is_calibrated_on_the_layers_and_reported(tmp_path, qwen3_model, calibration_files):
     messages = []
     report = quantize(
-        reference_model,
+        qwen3_model,
         tmp_path / "out",
         calibration_files,
-        plan=mixed_plan(reference_model),
+        plan=mixed_plan(qwen3_model),
         recipe=QUICK,
         sequences=1,
         length=8,
         log=messages.append,
     )
-    experts = report.layers[LAYER]
+    experts = report.layers[QWEN3_LAYER]
     assert all(expert.pooled_hessian for expert in experts)
     assert any("too few tokens for experts" in message for message in messages)
     unused = [expert for layer in report.layers.values() for expert in layer if expert.tokens == 0]
     assert unused and all(expert.output_error is None for expert in unused)
     result = evaluate(tmp_path / "out", calibration_files, sequences=1, length=64)
-    assert result.token_perplexity < 4096  # finite, and better than guessing
+    assert math.isfinite(result.token_perplexity)
 
 
-def test_linears_can_stay_in_16_bits(tmp_path, reference_model, calibration_files, original):
-    plan = mixed_plan(reference_model)
+def test_linears_can_stay_in_16_bits(tmp_path, qwen3_model, calibration_files):
+    plan = mixed_plan(qwen3_model)
     options = {"plan": plan, "recipe": QUICK, "sequences": 1, "length": 32}
-    quantize(reference_model, tmp_path / "out", calibration_files, linear_bits=16, **options)
+    quantize(qwen3_model, tmp_path / "out", calibration_files, linear_bits=16, **options)
     assert read_checkpoint_config(tmp_path / "out").linear is None
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(tensors_of(tmp_path / "out")[name], original[name])
+    assert torch.equal(tensors_of(tmp_path / "out")[name], tensors_of(qwen3_model)[name])
 
 
 def test_qwen3_is_quantised_with_its_dense_layer(tmp_path, qwen3_model, calibration_files):
@@ -280,6 +280,22 @@ def test_gradient_weighted_hessians_need_gradients(tmp_path, reference_model, ca
             sequences=sequences,
             recipe=recipe,
         )
+
+
+def test_gradient_weighted_hessians_are_measured_even_when_the_plan_is_given(tmp_path, qwen3_model, calibration_files):
+    recipe = dataclasses.replace(QUICK, hessian_weighting="gradient")
+    options = {"plan": mixed_plan(qwen3_model), "linear_bits": 16, "sequences": 4, "length": 64}
+    for name, weighted in (("gradient", recipe), ("routing", QUICK)):
+        quantize(qwen3_model, tmp_path / name, calibration_files, recipe=weighted, **options)
+    gradient, routing = tensors_of(tmp_path / "gradient"), tensors_of(tmp_path / "routing")
+    name = "model.layers.2.mlp.experts.0.gate_proj.qweight"
+    assert not torch.equal(gradient[name], routing[name])
+    assert not (tmp_path / "gradient" / "factors.json").exists()
+
+
+def test_missing_evaluation_data_is_noticed_before_the_work(tmp_path, reference_model, calibration_files):
+    with pytest.raises(DataError, match="no such file"):
+        quantize(reference_model, tmp_path / "out", calibration_files, bits=2.5, evaluation_data=[tmp_path / "none"])
 
 
 def test_weights_that_are_not_finite_are_named_and_nothing_is_left_behind(tmp_path, editable_model, calibration_files):
