@@ -1,19 +1,14 @@
 """What a checkpoint directory holds, read from config.json and the safetensors headers alone (no tensor is loaded)."""
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vllm_mcmoe.calibration.tensors import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, packed_bytes_per_group
-
-ELEMENT_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "F32": 4, "I64": 8, "F64": 8,
-}  # fmt: skip
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
@@ -24,10 +19,6 @@ KINDS = (
     ("embeddings and output head", re.compile(r"(embed_tokens|lm_head)\.")),
     ("attention, router, norms", re.compile(r"")),
 )
-
-
-def _nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * ELEMENT_BYTES[info.dtype]
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,17 @@ class CheckpointSummary:
     def total_bytes(self) -> int:
         return sum(self.bytes_by_kind.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quantization_config": self.config.to_dict(),
+            "bytes_by_kind": self.bytes_by_kind,
+            "total_bytes": self.total_bytes,
+            "expert_parameters": self.expert_parameters,
+            "expert_bits": self.expert_bits,
+            "warnings": self.warnings,
+        }
+
 
 def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
     """Summarise a quantised checkpoint; faults that serving would refuse come back as warnings.
@@ -54,7 +56,7 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
     headers = TensorFiles(Path(checkpoint)).info
     by_kind: Counter[str] = Counter()
     for name, info in headers.items():
-        by_kind[next(kind for kind, pattern in KINDS if pattern.search(name))] += _nbytes(info)
+        by_kind[next(kind for kind, pattern in KINDS if pattern.search(name))] += info.nbytes
     parameters, warnings = _check_experts(config, headers)
     expert_bytes = by_kind["expert codes"] + by_kind["expert scales and zeros"]
     return CheckpointSummary(

@@ -54,8 +54,7 @@ def engine_logprobs(engine: LLM, prompts: list[list[int]]) -> list[tuple[list[in
 
 def with_int8_activations(model: PreTrainedModel) -> PreTrainedModel:
     """Let the experts of a dequantised transformers model round their inputs as the kernels do."""
-    for layer in model.model.layers:
-        experts = layer.mlp.experts
+    for experts in (layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")):
 
         def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts=experts):
             out, rounded = torch.zeros_like(x), round_activations(x)

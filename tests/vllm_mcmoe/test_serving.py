@@ -21,8 +21,9 @@ from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
 
 pytestmark = pytest.mark.engine
 
-# Measured maximum 0.006 nats over all prompts and tokens; a wrong expert, width or scale costs tenths.
-TOLERANCE = 0.02
+# Rounding in another order now and then moves an activation to its neighbouring int8 code, 1/127 of its group's
+# maximum, and that moves a logprob by hundredths; one wrong expert, width or scale moves all of them by tenths.
+LARGEST_DIFFERENCE, MEAN_DIFFERENCE = 0.1, 0.005
 
 
 def serve_and_score(checkpoint, prompts, **options):
@@ -33,11 +34,17 @@ def serve_and_score(checkpoint, prompts, **options):
         stop_engine(engine)
 
 
+def assert_close(logprobs: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = (logprobs - expected).abs()
+    print(f"difference: mean {difference.mean():.4f}, largest {difference.max():.4f}")
+    assert difference.max() < LARGEST_DIFFERENCE
+    assert difference.mean() < MEAN_DIFFERENCE
+
+
 def assert_agrees(results, checkpoint) -> None:
     model = with_int8_activations(load_dequantized(checkpoint))
     for tokens, logprobs in results:
-        difference = (logprobs - expected_logprobs(model, tokens)).abs()
-        assert difference.max() < TOLERANCE
+        assert_close(logprobs, expected_logprobs(model, tokens))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +69,8 @@ def test_two_ranks_answer_as_one_process(single_process, checkpoint_16bit_linear
         )
     for (tokens, logprobs), (expected_tokens, expected) in zip(results, single_process, strict=True):
         assert tokens == expected_tokens
-        assert torch.allclose(logprobs, expected, atol=TOLERANCE)
+        assert_close(logprobs, expected)
 
 
 def test_qwen3_moe_logprobs_equal_transformers_with_dequantised_weights(qwen3_checkpoint, prompts):
-    # random weights: 256 tokens of vocabulary stand for the prompts' ids
-    folded = [[token % 256 for token in prompt] for prompt in prompts]
-    results = serve_and_score(qwen3_checkpoint, folded, skip_tokenizer_init=True)
-    assert_agrees(results, qwen3_checkpoint)
+    assert_agrees(serve_and_score(qwen3_checkpoint, prompts), qwen3_checkpoint)

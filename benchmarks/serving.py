@@ -1,0 +1,159 @@
+"""Tokens per second of stock vLLM with and without the plugin, on a synthetic model of a real layer shape.
+
+    python benchmarks/serving.py [--shape mixtral] [--layers 2] [--bits 2.5] [--rounds 3] [--json FILE]
+
+Both engines run at once and take turns, so that a noisy machine disturbs both alike; medians are printed. Weights are
+random (`--load-format dummy`): speed depends on their shape and width only, and routing spreads over all experts.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from vllm_mcmoe.calibration.allocation import written_bits
+from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+CONCURRENCY = (1, 8)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a published model's layers."""
+
+    architecture: str
+    model_type: str
+    expert_prefix: str
+    config: dict
+
+
+SHAPES = {
+    "mixtral": Shape(
+        "MixtralForCausalLM",
+        "mixtral",
+        "block_sparse_moe.experts",
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+        },
+    ),
+    "qwen3-30b-a3b": Shape(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "mlp.experts",
+        {
+            "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "vocab_size": 151936, "norm_topk_prob": True,
+        },
+    ),
+}  # fmt: skip
+
+
+def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
+    """Widths 1, 2, 3 in turn over the experts, whose written average comes closest to `bits` from below."""
+    widths = [1] * experts
+    for width in (2, 3, 4):
+        for expert in range(experts):
+            candidate = [*widths[:expert], width, *widths[expert + 1 :]]
+            if sum(map(written_bits, candidate)) / experts <= bits:
+                widths = candidate
+    return tuple(widths)
+
+
+def write_config(directory: Path, shape: Shape, layers: int, bits: float | None) -> Path:
+    """A model directory of config.json alone; `bits` None is the bf16 model."""
+    directory.mkdir(parents=True)
+    config = {
+        "architectures": [shape.architecture],
+        "model_type": shape.model_type,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "bfloat16",
+        **shape.config,
+    }
+    if bits is not None:
+        experts = shape.config.get("num_local_experts") or shape.config["num_experts"]
+        widths = mixed_widths(bits, experts)
+        names = [f"model.layers.{layer}.{shape.expert_prefix}" for layer in range(layers)]
+        average = sum(map(written_bits, widths)) / experts
+        config["quantization_config"] = CheckpointConfig(
+            {name: ExpertBits(widths, widths) for name in names}, average_bits={"experts": average}
+        ).to_dict()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def start_engine(model: Path) -> LLM:
+    return LLM(
+        str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=max(CONCURRENCY),
+        kv_cache_memory_bytes=256 << 20,
+        gpu_memory_utilization=0.05,
+        enable_prefix_caching=False,
+    )
+
+
+def decode_tokens_per_second(engine: LLM, concurrency: int) -> float:
+    """New tokens of all streams per second, prefill excluded by timing a run of one new token."""
+    prompts = [
+        TokensPrompt(prompt_token_ids=[(7 * stream + 13 * position) % 30000 for position in range(PROMPT_TOKENS)])
+        for stream in range(concurrency)
+    ]
+    seconds = []
+    for tokens in (1, 1 + NEW_TOKENS):
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
+        start = time.perf_counter()
+        engine.generate(prompts, sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+    return concurrency * NEW_TOKENS / (seconds[1] - seconds[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mixtral")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--bits", type=float, default=2.5, help="average bits, scales and zeros included")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as directory:
+        shape = SHAPES[arguments.shape]
+        models = {
+            "bf16": write_config(Path(directory) / "bf16", shape, arguments.layers, None),
+            "mcmoe": write_config(Path(directory) / "mcmoe", shape, arguments.layers, arguments.bits),
+        }
+        engines = {name: start_engine(model) for name, model in models.items()}
+        speeds: dict[str, dict[int, list[float]]] = {name: {c: [] for c in CONCURRENCY} for name in engines}
+        for engine in engines.values():
+            decode_tokens_per_second(engine, 1)  # warm-up
+        for _ in range(arguments.rounds):
+            for concurrency in CONCURRENCY:
+                for name, engine in engines.items():
+                    speeds[name][concurrency].append(decode_tokens_per_second(engine, concurrency))
+
+    print(
+        f"\n{arguments.shape} shape, {arguments.layers} layers, {arguments.bits} bits, median of {arguments.rounds}\n"
+    )
+    print("| concurrency | bf16 tokens/s | mcmoe tokens/s | ratio |\n|---|---|---|---|")
+    rows = []
+    for concurrency in CONCURRENCY:
+        bf16, mcmoe = (statistics.median(speeds[name][concurrency]) for name in ("bf16", "mcmoe"))
+        rows.append({"concurrency": concurrency, "bf16": bf16, "mcmoe": mcmoe, "ratio": mcmoe / bf16})
+        print(f"| {concurrency} | {bf16:.1f} | {mcmoe:.1f} | {mcmoe / bf16:.2f} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Tables and heat maps of the command line, for people; programs read `--json`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_mcmoe.calibration.evaluate import Evaluation
+from vllm_mcmoe.calibration.inspection import CheckpointSummary
+
+console = Console()
+
+# cold to hot, so that a layer's important experts stand out
+WIDTH_STYLES = {1: "white on blue", 2: "black on cyan", 3: "black on green", 4: "black on yellow", 8: "white on red"}
+WIDTHS_PER_LINE = 32  # 128 experts in four lines, beside the layer's name on an 80-column terminal
+
+
+def print_widths(layers: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+    """One row per layer: a digit per expert, gate_up above down where they differ."""
+    table = Table(title="Bit-width of every expert", box=None, pad_edge=False)
+    table.add_column("layer", style="bold")
+    table.add_column("part")
+    table.add_column("experts in order")
+    for name, (gate_up, down) in layers.items():
+        if list(gate_up) == list(down):
+            table.add_row(name, "all", _width_map(gate_up))
+        else:
+            table.add_row(name, "gate_up", _width_map(gate_up))
+            table.add_row("", "down", _width_map(down))
+    console.print(table)
+
+
+def _width_map(widths: Sequence[int]) -> Text:
+    text = Text()
+    for position, width in enumerate(widths):
+        if position and position % WIDTHS_PER_LINE == 0:
+            text.append("\n")
+        text.append(str(width), style=WIDTH_STYLES[width])
+    return text
+
+
+def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
+    print_widths({name: (bits.gate_up, bits.down) for name, bits in summary.config.experts.items()})
+    table = Table(title=f"{checkpoint}: bytes by kind of tensor", box=None, pad_edge=False)
+    table.add_column("kind")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    for kind, size in summary.bytes_by_kind.items():
+        table.add_row(kind, f"{size:,}", f"{size / summary.total_bytes:.1%}")
+    table.add_row("total", f"{summary.total_bytes:,}", "", style="bold")
+    console.print(table)
+    console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
+    for warning in summary.warnings:
+        console.print(f"[bold yellow]Warning:[/] {warning}", highlight=False)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    table = Table(title=str(result.model), box=None, pad_edge=False)
+    table.add_column("text")
+    table.add_column("perplexity", justify="right")
+    for name, perplexity in result.perplexity_by_file.items():
+        table.add_row(name, f"{perplexity:.3f}")
+    table.add_row("geometric mean", f"{result.geometric_mean_perplexity:.3f}", style="bold")
+    console.print(table)
+    if result.mean_kl is not None:
+        console.print(
+            f"Against {result.against}: KL {result.mean_kl:.4f} nats per token, "
+            f"same first choice on {result.top1_agreement:.1%} of the tokens."
+        )
+    console.print(
+        f"{result.total_bytes:,} bytes, {result.average_bits['model']:.3f} bits per weight; "
+        f"experts {result.expert_bytes:,} bytes, {result.average_bits['experts']:.3f} bits per weight."
+    )
