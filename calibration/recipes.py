@@ -65,6 +65,8 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
+        # Chosen on the reference model. Proxy losses below are means over 8 matrices, relative to tr(W H W^T); plain
+        # GPTQ has 0.0901 at 1 bit and 0.0101 at 2, the authors' 0.1171 and 0.0174, round-to-nearest 0.187 and 0.035.
         "mcmoe": Recipe(
             name="mcmoe",
             widths=(1, 2, 3, 4),
@@ -72,7 +74,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             scope="model",
             granularity="projection",
             keep_super_experts=True,
+            # 1 bit: 0.0381 / 0.0352 / 0.0341 / 0.0339 after 2 / 4 / 8 / 32 sweeps, 0.0346 after 8 without act order.
             gptq=GPTQOptions(act_order=True, refinement_sweeps=8),
+            # At 1.965 written bits: KL 0.0355 and perplexity 28.64; "gradient" 0.0381 and 28.74.
             hessian_weighting="routing",
         ),
         "paper-code": Recipe(  # PAPER.md section 3, items 1-3; reproduces the authors' published allocations
