@@ -253,6 +253,11 @@ def _skeleton(description: MoeModel) -> PreTrainedModel:
             config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
         )
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:  # torch multiplies by them without complaint and returns garbage
+        raise UnsupportedModelError(
+            f"{description.path}: no file holds {empty[0]}, and its adapter does not compute it."
+        )
     return model.eval()
 
 
