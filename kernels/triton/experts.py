@@ -230,6 +230,8 @@ def check_device(device: torch.device) -> None:
         raise ValueError(
             f"the triton kernels run on CUDA and ROCm devices, found {device.type!r}; use the cpu kernels there"
         )
+    if not torch.cuda.is_available():
+        raise ValueError("the triton kernels need a CUDA or ROCm device, torch sees none; use the cpu kernels instead")
     architecture = describe_device(device).architecture
     if torch.version.hip:
         if architecture not in ROCM_ARCHITECTURES:

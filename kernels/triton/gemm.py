@@ -275,7 +275,7 @@ def _tile(
         _store_activated(sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, inside, tile, N, BITS, ACTIVATION, FLOAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # a prompt of another length must not compile a kernel
 def grouped_gemm_kernel(
     x_ptr, x_scale_ptr, x_sum_ptr,
     codes_ptr, scales_ptr, offsets_ptr, bits_ptr,

@@ -76,7 +76,7 @@ def quantize_kernel(x_ptr, out_ptr, scale_ptr, sum_ptr, K, stride_x, GROUPS: tl.
     tl.store(sum_ptr + token * groups + group, stored_sum(tl.sum(values, axis=1), FLOAT), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # a prompt of another length must not compile a kernel
 def activate_kernel(
     partial_ptr, ids_ptr, map_ptr, out_ptr, scale_ptr, sum_ptr, slots, N,
     SPLIT_K: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT: tl.constexpr, EXPERTS: tl.constexpr, MAPPED: tl.constexpr,

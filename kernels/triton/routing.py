@@ -36,7 +36,7 @@ def _load_experts(ids_ptr, map_ptr, start, slots, EXPERTS: tl.constexpr, MAPPED:
     return slot, local_expert(tl.load(ids_ptr + slot, mask=inside, other=-1), map_ptr, inside, EXPERTS, MAPPED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "capacity"])  # a prompt of another length must not compile a kernel
 def align_kernel(
     ids_ptr, map_ptr, sorted_slots_ptr, block_expert_ptr, slots, capacity,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, MAPPED: tl.constexpr,
@@ -79,7 +79,7 @@ def align_kernel(
             tl.store(block_expert_ptr + block, expert, mask=block < end_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # a prompt of another length must not compile a kernel
 def combine_kernel(
     partial_ptr, ids_ptr, weights_ptr, map_ptr, out_ptr, slots, N,
     TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, EXPERTS: tl.constexpr, MAPPED: tl.constexpr, BLOCK: tl.constexpr,

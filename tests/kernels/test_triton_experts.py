@@ -173,8 +173,7 @@ def test_the_inline_assembly_computes_the_same():
 FLOAT_TOLERANCE = 2**-11
 
 
-@pytest.mark.parametrize("inline_asm", [False, True], ids=["plain", "assembly"])
-@pytest.mark.parametrize("split_k", [1, 2], ids=["fused", "split-K"])
+@pytest.mark.parametrize(("split_k", "inline_asm"), [(1, True), (2, False)], ids=["fused, assembly", "split-K, plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_float_activations(dtype, split_k, inline_asm):
     layer, tokens = random_layer(MIXED, 256, 128), random_tokens(5, 256, len(MIXED), 2, dtype)
@@ -251,6 +250,13 @@ def test_an_unknown_activation_is_refused():
 def test_an_unsupported_device_is_refused():
     with pytest.raises(ValueError, match="CUDA and ROCm devices, found 'cpu'"):
         prepare(random_layer([2], 128, 128))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a device")
+def test_a_missing_device_is_named():
+    with pytest.raises(ValueError, match="torch sees none"):
+        layer = random_layer([2], 128, 128)
+        triton_experts.TritonExperts.prepare(iter(layer.gate_up), iter(layer.down), **layer.announced())
 
 
 def test_an_unsupported_dtype_is_refused():
