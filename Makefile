@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test setup clean bench-cpu bench-quality bench-serving aot-report
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -12,6 +12,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+# Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
+bench-cpu: $(READY)
+	$(BIN)/python benchmarks/cpu_moe.py $(ARGS)
+
+bench-quality: $(READY)
+	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-serving: $(READY)
+	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 setup: $(READY)
 

@@ -5,8 +5,8 @@
                 sum size[i, j] * x[i, j] <= budget   per layer, or once for the whole model
                 least counts per width, x binary
 
-An item is an expert, or one projection of an expert. Solved by HiGHS through scipy.optimize.milp. (PAPER.md section 1
-has the paper's program, section 3 the authors' code's.)
+An item is an expert, or one projection of an expert. Solved by HiGHS through scipy.optimize.milp.
+(docs/method.md, section 1 has the paper's program, section 2 the authors' code's.)
 """
 
 import math
@@ -240,7 +240,7 @@ def _costs(name: str, layer: LayerFactors, recipe: Recipe) -> dict[tuple[str, ..
 
 
 def _weighted_error(name: str, layer: LayerFactors, recipe: Recipe) -> np.ndarray:
-    """frequency^alpha * routing weight^beta * error^gamma, [E, widths] (PAPER.md sections 1 and 3)."""
+    """frequency^alpha * routing weight^beta * error^gamma, [E, widths] (docs/method.md)."""
     frequency = np.array(layer.activation_count, dtype=np.float64)
     routing_weight = np.array(layer.routing_weight_sum, dtype=np.float64)
     error = _table(name, "quantization_error", layer.quantization_error, recipe)

@@ -32,7 +32,7 @@ class LayerFactors:
     activation_count    how often the expert was among a token's top-k
     routing_weight_sum  sum of its routing weights over all tokens (softmax over all experts)
     quantization_error  width -> error of the layer's output when only this expert is quantised to that width
-                        (Frobenius norm over the calibration tokens, PAPER.md section 1)
+                        (Frobenius norm over the calibration tokens, docs/method.md, section 1)
     shapes              projection -> [out, in] of one expert: {"gate_up": [2I, H], "down": [H, I]}
     loss_increase       projection -> width -> predicted increase of the loss, nats per token, when only this
                         projection of this expert is quantised with the quantiser that will really be used

@@ -31,7 +31,7 @@ class GPTQOptions:
     mse_search               least-squares grids weighted by the Hessian's diagonal; off: grids span the range
     compensate               off: round to nearest, grids from the weights alone; only mse_search counts then
     compensate_within_block  off: a column's error is only passed on to later blocks of 128, as the authors' code
-                             does below 4 bits (PAPER.md section 3, item 2)
+                             does below 4 bits (docs/method.md, section 2)
     refinement_sweeps        rounds of least-squares grids and coordinate descent over the codes after GPTQ; 0 is
                              plain GPTQ
     """

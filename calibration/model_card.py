@@ -11,8 +11,10 @@ def model_card(
     description: MoeModel,
     report: QuantizationReport,
     evaluation: tuple[Evaluation, Evaluation] | None = None,
+    held_out: bool = True,
 ) -> str:
-    """Markdown. evaluation: of the original and of the checkpoint, on the same text."""
+    """Markdown. evaluation: of the original and of the checkpoint, on the same text; held_out says whether that text
+    was kept out of calibration."""
     name = description.path.resolve().name
     sections = [
         f"# {name}, experts at {report.average_bits['experts']:.2f} bits",
@@ -21,7 +23,7 @@ def model_card(
         "vLLM serves it where the plugin vllm-mcmoe is installed:",
         "```\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
         _quantization(report),
-        _quality(evaluation),
+        _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -52,7 +54,7 @@ def _quantization(report: QuantizationReport) -> str:
     return _table("quantisation", "", rows)
 
 
-def _quality(evaluation: tuple[Evaluation, Evaluation] | None) -> str:
+def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -> str:
     if evaluation is None:
         return "Not evaluated. `mcmoe evaluate PATH --against ORIGINAL --data TEXT` measures perplexity and KL."
     before, after = evaluation
@@ -61,8 +63,9 @@ def _quality(evaluation: tuple[Evaluation, Evaluation] | None) -> str:
         lines.append(f"| {file} | {before.perplexity_by_file[file]:.3f} | {perplexity:.3f} |")
     means = before.geometric_mean_perplexity, after.geometric_mean_perplexity
     lines.append(f"| geometric mean | {means[0]:.3f} | {means[1]:.3f} |")
+    source = "not used for calibration" if held_out else "of the calibration text, so somewhat flattering"
     lines.append(
-        f"\n{after.tokens:,} tokens, expert activations {after.activations}. KL to the original "
+        f"\n{after.tokens:,} tokens {source}, expert activations {after.activations}. KL to the original "
         f"{after.mean_kl:.4f} nats per token, same first choice on {after.top1_agreement:.1%} of the tokens."
     )
     return "\n".join(lines)

@@ -127,10 +127,13 @@ def quantize(
         show_progress=show_progress,
     )
     if evaluation_data is not None:
+        held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
         options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
         before = evaluate(model_dir, evaluation_data, **options)
         after = evaluate(out_dir, evaluation_data, against=model_dir, **options)
-        (Path(out_dir) / MODEL_CARD).write_text(model_card(description, report, (before, after)), encoding="utf-8")
+        (Path(out_dir) / MODEL_CARD).write_text(
+            model_card(description, report, (before, after), held_out), encoding="utf-8"
+        )
     return report
 
 

@@ -27,7 +27,7 @@ class Recipe:
     widths             bit-widths an expert may get
     objective          what allocation minimises:
                        "loss_increase": the sum of factors.loss_increase over every quantised projection;
-                       "weighted_error": sum of frequency^alpha * routing weight^beta * error^gamma (PAPER.md 1);
+                       "weighted_error": sum of frequency^alpha * routing weight^beta * error^gamma (docs/method.md);
                        "uniform": nothing, every expert gets the same width
     alpha, beta, gamma exponents of "weighted_error"
     normalise          divide the three factors of "weighted_error" by their sums over the layer; decides nothing
@@ -79,7 +79,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # At 1.965 written bits: KL 0.0355 and perplexity 28.64; "gradient" 0.0381 and 28.74.
             hessian_weighting="routing",
         ),
-        "paper-code": Recipe(  # PAPER.md section 3, items 1-3; reproduces the authors' published allocations
+        "paper-code": Recipe(  # docs/method.md, section 2: reproduces the authors' published allocations
             name="paper-code",
             widths=(1, 2, 3),
             objective="weighted_error",

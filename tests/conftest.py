@@ -1,10 +1,11 @@
 """Checkpoints shared by the whole run: made once, by the code under test, from the embedded reference model."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from vllm_mcmoe.calibration.artifacts import Plan
+from vllm_mcmoe.calibration.artifacts import Factors, Plan, parse_factors
 from vllm_mcmoe.calibration.pipeline import quantize
 
 REFERENCE_MODEL = Path(__file__).parents[1] / "benchmarks" / "reference_model"
@@ -51,3 +52,34 @@ def checkpoint_16bit_linears(checkpoint, reference_model, calibration_files, tmp
         **CALIBRATION,
     )
     return out
+
+
+PUBLISHED = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def published_factors(tmp_path_factory) -> Factors:
+    """The authors' figures as a factors.json, written and read back as a user's would be."""
+    published = json.loads((PUBLISHED / "mixtral_8x7b_factors.json").read_text())
+    document = {
+        "format_version": 1,
+        "model": published["model"],
+        "tokens": published["tokens"],
+        "top_k": published["top_k"],
+        "layers": {
+            f"model.layers.{i}.block_sparse_moe.experts": {
+                "activation_count": published["activation_count"][i],
+                "routing_weight_sum": published["routing_weight_sum"][i],
+                "quantization_error": {w: e[i] for w, e in published["quantization_error"].items()},
+            }
+            for i in range(published["layers"])
+        },
+    }
+    path = tmp_path_factory.mktemp("published") / "factors.json"
+    parse_factors(document).save(path)
+    return Factors.load(path)
+
+
+@pytest.fixture(scope="session")
+def published_allocations() -> dict[str, list[list[int]]]:
+    return json.loads((PUBLISHED / "mixtral_8x7b_allocations.json").read_text())["allocations"]

@@ -178,6 +178,7 @@ def allocate(
     """
     if (bits is None) == (bits_per_layer is None):
         raise typer.BadParameter("give one of --bits and --bits-per-layer")
+    allowed_widths = parse_widths(widths)
     from vllm_mcmoe.calibration.allocation import allocate as solve
     from vllm_mcmoe.calibration.artifacts import Factors
     from vllm_mcmoe.reporting import print_widths
@@ -187,7 +188,7 @@ def allocate(
         recipe=recipe.value,
         bits=bits,
         bits_per_layer=bits_per_layer,
-        widths=parse_widths(widths),
+        widths=allowed_widths,
         scope=scope and scope.value,
         granularity=granularity and granularity.value,
         budget=budget and budget.value,
@@ -219,8 +220,23 @@ def quantize(
     recipe: Recipe = RecipeName.mcmoe,
     widths: Widths = None,
     linear_bits: Annotated[
-        int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
+        int | None,
+        typer.Option(
+            help="Bits of attention and shared experts: 4, 8 (vLLM serves these on GPUs only) or 16.",
+            show_default="by recipe",
+        ),
     ] = None,
+    evaluation_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Text to score original and checkpoint on, for the model card; the calibration text if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Score the result, which runs both models once more.")
+    ] = True,
     sequences: Sequences = 128,
     length: Length = 2048,
 ) -> None:
@@ -246,6 +262,7 @@ def quantize(
         linear_bits=linear_bits,
         sequences=sequences,
         length=length,
+        evaluation_data=(evaluation_data or data) if evaluation else None,
         log=log,
     )
     log(f"Wrote {out}. Serve it: vllm serve {out}")
@@ -323,15 +340,15 @@ def log(message: str) -> None:
     messages.print(message, highlight=False, markup=False)
 
 
-def spread_data_option(arguments: list[str]) -> list[str]:
+def spread_file_options(arguments: list[str]) -> list[str]:
     """`--data A B` -> `--data A --data B`: click's options take one value, shells expand globs to many."""
     spread: list[str] = []
-    follows_data = False
+    option = None
     for position, argument in enumerate(arguments):
         if argument.startswith("-"):
-            follows_data = argument == "--data"
-        elif follows_data and arguments[position - 1] != "--data":
-            spread.append("--data")
+            option = argument if argument in ("--data", "--evaluation-data") else None
+        elif option and arguments[position - 1] != option:
+            spread.append(option)
         spread.append(argument)
     return spread
 
@@ -339,7 +356,7 @@ def spread_data_option(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `mcmoe`."""
     try:
-        app(args=spread_data_option(sys.argv[1:]))
-    except McmoeError as error:
+        app(args=spread_file_options(sys.argv[1:]))
+    except (McmoeError, OSError) as error:  # OSError: a file that cannot be read or written; it names the file
         messages.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)

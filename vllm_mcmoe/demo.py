@@ -7,6 +7,7 @@ from pathlib import Path
 
 from openai import OpenAI
 from rich.table import Table
+from rich.text import Text
 
 from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate
 from vllm_mcmoe.calibration.pipeline import quantize
@@ -106,7 +107,7 @@ def _print_completions(before: Served, after: Served, bits: float) -> None:
     table.add_column("bf16", ratio=2)
     table.add_column(f"{bits:g} bits", ratio=2)
     for name, prompt in PROMPTS.items():
-        table.add_row(prompt, before.completions[name], after.completions[name])
+        table.add_row(Text(prompt), Text(before.completions[name]), Text(after.completions[name]))
     console.print(table)
 
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.calibration.conftest import LENGTH, make_qwen3
+from tests.calibration.conftest import LENGTH
+from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
 from vllm_mcmoe.calibration.data import load_sequences
 from vllm_mcmoe.calibration.evaluate import _int8_experts, evaluate

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.calibration.conftest import layerwise, make_qwen3
+from tests.calibration.conftest import layerwise
+from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError

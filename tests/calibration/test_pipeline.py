@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise, make_qwen3, mixed_plan
+from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise, mixed_plan
+from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.artifacts import Factors, Plan
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.data import load_sequences

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.calibration.conftest import make_qwen3
 from tests.conftest import CALIBRATION
+from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.pipeline import quantize
 
 

@@ -1,0 +1,82 @@
+"""The command line as a user types it, in its own process, on the embedded reference model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_mcmoe.cli import spread_file_options
+
+SMALL = ("--sequences", "5", "--length", "128")
+
+
+def mcmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("mcmoe")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"})
+
+
+def test_several_files_may_follow_one_data_option():
+    arguments = ["evaluate", "model", "--data", "a.txt", "b.txt", "--length", "64"]
+    assert spread_file_options(arguments) == [
+        "evaluate", "model", "--data", "a.txt", "--data", "b.txt", "--length", "64",
+    ]  # fmt: skip
+
+
+def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_files, evaluation_files, tmp_path):
+    factors, plan, out = tmp_path / "factors.json", tmp_path / "plan.json", tmp_path / "out"
+    calibration = ("--data", *calibration_files, *SMALL)
+    steps = [
+        mcmoe(
+            "calibrate", reference_model, *calibration, "--out", factors, "--widths", "2,3", "--recipe", "paper-code"
+        ),
+        mcmoe("allocate", factors, "--bits-per-layer", 18, "--out", plan, "--recipe", "paper-code", "--widths", "2,3"),
+        mcmoe("quantize", reference_model, out, "--plan", plan, "--recipe", "uniform", *calibration, "--no-evaluate"),
+    ]
+    for step in steps:
+        assert step.returncode == 0, step.stderr
+    widths = json.loads(plan.read_text())["layers"]["model.layers.0.block_sparse_moe.experts"]["gate_up"]
+    assert sum(widths) <= 18
+
+    inspected = mcmoe("inspect", out, "--json")
+    summary = json.loads(inspected.stdout)
+    assert summary["warnings"] == []
+    assert summary["total_bytes"] == sum(summary["bytes_by_kind"].values())
+
+    evaluated = mcmoe("evaluate", out, "--against", reference_model, "--data", *evaluation_files, *SMALL, "--json")
+    scores = json.loads(evaluated.stdout)
+    assert set(scores["perplexity_by_file"]) == {file.name for file in evaluation_files}
+    assert 0 < scores["mean_kl"] < 1
+    assert scores["average_bits"]["experts"] == pytest.approx(summary["expert_bits"], abs=1e-3)
+
+
+def test_published_allocations_come_out_of_the_command(published_factors, published_allocations, tmp_path):
+    published_factors.save(tmp_path / "factors.json")
+    result = mcmoe(
+        "allocate", tmp_path / "factors.json", "--recipe", "paper-code", "--bits-per-layer", 14,
+        "--out", tmp_path / "plan.json", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    layers = json.loads(result.stdout)["layers"]
+    assert [layer["gate_up"] for layer in layers.values()] == published_allocations["14"]
+    assert [layer["down"] for layer in layers.values()] == published_allocations["14"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["quantize", "missing", "out", "--bits", "2.5", "--data", "x.txt"], 1, "missing: no config.json there"),
+        (["inspect", "missing"], 1, "config.json does not exist"),
+        (["allocate", "missing.json", "--bits", "2.5"], 1, "missing.json"),
+        (["allocate", "missing.json"], 2, "give one of --bits and --bits-per-layer"),
+        (["allocate", "missing.json", "--bits", "2", "--widths", "2,7"], 2, "7 is not one of"),
+        (["quantize", "a", "b", "--data", "x"], 2, "give one of --bits, --bits-per-layer and --plan"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_errors_are_explained_and_have_an_exit_code(arguments, exit_code, message):
+    result = mcmoe(*arguments)
+    assert result.returncode == exit_code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
