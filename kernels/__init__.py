@@ -12,6 +12,7 @@ import torch
 _EXPERTS_CLASSES = {
     "reference": ("vllm_mcmoe.kernels.reference", "ReferenceExperts"),
     "cpu": ("vllm_mcmoe.kernels.cpu", "CpuExperts"),
+    "triton": ("vllm_mcmoe.kernels.triton", "TritonExperts"),
 }
 
 

@@ -26,8 +26,10 @@ def select_backend() -> str:
         return chosen
     if current_platform.is_cpu():
         return "cpu"
+    if current_platform.is_cuda_alike():
+        return "triton"
     raise UnsupportedModelError(
-        f"vllm-mcmoe has no kernels for the platform {current_platform.device_name!r}; it runs on CPUs. "
+        f"vllm-mcmoe has no kernels for the platform {current_platform.device_name!r}; it runs on CPUs, CUDA and ROCm. "
         f"Set {BACKEND_VARIABLE}=reference to run there all the same, slowly."
     )
 
