@@ -1,0 +1,371 @@
+"""Compiles the Triton kernels ahead of time for GPUs that are not here, and reads the machine code.
+
+    python -m tests.kernels.triton_aot                    print the report
+    python -m tests.kernels.triton_aot --write            and replace docs/triton_aot.md
+
+Runs in a process of its own: Triton either interprets or compiles, decided when it is imported.
+"""
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+REPORT = Path(__file__).parents[2] / "docs" / "triton_aot.md"
+TILE_WEIGHTS = 256 * 128
+DIVISIBLE_BY_16 = ("N", "K")  # as the launcher finds them: both are multiples of 16 in every model
+
+# Largest shared memory of one block, bytes: CUDA programming guide, "technical specifications per compute capability";
+# LDS per workgroup from AMD's CDNA3 and CDNA4 instruction set guides
+SHARED_MEMORY = {
+    "sm80": 163 << 10,
+    "sm86": 99 << 10,
+    "sm89": 99 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "sm120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+DECODE_WIDTHS = (1, 2, 3, 4, 8)
+FLOAT_WIDTHS = (2, 3)  # one with whole fields, one with split ones
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile. weights > 0: it has a GEMM loop over tiles of one width, whose figures are read."""
+
+    name: str
+    kernel: str
+    constants: tuple[tuple[str, object], ...]
+    num_warps: int = 4
+    num_stages: int = 3
+    bits: int = 0
+    block_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One row of the report. Empty strings where a figure means nothing for the kernel."""
+
+    target: str
+    kernel: str
+    registers: int
+    spills: int
+    shared_memory: int
+    matrix_instruction: str
+    instructions_per_weight: float | str
+    bytes_per_weight: float | str
+    weight_load_bytes: int | str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.target, self.kernel
+
+
+HEADINGS = (
+    "target",
+    "kernel",
+    "registers",
+    "spilled bytes",
+    "shared memory",
+    "matrix instruction",
+    "lane-instructions per weight",
+    "bytes per weight",
+    "bytes per weight load",
+)
+
+
+def _gemm(
+    name: str,
+    widths: Sequence[int],
+    target: str,
+    block_tokens: int,
+    num_warps: int = 2,
+    activation: str | None = None,
+    is_float: bool = False,
+) -> Case:
+    constants = {
+        "SLOTS_PER_ROW": 2 if activation else 1,
+        "WIDTHS": sum(1 << width for width in widths),
+        "BLOCK_TOKENS": block_tokens,
+        "SPLIT_K": 1,
+        "STAGES": 3,
+        "ACTIVATION": activation,
+        "INLINE_ASM": not target.startswith("gfx"),
+        "FLOAT": is_float,
+    }
+    bits = widths[0] if len(widths) == 1 else 0
+    return Case(name, "gemm.grouped_gemm_kernel", tuple(constants.items()), num_warps, 3, bits, block_tokens)
+
+
+def cases(target: str) -> list[Case]:
+    """Every kernel of the backend: decode of each width, GEMMs of mixed widths, and the small kernels."""
+    decode = 16 if target.startswith("gfx") else 8
+    routing = {"EXPERTS": 128, "MAPPED": True}
+    small = [
+        ("quantize", "quantize.quantize_kernel", {"GROUPS": 8, "FLOAT": False}),
+        ("activate", "quantize.activate_kernel", {"SPLIT_K": 4, "ACTIVATION": "silu", "FLOAT": False, **routing}),
+        ("align", "routing.align_kernel", {"BINS": 128, "BLOCK_TOKENS": decode, "CHUNK": 1024, **routing}),
+        ("combine", "routing.combine_kernel", {"TOP_K": 8, "SPLIT_K": 4, "BLOCK": 1024, **routing}),
+    ]
+    return [
+        *(_gemm(f"decode, {bits} bit", [bits], target, decode) for bits in DECODE_WIDTHS),
+        *(_gemm(f"decode float, {bits} bit", [bits], target, decode, is_float=True) for bits in FLOAT_WIDTHS),
+        _gemm("decode, 1-4 bit, SiLU", (1, 2, 3, 4), target, decode, activation="silu"),
+        _gemm("prefill, 2+3 bit, SiLU", (2, 3), target, 32, num_warps=4, activation="silu"),
+        *(Case(name, kernel, tuple(constants.items())) for name, kernel, constants in small),
+    ]
+
+
+# by argument name, and by kernel where the name alone does not say; the rest are float32 pointers
+_POINTEES = {
+    "codes_ptr": "u8", "scales_ptr": "i32", "offsets_ptr": "i64", "bits_ptr": "i32", "sorted_slots_ptr": "i32",
+    "block_expert_ptr": "i32", "ids_ptr": "i32", "map_ptr": "i32",
+    "quantize.x_ptr": "bf16", "quantize.out_ptr": "i8", "routing.out_ptr": "bf16",
+}  # fmt: skip
+
+
+def _pointee(case: Case, name: str) -> str:
+    if case.kernel == "gemm.grouped_gemm_kernel" and name in ("x_ptr", "out_ptr"):
+        constants = dict(case.constants)
+        operand = "fp16" if constants["FLOAT"] else "i8"
+        return operand if name == "x_ptr" or constants["ACTIVATION"] else "fp32"
+    module = case.kernel.split(".")[0]
+    return _POINTEES.get(f"{module}.{name}", _POINTEES.get(name, "fp32"))
+
+
+def compile_case(target: str, case: Case):
+    """Triton's compiled kernel for the target; needs no GPU."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = case.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"vllm_mcmoe.kernels.triton.{module}"), name)
+    constants = dict(case.constants)
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else f"*{_pointee(case, argument)}"
+        if argument.endswith("_ptr")
+        else "i32"
+        for argument in kernel.arg_names
+    }
+    aligned = [n for n in kernel.arg_names if signature[n][0] == "*" or n in DIVISIBLE_BY_16]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[2:]), 32)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _nvidia_code(compiled) -> tuple[str, int, int]:
+    """SASS, registers and spilled bytes."""
+    from triton.backends import nvidia
+
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage.stdout).groups())
+    return sass.stdout, registers, stack + local
+
+
+def _amd_code(compiled) -> tuple[str, int, int]:
+    text = compiled.asm["amdgcn"]
+    kernel = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
+    spilled_registers = kernel["vgpr_spill_count"] + kernel["sgpr_spill_count"]
+    return text, kernel["vgpr_count"], 4 * spilled_registers + kernel["private_segment_fixed_size"]
+
+
+_NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
+_NVIDIA_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
+_AMD_LINE = re.compile(r"^\s+([a-z][a-z0-9_]+)(?:\s+([^;]*))?")
+_MATRIX = re.compile(r"^[A-Z]*MMA\.|mfma")
+
+
+def _instructions(code: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(opcode, operands) of every instruction, and the index of the one that each label precedes."""
+    label, line = (_AMD_LABEL, _AMD_LINE) if amd else (_NVIDIA_LABEL, _NVIDIA_LINE)
+    labels, instructions = {}, []
+    for text in code.splitlines():
+        if found := label.match(text):
+            labels[found[1]] = len(instructions)
+        if found := line.match(text):
+            instructions.append((found[1], found[2] or ""))
+    return instructions, labels
+
+
+def _matrix_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> Counter:
+    """Opcodes of the innermost loop with matrix instructions: what stands between a label and a branch back to it.
+
+    AMD's compiler may leave a second one for the last group; the one with more products is the main loop.
+    """
+    loops = []
+    for end, (opcode, operands) in enumerate(instructions):
+        goal = re.search(r"\.L(?:_x_|BB)[0-9_]+", operands) if re.match(r"BRA|s_c?branch", opcode) else None
+        if goal and labels.get(goal[0], end) < end:
+            body = range(labels[goal[0]], end + 1)
+            if any(_MATRIX.search(instructions[at][0]) for at in body):
+                loops.append(body)
+    innermost = [
+        body for body in loops if not any(o != body and body.start <= o.start and o.stop <= body.stop for o in loops)
+    ]
+    return max((Counter(instructions[at][0] for at in body) for body in innermost), key=_loop_products)
+
+
+def _matrix_products(opcode: str) -> int:
+    """Multiply-accumulates of one matrix instruction: IMMA.16832, v_mfma_i32_16x16x32_i8."""
+    if shape := re.search(r"_(\d+)x(\d+)x(\d+)", opcode):
+        return math.prod(map(int, shape.groups()))
+    m, n, k = re.search(r"MMA\.(16)(8)(\d+)", opcode).groups()
+    return int(m) * int(n) * int(k)
+
+
+def _loop_products(loop: Counter) -> int:
+    """Products of one pass through a loop, per warp."""
+    return sum(count * _matrix_products(opcode) for opcode, count in loop.items() if _MATRIX.search(opcode))
+
+
+def _instructions_per_weight(case: Case, loop: Counter, amd: bool) -> float:
+    """Lane-instructions per weight; the loop may be unrolled, so its products tell how many weights it consumes."""
+    from vllm_mcmoe.kernels.triton.fields import field_count, piece_count
+
+    pieces = sum(piece_count(case.bits, field) for field in range(field_count(case.bits)))
+    products_per_tile = TILE_WEIGHTS * case.block_tokens * pieces / field_count(case.bits)
+    tiles = _loop_products(loop) * case.num_warps / products_per_tile
+    return sum(loop.values()) * _threads(case, amd) / (TILE_WEIGHTS * tiles)
+
+
+def _threads(case: Case, amd: bool) -> int:
+    return case.num_warps * (64 if amd else 32)
+
+
+_LOAD = re.compile(r"(?:tt\.load|async_copy_global_to_local|amdg\.buffer_load)[^\n]*")
+_SHAPED = re.compile(r"tensor<(\d+)x(\d+)x(?:!tt\.ptr<)?(i8|i16|i32|f16)[,>]")
+
+
+def _weight_bytes(case: Case, ttgir: str) -> float:
+    """Bytes of codes and scales that one pass of the loop loads, per weight."""
+    from vllm_mcmoe.kernels.triton.fields import field_count, tile_rows
+
+    shapes = {
+        (tile_rows(case.bits), 128): ("i8",),
+        (tile_rows(case.bits), 64): ("i16",),
+        (tile_rows(case.bits), field_count(case.bits)): ("i32", "f16"),
+    }
+    body = ttgir[ttgir.index("scf.for") :]
+    total = 0
+    for load in _LOAD.findall(body[: body.index("scf.yield")]):
+        found = _SHAPED.search(load)
+        if found and found[3] in shapes.get((int(found[1]), int(found[2])), ()):
+            size = {"i8": 1, "i16": 2, "i32": 4, "f16": 2}[found[3]]
+            total += int(found[1]) * int(found[2]) * size
+    return total / TILE_WEIGHTS
+
+
+def _weight_load_bytes(case: Case, loop: Counter, amd: bool) -> int:
+    """The widest load that occurs often enough in the loop to carry all of its codes."""
+    if amd:
+        loads = {16: r"(global|buffer)_load_(lds_)?dwordx4", 8: r"(global|buffer)_load_dwordx2"}
+    else:
+        loads = {16: r"LDG(STS)?\.E.*128", 8: r"LDG(STS)?\.E.*64"}
+    for size, pattern in loads.items():
+        count = sum(n for opcode, n in loop.items() if re.match(pattern, opcode))
+        if count * size * _threads(case, amd) >= TILE_WEIGHTS * case.bits // 8:
+            return size
+    return 4
+
+
+def figures(target: str, case: Case) -> Figures:
+    compiled = compile_case(target, case)
+    amd = target.startswith("gfx")
+    code, registers, spills = (_amd_code if amd else _nvidia_code)(compiled)
+    instructions, labels = _instructions(code, amd)
+    matrix = sorted({opcode for opcode, _ in instructions if _MATRIX.search(opcode)})
+    measured = ("", "", "")
+    if case.bits:
+        loop = _matrix_loop(instructions, labels)
+        measured = (
+            round(_instructions_per_weight(case, loop, amd), 2),
+            _weight_bytes(case, compiled.asm["ttgir"]),
+            _weight_load_bytes(case, loop, amd),
+        )
+    return Figures(target, case.name, registers, spills, compiled.metadata.shared, " ".join(matrix), *measured)
+
+
+def _measure(job: tuple[str, Case]) -> Figures:
+    return figures(*job)
+
+
+def measure(targets: Sequence[str], processes: int) -> list[Figures]:
+    """All cases of the targets, in their order."""
+    jobs = [(target, case) for target in targets for case in cases(target)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_measure, jobs))
+
+
+INTRODUCTION = """# What the Triton kernels compile to
+
+Made by `make aot-report` with Triton {version}; the tests compile everything again and fail where a figure got worse.
+No GPU is needed: Triton brings ptxas and LLVM. Decode tiles have 8 tokens on NVIDIA and 16 on AMD. Lane-instructions
+per weight are the instructions of the loop over groups times its threads, over the weights it consumes. Bytes per
+weight are the codes and scales that the loop loads. The weight load is the widest that carries all the codes.
+
+"""
+
+
+def to_markdown(rows: Sequence[Figures], version: str) -> str:
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *map(astuple, rows)]
+    return INTRODUCTION.format(version=version) + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def read_report(path: Path = REPORT) -> tuple[str, dict[tuple[str, str], Figures]]:
+    """Triton's version and the rows of the committed report."""
+    text = path.read_text()
+    rows = {}
+    for line in text[text.index("| --- |") :].splitlines()[1:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        types = [str, str, int, int, int, str, float, float, int]
+        row = Figures(*(kind(cell) if cell else "" for kind, cell in zip(types, cells, strict=True)))
+        rows[row.key] = row
+    return re.search(r"Triton (\S+);", text)[1], rows
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--write", action="store_true", help=f"replace {REPORT.name}")
+    parser.add_argument("--output", type=Path, help="write the report to this file instead")
+    arguments = parser.parse_args()
+    report = to_markdown(measure(arguments.targets, arguments.processes), triton.__version__)
+    output = REPORT if arguments.write else arguments.output
+    if output:
+        output.write_text(report)
+    else:
+        sys.stdout.write(report)
+
+
+if __name__ == "__main__":
+    main()
