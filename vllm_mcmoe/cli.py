@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from vllm_mcmoe.errors import McmoeError
 
@@ -358,5 +359,5 @@ def main() -> None:
     try:
         app(args=spread_file_options(sys.argv[1:]))
     except (McmoeError, OSError) as error:  # OSError: a file that cannot be read or written; it names the file
-        messages.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        messages.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -53,7 +54,7 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
     console.print(table)
     console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
     for warning in summary.warnings:
-        console.print(f"[bold yellow]Warning:[/] {warning}", highlight=False)
+        console.print(f"[bold yellow]Warning:[/] {escape(warning)}", highlight=False)
 
 
 def print_evaluation(result: Evaluation) -> None:
