@@ -20,7 +20,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 48
+PROMPT_TOKENS, NEW_TOKENS = 32, 24
 CONCURRENCY = (1, 8)
 
 
