@@ -18,7 +18,8 @@ from pathlib import Path
 # vllm_mcmoe.calibration): vLLM looks for Triton kernels in every loaded module and trips over its library object.
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits, tensor_suffixes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, packed_bytes_per_group
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 24
 CONCURRENCY = (1, 8)
@@ -59,7 +60,11 @@ SHAPES = {
 
 def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
     """Widths 1, 2, 3, 4 in turn over the experts, whose written average comes closest to `bits` from below."""
-    written_bits = {1: 1.125, 2: 2.25, 3: 3.25, 4: 4.25}  # fp16 scale and, above 1 bit, zero per 128 weights
+    # float16 scales, and zeros above 1 bit, per group of 128 weights
+    written_bits = {
+        width: 8 * (packed_bytes_per_group(width) + 2 * (len(tensor_suffixes(width)) - 1)) / GROUP_SIZE
+        for width in (1, 2, 3, 4)
+    }
     widths = [1] * experts
     for width in (2, 3, 4):
         for expert in range(experts):

@@ -55,6 +55,8 @@ def test_logprobs_are_those_of_the_dequantised_model(client, checkpoint):
     tokens = tokenizer(PROMPT + completion.text, add_special_tokens=False)["input_ids"]
     generated = len(completion.logprobs.token_logprobs)
     expected = expected_logprobs(with_int8_activations(load_dequantized(checkpoint)), tokens)[-generated:]
-    # bfloat16 has 8 bits of mantissa; logits of size 10 are then exact to about 0.04, measured maximum 0.08
-    assert torch.allclose(torch.tensor(completion.logprobs.token_logprobs), expected, atol=0.2)
-    assert (torch.tensor(completion.logprobs.token_logprobs) - expected).abs().mean() < 0.05
+    difference = (torch.tensor(completion.logprobs.token_logprobs) - expected).abs()
+    print(f"difference: mean {difference.mean():.4f}, largest {difference.max():.4f}")
+    # bfloat16 has 8 bits of mantissa: logits of size 10 are exact to about 0.04, and layers add up
+    assert difference.max() < 0.2
+    assert difference.mean() < 0.05
