@@ -1,10 +1,11 @@
 """One MoE layer seen from its experts: which tokens reach which expert, and the second moments GPTQ needs of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from vllm_mcmoe.calibration.activations import SCRATCH, Activations, ActivationStore, Rows
 from vllm_mcmoe.calibration.gptq import HessianFactor
 from vllm_mcmoe.calibration.layerwise import DecoderLayer
 from vllm_mcmoe.calibration.recipes import Recipe
@@ -15,17 +16,21 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 MIN_EXPERT_TOKENS = 128
 POOL_TOKENS = 4096  # tokens standing for the whole layer; 16 per input of a 256-wide Hessian, cheap everywhere
 
+# Tokens whose intermediate is in memory at once: one expert's [tokens, 2*intermediate] would take 7.5 GB for 65536
+# tokens of Mixtral-8x7B, and products of 2048 rows run at full speed.
+CHUNK_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class MoeInputs:
     """What a layer's experts are called with, for all N calibration tokens.
 
-    x             float32 [N, hidden]
+    x             float32 [N, hidden], a tensor or rows on disk
     topk_ids      int64   [N, top_k]
     topk_weights  float32 [N, top_k], the routing weights that multiply the experts' outputs
     """
 
-    x: torch.Tensor
+    x: Rows
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
 
@@ -34,18 +39,37 @@ class MoeInputs:
         return len(self.x)
 
 
-def moe_inputs(layer: DecoderLayer, hidden: list[torch.Tensor]) -> MoeInputs:
-    """Run a decoder layer up to its experts. hidden: the layer's input batches."""
-    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+class MoeInputsRecorder:
+    """Collects, batch by batch, what a layer's experts are called with. tokens: rows in all."""
+
+    def __init__(self, store: ActivationStore, tokens: int):
+        self._x = store.create(f"{SCRATCH}moe-inputs", tokens)
+        self._routing: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._x.append(x.detach())
+        self._routing.append((topk_ids, topk_weights.detach().float()))
+
+    def finish(self) -> MoeInputs:
+        return MoeInputs(self._x.finish().rows, *(torch.cat(parts) for parts in zip(*self._routing, strict=True)))
+
+
+def moe_inputs(
+    layer: DecoderLayer, hidden: Activations | list[torch.Tensor], store: ActivationStore | None = None
+) -> MoeInputs:
+    """Run a decoder layer up to its experts. hidden: the layer's input batches, [sequences, length, hidden] each;
+    store: where the experts' inputs are kept, memory if not given."""
+    tokens = len(hidden.rows) if isinstance(hidden, Activations) else sum(batch[..., 0].numel() for batch in hidden)
+    recorder = MoeInputsRecorder(store or ActivationStore(), tokens)
 
     def record(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        calls.append((x, topk_ids, topk_weights.float()))
+        recorder.record(x, topk_ids, topk_weights)
         return torch.zeros_like(x)
 
     with torch.no_grad(), layer.experts_forward(record):
         for batch in hidden:
             layer(batch)
-    return MoeInputs(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
+    return recorder.finish()
 
 
 @dataclass(frozen=True)
@@ -53,25 +77,35 @@ class ExpertTokens:
     """The tokens of one expert.
 
     index           int64   [n], positions among the layer's N tokens
-    x               float32 [n, hidden]
     routing_weight  float32 [n]
+    rows            the experts' inputs of all N tokens, float32 [N, hidden]
     pooled          these are tokens of the whole layer, because the expert has too few of its own
     """
 
     index: torch.Tensor
-    x: torch.Tensor
     routing_weight: torch.Tensor
+    rows: Rows
     pooled: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The expert's inputs, float32 [n, hidden], fetched anew each time."""
+        return self.rows[self.index]
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """x in pieces of at most CHUNK_TOKENS."""
+        for index in self.index.split(CHUNK_TOKENS):
+            yield self.rows[index]
 
     def at_most(self, count: int) -> "ExpertTokens":
         """count of the tokens, evenly spaced, or all if there are no more."""
         if len(self) <= count:
             return self
         chosen = _evenly_spaced(len(self), count)
-        return ExpertTokens(self.index[chosen], self.x[chosen], self.routing_weight[chosen], self.pooled)
+        return ExpertTokens(self.index[chosen], self.routing_weight[chosen], self.rows, self.pooled)
 
 
 def _evenly_spaced(total: int, count: int) -> torch.Tensor:
@@ -81,7 +115,7 @@ def _evenly_spaced(total: int, count: int) -> torch.Tensor:
 def tokens_of(inputs: MoeInputs, expert: int) -> ExpertTokens:
     """The tokens routed to an expert."""
     index, slot = (inputs.topk_ids == expert).nonzero(as_tuple=True)
-    return ExpertTokens(index, inputs.x[index], inputs.topk_weights[index, slot])
+    return ExpertTokens(index, inputs.topk_weights[index, slot], inputs.x)
 
 
 def calibration_tokens(inputs: MoeInputs, expert: int) -> ExpertTokens:
@@ -95,7 +129,7 @@ def calibration_tokens(inputs: MoeInputs, expert: int) -> ExpertTokens:
     if len(own) >= MIN_EXPERT_TOKENS:
         return own
     index = _evenly_spaced(inputs.num_tokens, min(POOL_TOKENS, inputs.num_tokens))
-    return ExpertTokens(index, inputs.x[index], torch.ones(len(index)), pooled=True)
+    return ExpertTokens(index, torch.ones(len(index)), inputs.x, pooled=True)
 
 
 def hessian_weights(tokens: ExpertTokens, weighting: str, gradient_norms: torch.Tensor | None) -> torch.Tensor | None:
@@ -112,13 +146,28 @@ def hessian_weights(tokens: ExpertTokens, weighting: str, gradient_norms: torch.
     return weights
 
 
-def second_moment(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """sum_t weight_t x_t x_t^T: x float32 [n, in] -> [in, in]."""
-    return (x if weights is None else x * weights[:, None]).t() @ x
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build_factor(x: torch.Tensor, weights: torch.Tensor | None, recipe: Recipe, name: str) -> HessianFactor:
-    return HessianFactor.build(second_moment(x, weights), recipe.gptq, name=name)
+def build_factor(
+    tokens: ExpertTokens, weights: torch.Tensor | None, transform: Transform | None, recipe: Recipe, name: str
+) -> HessianFactor:
+    """Of the weighted second moment of transform(x), or of x itself. weights: float32 [n] or None, all alike."""
+    return HessianFactor.build(second_moment(tokens, weights, transform), recipe.gptq, name=name)
+
+
+def second_moment(tokens: ExpertTokens, weights: torch.Tensor | None, transform: Transform | None) -> torch.Tensor:
+    """sum_t weight_t y_t y_t^T with y = transform(x), float32 [width, width]; one chunk of tokens in memory."""
+    moment, start = None, 0
+    for x in tokens.chunks():
+        y = x if transform is None else transform(x)
+        weighted = y if weights is None else y * weights[start : start + len(y), None]
+        start += len(y)
+        if moment is None:
+            moment = weighted.t() @ y
+        else:
+            moment.addmm_(weighted.t(), y)
+    return moment
 
 
 def intermediate(x: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:

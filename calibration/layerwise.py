@@ -2,6 +2,7 @@
 
 The model's own modules and its own forward code are used; only the loop over layers is ours, so calibration sees
 every layer's input and the memory needed is one layer's weights in float32 plus the hidden states of all sequences.
+Embeddings are in memory while tokens are embedded, lm_head while logits are asked for.
 
     model = LayerwiseModel(WeightFiles(describe_model(path)))
     hidden = model.embed(tokens)                    # list of [sequences, length, hidden], one per batch
@@ -15,7 +16,8 @@ Transformers keeps a layer's experts as two tensors, `gate_up_proj [E, 2I, H]` (
 the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +32,8 @@ from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
 # Tokens per forward call: enough for full matrix multiplications, few enough for the [tokens, vocabulary] logits.
 BATCH_TOKENS = 2048
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -120,21 +124,25 @@ class DecoderLayer:
 
 
 class LayerwiseModel:
-    """See the module's text. Parameters of decoder layers live on the meta device until they are loaded."""
+    """See the module's text. Parameters of decoder layers, embeddings and lm_head live on the meta device until they
+    are used."""
 
     def __init__(self, source: WeightSource):
         self.source = source
         self.description = source.model
         self._layer_names: dict[int, list[str]] = {}
-        outer_names = []
+        outer_names = set()
         for name in source.names():
             split = split_layer_name(name)
             if split is None:
-                outer_names.append(name)
+                outer_names.add(name)
             else:
                 self._layer_names.setdefault(split[0], []).append(name)
         self.module = _skeleton(self.description)
-        self._load_outer(outer_names)
+        self._check_outer(outer_names)
+        for name, module in self.module.model.named_children():
+            if name not in ("embed_tokens", "layers"):
+                self._load_outer(f"model.{name}", module)
         self._kwargs: dict[int, dict[str, Any]] = {}
 
     @property
@@ -143,24 +151,31 @@ class LayerwiseModel:
 
     def _read(self, name: str) -> torch.Tensor:
         """As float32. Raises UnsupportedModelError for weights that would poison everything measured from them."""
-        tensor = self.source.read(name).float()
-        if not torch.isfinite(tensor).all():
+        tensor = self.source.read(name)
+        if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is both minimum and maximum
             raise UnsupportedModelError(
                 f"{self.description.path}: {name} has NaN or infinite values; repair the model first."
             )
-        return tensor
+        return tensor.float()
 
-    def _load_outer(self, names: list[str]) -> None:
-        """Embeddings, final norm and lm_head."""
-        state = {name: self._read(name) for name in names}
-        if self.description.config.tie_word_embeddings:
-            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-        parameters = self.module.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
-        expected = {name for name, _ in parameters if split_layer_name(name) is None}
-        for name in expected - state.keys():
-            raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
-        self.module.load_state_dict({n: state[n] for n in expected}, strict=False, assign=True)
-        self.module.requires_grad_(False)
+    def _on_disk_name(self, name: str, names: Container[str]) -> str:
+        """A tied lm_head has a parameter of its own, but no tensor in the files."""
+        tied = self.description.config.tie_word_embeddings and name == HEAD and name not in names
+        return EMBEDDING if tied else name
+
+    def _check_outer(self, names: Container[str]) -> None:
+        for name, _ in self.module.named_parameters(remove_duplicate=False):
+            if split_layer_name(name) is None and self._on_disk_name(name, names) not in names:
+                raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
+
+    def _load_outer(self, prefix: str, module: nn.Module) -> None:
+        """A module outside the decoder layers, unless it is loaded already."""
+        names = self.source.names()
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                weight = self._read(self._on_disk_name(f"{prefix}.{name}", names))
+                module.load_state_dict({name: weight}, strict=False, assign=True)
+        module.requires_grad_(False)
 
     def load_layer(self, index: int) -> nn.Module:
         """Read a decoder layer's weights as float32. Raises FormatError naming tensors that are missing."""
@@ -193,11 +208,9 @@ class LayerwiseModel:
         out_features, in_features = model.part_shapes()[part]
         weights = torch.empty(model.num_experts, out_features, in_features)
         for expert in range(model.num_experts):
-            matrices = [
-                self._read(f"{model.expert_tensor(model.moe_layers[index], expert, p)}.weight")
-                for p in model.projections(part)
-            ]
-            weights[expert] = torch.cat(matrices)
+            projections = model.projections(part)
+            for projection, rows in zip(projections, weights[expert].chunk(len(projections)), strict=True):
+                rows.copy_(self._read(f"{model.expert_tensor(model.moe_layers[index], expert, projection)}.weight"))
         return weights
 
     @contextmanager
@@ -214,25 +227,45 @@ class LayerwiseModel:
 
         Also notes the arguments every decoder layer is to be called with; they hold for this length only.
         """
-        with torch.no_grad():
-            self._note_layer_arguments(tokens[:1])
-            batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-            return [self.module.model.embed_tokens(batch) for batch in batches]
+        self.note_layer_arguments(tokens.shape[1])
+        return list(self.embedded_batches(tokens))
 
-    def _note_layer_arguments(self, tokens: torch.Tensor) -> None:
+    def embedded_batches(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What embed returns, one batch at a time; the embeddings are in memory until the last."""
+        embedding = self.module.get_input_embeddings()
+        self._load_outer("model.embed_tokens", embedding)
+        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            yield embedding(batch)
+        embedding.to("meta")
+
+    def note_layer_arguments(self, length: int) -> None:
         """Run the model's own forward on one sequence with its layers replaced by recorders."""
         decoder, layers = self.module.model, self.module.model.layers
         recorders = nn.ModuleList(_Recorder() for _ in layers)
         decoder.layers = recorders
         try:
-            decoder(tokens, use_cache=False)
+            with torch.no_grad():
+                decoder(inputs_embeds=torch.zeros(1, length, self.description.hidden), use_cache=False)
         finally:
             decoder.layers = layers
         self._kwargs = {index: recorder.kwargs for index, recorder in enumerate(recorders)}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last layer's output [..., hidden] -> float32 logits [..., vocabulary]."""
+        """Last layer's output [..., hidden] -> float32 logits [..., vocabulary]. lm_head stays in memory until
+        release_head."""
+        self._load_outer("lm_head", self.module.lm_head)
         return self.module.lm_head(self.module.model.norm(hidden))
+
+    def release_head(self) -> None:
+        self.module.lm_head.to("meta")
+
+    def load_everything(self) -> PreTrainedModel:
+        """The whole model in memory, float32, as a transformers model."""
+        for index in range(self.num_layers):
+            self.load_layer(index)
+        self._load_outer("model.embed_tokens", self.module.get_input_embeddings())
+        self._load_outer("lm_head", self.module.lm_head)
+        return self.module
 
 
 class _Recorder(nn.Module):
@@ -263,7 +296,4 @@ def _skeleton(description: MoeModel) -> PreTrainedModel:
 
 def load_full_model(source: WeightSource) -> PreTrainedModel:
     """The whole model in memory, float32, for use as any transformers model."""
-    model = LayerwiseModel(source)
-    for index in range(model.num_layers):
-        model.load_layer(index)
-    return model.module
+    return LayerwiseModel(source).load_everything()

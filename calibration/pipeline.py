@@ -281,15 +281,13 @@ class _Run:
     ) -> None:
         """Quantise gate_up, then down on the intermediate it now gives; the layer keeps the dequantised weights."""
         weights = hessian_weights(tokens, self.recipe.hessian_weighting, self.gradient_norms.get(layer_name))
-        x = tokens.x
+        transforms = {"gate_up": None, "down": lambda x: intermediate(x, layer.gate_up[expert], activation)}
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
-            factor = build_factor(x, weights, self.recipe, name)
+            factor = build_factor(tokens, weights, transforms[part], self.recipe, name)
             matrix = quantize_gptq(stack[expert], factor, bits[part], self.recipe.gptq, name=name)
             stack[expert] = matrix.dequantize()
             self._write_part(layer_name, expert, part, matrix)
-            if part == "gate_up":
-                x = intermediate(x, stack[expert], activation)
 
     def _write_part(self, layer_name: str, expert: int, part: str, matrix: QuantizedMatrix) -> None:
         projections = self.description.projections(part)

@@ -129,10 +129,9 @@ def measure(
         traces = forward_traces(model, tokens, show_progress=show_progress)
     layers, gradient_norms, massive = {}, {}, {}
     for trace in traces:
-        norms = None
-        if trace.gradients is not None:
-            norms = trace.gradients.square().sum(-1)
-            norms /= norms.mean().clamp_min(1e-30)
+        norms = trace.gradient_norms
+        if norms is not None:
+            norms = norms / norms.mean().clamp_min(1e-30)
             gradient_norms[trace.name] = norms
         layers[trace.name] = _measure_layer(trace, model.description, recipe, tuple(widths), norms)
         massive[trace.name] = trace.output_peak >= MASSIVE_RATIO * trace.output_median
@@ -226,7 +225,8 @@ def _measure_expert(
         return measured
     sample = tokens.at_most(MEASURED_TOKENS)
     represented = len(tokens) / max(len(sample), 1)  # tokens a measured one stands for
-    h = intermediate(sample.x, gate_up, activation)
+    x = sample.x
+    h = intermediate(x, gate_up, activation)
     output = h @ down.t()
     weight = sample.routing_weight[:, None]
     if trace.gradients is not None:
@@ -234,7 +234,7 @@ def _measure_expert(
         gradients_at_h = gradients @ down
     quantizers = _part_quantizers(trace, expert, activation, recipe, gradient_norms)
     for width in widths:
-        h_change = intermediate(sample.x, quantizers["gate_up"](width), activation).sub_(h)
+        h_change = intermediate(x, quantizers["gate_up"](width), activation).sub_(h)
         down_quantized = quantizers["down"](width)
         output_change = (h @ down_quantized.t()).sub_(output)
         if trace.gradients is not None:
@@ -251,9 +251,8 @@ def _measure_expert(
 
 def _down_output_max(tokens: ExpertTokens, gate_up: torch.Tensor, down: torch.Tensor, activation: Activation) -> float:
     """Over all of the expert's tokens: massive activations appear at very few."""
-    if len(tokens) == 0:
-        return 0.0
-    return float((intermediate(tokens.x, gate_up, activation) @ down.t()).abs().max())
+    maxima = [float((intermediate(x, gate_up, activation) @ down.t()).abs().max()) for x in tokens.chunks() if len(x)]
+    return max(maxima, default=0.0)
 
 
 def _part_quantizers(
@@ -276,15 +275,13 @@ def _part_quantizers(
     tokens: ExpertTokens = calibration_tokens(trace.inputs, expert)
     token_weights = hessian_weights(tokens, recipe.hessian_weighting, gradient_norms)
     quantizers = {}
-    x = tokens.x
+    transforms = {"gate_up": None, "down": lambda x: intermediate(x, weights["gate_up"], activation)}
     for part, weight in weights.items():
         name = f"{trace.name}.{expert}.{part}"
-        factor = build_factor(x, token_weights, recipe, name)
+        factor = build_factor(tokens, token_weights, transforms[part], recipe, name)
         quantizers[part] = lambda width, weight=weight, factor=factor, name=name: quantize_gptq(
             weight, factor, width, recipe.gptq, name=name
         ).dequantize()
-        if part == "gate_up":
-            x = intermediate(x, weight, activation)
     return quantizers
 
 

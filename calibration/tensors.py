@@ -49,27 +49,31 @@ class TensorFiles:
         a tensor its file lacks."""
         self.directory = Path(directory)
         self.files, promised = _list_files(self.directory)
-        self._handles = {}
         self.info: dict[str, TensorInfo] = {}
         for path in self.files:
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise FormatError(f"{path}: cannot be read as safetensors: {error}") from None
-            self._handles[path] = handle
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                header = handle.get_slice(name)
-                self.info[name] = TensorInfo(path, header.get_dtype(), tuple(header.get_shape()))
+            with _open(path) as handle:
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    header = handle.get_slice(name)
+                    self.info[name] = TensorInfo(path, header.get_dtype(), tuple(header.get_shape()))
         for name, file in promised.items():
             if name not in self.info:
                 raise FormatError(f"{self.directory / INDEX_FILE}: tensor {name} is not in {file}, as it says.")
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored. Raises FormatError if there is none of that name."""
+        """The tensor as stored, in memory of its own. Raises FormatError if there is none of that name."""
         info = self.info.get(name)
         if info is None:
             raise FormatError(f"{self.directory}: tensor {name} is missing from its safetensors files.")
-        return self._handles[info.file].get_tensor(name)
+        # safetensors maps the file; whatever was read would stay resident for as long as the handle is open.
+        with _open(info.file) as handle:
+            return handle.get_tensor(name).clone()
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:  # a file cut short is among the former
+        raise FormatError(f"{path}: cannot be read as safetensors: {error}. Is the download complete?") from None
 
 
 def _list_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
