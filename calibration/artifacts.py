@@ -50,6 +50,15 @@ class LayerFactors:
     super_experts: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def to_document(self) -> dict[str, Any]:
+        """For JSON, as in factors.json; from_document reads it."""
+        return _layer_document(self)
+
+    @classmethod
+    def from_document(cls, document: Any, source: str) -> Self:
+        """source: what errors call it. Raises FormatError."""
+        return cls(**vars(_parse_layer_factors(_Reader(source), document)))
+
     @property
     def num_experts(self) -> int:
         return len(self.activation_count)

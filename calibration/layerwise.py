@@ -17,7 +17,7 @@ the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -131,15 +131,15 @@ class LayerwiseModel:
         self.source = source
         self.description = source.model
         self._layer_names: dict[int, list[str]] = {}
-        outer_names = set()
+        self._outer_names: list[str] = []
         for name in source.names():
             split = split_layer_name(name)
-            if split is None:
-                outer_names.add(name)
+            if split is None or split[0] >= self.num_layers:
+                self._outer_names.append(name)
             else:
                 self._layer_names.setdefault(split[0], []).append(name)
         self.module = _skeleton(self.description)
-        self._check_outer(outer_names)
+        self._check_outer()
         for name, module in self.module.model.named_children():
             if name not in ("embed_tokens", "layers"):
                 self._load_outer(f"model.{name}", module)
@@ -149,8 +149,25 @@ class LayerwiseModel:
     def num_layers(self) -> int:
         return self.description.num_layers
 
+    def layer_tensors(self, index: int) -> list[str]:
+        """On-disk names of one decoder layer's tensors."""
+        return self._layer_names.get(index, [])
+
+    def outer_tensors(self) -> list[str]:
+        """On-disk names of all tensors that belong to no decoder layer."""
+        return self._outer_names
+
+    def layer_bytes(self) -> int:
+        """Of the largest decoder layer in float32."""
+        layers = (sum(map(self.source.numel, names)) for names in self._layer_names.values())
+        return 4 * max(layers)
+
+    def check_weight(self, name: str) -> None:
+        """Raises UnsupportedModelError for weights that would poison everything measured from them."""
+        self._read(name)
+
     def _read(self, name: str) -> torch.Tensor:
-        """As float32. Raises UnsupportedModelError for weights that would poison everything measured from them."""
+        """As float32. Raises as check_weight does."""
         tensor = self.source.read(name)
         if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is both minimum and maximum
             raise UnsupportedModelError(
@@ -158,22 +175,21 @@ class LayerwiseModel:
             )
         return tensor.float()
 
-    def _on_disk_name(self, name: str, names: Container[str]) -> str:
+    def _on_disk_name(self, name: str) -> str:
         """A tied lm_head has a parameter of its own, but no tensor in the files."""
-        tied = self.description.config.tie_word_embeddings and name == HEAD and name not in names
+        tied = self.description.config.tie_word_embeddings and name == HEAD and name not in self._outer_names
         return EMBEDDING if tied else name
 
-    def _check_outer(self, names: Container[str]) -> None:
+    def _check_outer(self) -> None:
         for name, _ in self.module.named_parameters(remove_duplicate=False):
-            if split_layer_name(name) is None and self._on_disk_name(name, names) not in names:
+            if split_layer_name(name) is None and self._on_disk_name(name) not in self._outer_names:
                 raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
 
     def _load_outer(self, prefix: str, module: nn.Module) -> None:
         """A module outside the decoder layers, unless it is loaded already."""
-        names = self.source.names()
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                weight = self._read(self._on_disk_name(f"{prefix}.{name}", names))
+                weight = self._read(self._on_disk_name(f"{prefix}.{name}"))
                 module.load_state_dict({name: weight}, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -193,7 +209,7 @@ class LayerwiseModel:
     def _layer_state(self, index: int) -> dict[str, torch.Tensor]:
         """State dict of one layer in transformers' names; experts fused."""
         model, state = self.description, {}
-        for name in self._layer_names.get(index, []):
+        for name in self.layer_tensors(index):
             if not model.is_expert_tensor(name):
                 state[model.module_name(split_layer_name(name)[1])] = self._read(name)
         if index in model.moe_layers:

@@ -1,7 +1,7 @@
 """What quantisation did, expert by expert: the content of quantization_report.json."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 FORMAT_VERSION = 1
 
@@ -33,6 +33,8 @@ class QuantizationReport:
     unquantized_linears   linear layers left in 16 bits though fewer were asked for -> the reason
     expert_bytes, total_bytes   of the tensors written; original_...: of the model they were made from
     average_bits          {"experts", "model"}: bits per weight as written, scales and zeros included
+    seconds, peak_memory  of the process that finished the checkpoint; not in its files, which depend on the arguments
+                          alone. peak_memory: the most bytes it had resident
     """
 
     recipe: str
@@ -47,8 +49,18 @@ class QuantizationReport:
     original_total_bytes: int = 0
     average_bits: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    peak_memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         layers = {name: [vars(expert) for expert in experts] for name, experts in self.layers.items()}
-        return {"format_version": FORMAT_VERSION, **vars(self), "layers": layers}
+        document = {"format_version": FORMAT_VERSION, **vars(self), "layers": layers}
+        del document["seconds"], document["peak_memory"]
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """The report of to_dict's document."""
+        fields = {key: value for key, value in document.items() if key != "format_version"}
+        layers = {name: [ExpertReport(**e) for e in experts] for name, experts in fields["layers"].items()}
+        return cls(**{**fields, "layers": layers})

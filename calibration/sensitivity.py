@@ -11,19 +11,32 @@ layer's weights and graph are in memory at a time, besides the hidden states: to
 memory or on disk. From disk a later run takes up the sweeps where an earlier one was cut off.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from vllm_mcmoe.calibration.activations import SCRATCH, Activations, ActivationStore, ArrayWriter, Rows
+from vllm_mcmoe.calibration.activations import (
+    SCRATCH,
+    Activations,
+    ActivationStore,
+    ArrayWriter,
+    Rows,
+    Storage,
+    fits_in_memory,
+)
 from vllm_mcmoe.calibration.experts import MoeInputs, MoeInputsRecorder
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.progress import progress
 
+Log = Callable[[str], None]
+
 # Arrays of [tokens, hidden] that exist at once besides one per layer boundary: gradients above and below a layer,
 # experts' inputs, gradients at the experts' outputs.
 OTHER_ARRAYS = 4
+
+FLOAT_BYTES = 4  # activations are float32
 
 # Elements of the logits computed at once (256 MB; softmax, its sums and the gradient take as much again each).
 LOGITS_AT_ONCE = 1 << 26
@@ -51,6 +64,18 @@ class MoeTrace:
     gradient_norms: torch.Tensor | None
     output_peak: float
     output_median: float
+
+
+def choose_store(
+    storage: Storage, model: LayerwiseModel, tokens: int, with_gradients: bool, directory: Path, log: Log
+) -> ActivationStore:
+    """A store in memory or in the directory; "auto" takes memory if the sweeps' activations fit there."""
+    arrays = OTHER_ARRAYS + (model.num_layers + 1 if with_gradients else 0)
+    size = arrays * tokens * model.description.hidden * FLOAT_BYTES
+    if storage == "memory" or (storage == "auto" and fits_in_memory(size, model.layer_bytes())):
+        return ActivationStore()
+    log(f"Activations are kept on disk: up to {size / 1e9:.1f} GB in {directory}.")
+    return ActivationStore(directory)
 
 
 class _Recording:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from vllm_mcmoe.calibration.activations import ActivationStore
 from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_sequences
 from vllm_mcmoe.calibration.experts import (
@@ -25,12 +27,14 @@ from vllm_mcmoe.calibration.experts import (
     intermediate,
     tokens_of,
 )
+from vllm_mcmoe.calibration.files import write_atomically
 from vllm_mcmoe.calibration.gptq import quantize_gptq
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
 from vllm_mcmoe.calibration.models import MoeModel, activation_function, describe_model
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
 from vllm_mcmoe.calibration.sensitivity import MoeTrace, backward_traces, forward_traces
+from vllm_mcmoe.calibration.workdir import WorkDirectory
 
 Log = Callable[[str], None]
 
@@ -111,10 +115,15 @@ def measure(
     recipe: str | Recipe = "mcmoe",
     widths: Sequence[int] | None = None,
     seed: int = 0,
+    store: ActivationStore | None = None,
+    work: WorkDirectory | None = None,
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> Calibration:
     """calibrate on a loaded model and drawn sequences.
+
+    store  where activations are kept; memory if not given
+    work   where measured layers are kept, so that the next run goes on from there
 
     Recipes that use no gradient are measured without one, and their factors have no loss_increase; the uniform
     recipe's have no errors either, unless widths are given.
@@ -122,25 +131,27 @@ def measure(
     recipe = find_recipe(recipe)
     if widths is None:  # a uniform allocation asks for no errors
         widths = () if recipe.objective == "uniform" else recipe.widths
-    tokens = sequences.tokens
+    tokens, store = sequences.tokens, store or ActivationStore()
+    names = model.description.moe_layers.values()
+    measured = {name: layer for name in names if (layer := _load_measured(work, name)) is not None}
+    if measured:
+        log(f"{len(measured)} of {len(names)} layers are measured already.")
+    options = {"store": store, "measured": frozenset(measured), "show_progress": show_progress}
     if needs_gradients(recipe):
-        traces = backward_traces(model, tokens, seed=seed, show_progress=show_progress)
+        traces = backward_traces(model, tokens, seed=seed, **options)
     else:
-        traces = forward_traces(model, tokens, show_progress=show_progress)
-    layers, gradient_norms, massive = {}, {}, {}
+        traces = forward_traces(model, tokens, **options)
     for trace in traces:
-        norms = trace.gradient_norms
-        if norms is not None:
-            norms = norms / norms.mean().clamp_min(1e-30)
-            gradient_norms[trace.name] = norms
-        layers[trace.name] = _measure_layer(trace, model.description, recipe, tuple(widths), norms)
-        massive[trace.name] = trace.output_peak >= MASSIVE_RATIO * trace.output_median
-    order = model.description.moe_layers.values()  # a backward sweep measures the last layer first
+        layer = _measure_trace(trace, model.description, recipe, tuple(widths))
+        _save_measured(work, trace.name, layer)
+        measured[trace.name] = layer
+    store.drop_all()
+    measured = {name: measured[name] for name in names}  # a backward sweep measures the last layer first
     factors = Factors(
         model=str(model.description.path),
         tokens=tokens.numel(),
         top_k=model.description.top_k,
-        layers={name: layers[name] for name in order},
+        layers={name: layer.factors for name, layer in measured.items()},
         extra={
             "recipe": recipe.name,
             "error_quantizer": recipe.error_quantizer,
@@ -149,8 +160,47 @@ def measure(
             "seed": seed,
         },
     )
-    flag_super_experts(factors, {name for name in order if massive[name]}, log)
-    return Calibration(factors, {name: gradient_norms[name] for name in order if name in gradient_norms})
+    flag_super_experts(factors, {name for name, layer in measured.items() if layer.massive}, log)
+    norms = {name: layer.gradient_norms for name, layer in measured.items() if layer.gradient_norms is not None}
+    return Calibration(factors, norms)
+
+
+@dataclass(frozen=True)
+class _MeasuredLayer:
+    """factors; gradient_norms as in Calibration, or None; massive: the layer's output has massive activations."""
+
+    factors: LayerFactors
+    gradient_norms: torch.Tensor | None
+    massive: bool
+
+
+def _measure_trace(trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...]) -> _MeasuredLayer:
+    norms = trace.gradient_norms
+    if norms is not None:
+        norms = norms / norms.mean().clamp_min(1e-30)
+    factors = _measure_layer(trace, description, recipe, widths, norms)
+    return _MeasuredLayer(factors, norms, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
+
+
+def _save_measured(work: WorkDirectory | None, name: str, layer: _MeasuredLayer) -> None:
+    if work is None:
+        return
+    unit = f"measured-{name}"
+    files = []
+    if layer.gradient_norms is not None:
+        files.append(work.path / f"{unit}.safetensors")
+        write_atomically(files[0], lambda path: save_file({"gradient_norms": layer.gradient_norms}, path))
+    work.save(unit, {"factors": layer.factors.to_document(), "massive": layer.massive}, files)
+
+
+def _load_measured(work: WorkDirectory | None, name: str) -> _MeasuredLayer | None:
+    unit = f"measured-{name}"
+    document = None if work is None else work.load(unit)
+    if document is None:
+        return None
+    path = work.path / f"{unit}.safetensors"
+    norms = load_file(path)["gradient_norms"].clone() if path.exists() else None
+    return _MeasuredLayer(LayerFactors.from_document(document["factors"], unit), norms, document["massive"])
 
 
 def routing_statistics(router_probs: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,5 +17,13 @@ class DataError(McmoeError, ValueError):
     """Calibration or evaluation text is missing, empty or malformed."""
 
 
+class WorkDirectoryError(McmoeError, ValueError):
+    """Unfinished work that does not belong to this run, or that another process is busy with."""
+
+
 class PlanError(McmoeError, ValueError):
     """A bit allocation cannot be computed, or does not fit the model it is applied to."""
+
+
+class PruningError(McmoeError, ValueError):
+    """A pruning rule cannot be calibrated, or a target cannot be reached."""

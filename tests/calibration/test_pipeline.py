@@ -14,8 +14,9 @@ from vllm_mcmoe.calibration.artifacts import Factors, Plan
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.data import load_sequences
 from vllm_mcmoe.calibration.evaluate import evaluate
+from vllm_mcmoe.calibration.layer_quantization import split_rows
 from vllm_mcmoe.calibration.models import describe_model
-from vllm_mcmoe.calibration.pipeline import quantize, quantize_model, split_rows
+from vllm_mcmoe.calibration.pipeline import quantize, quantize_model
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.errors import DataError, FormatError, PlanError, UnsupportedModelError

@@ -1,0 +1,81 @@
+"""What a run depends on, as short values under readable keys: two runs with equal ones write the same bytes.
+
+Bytes are equal on one machine with one number of threads; another machine's matrix products round differently.
+"""
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_mcmoe import __version__
+from vllm_mcmoe.calibration.artifacts import Factors, Plan
+from vllm_mcmoe.calibration.data import TokenSequences, find_data_files
+from vllm_mcmoe.calibration.files import sha256_of
+from vllm_mcmoe.calibration.models import MoeModel
+from vllm_mcmoe.calibration.recipes import Recipe
+from vllm_mcmoe.calibration.tensors import TensorFiles
+from vllm_mcmoe.calibration.writer import side_files
+
+SHOWN_DIGITS = 16  # of a SHA-256: enough to tell any two files apart, short enough for an error message
+
+
+def identity_of_program() -> dict[str, str]:
+    return {"vllm-mcmoe": __version__, "torch": torch.__version__}
+
+
+def identity_of_model(description: MoeModel, files: TensorFiles) -> dict[str, str]:
+    """config.json and files that are copied by content; weights by header, size and time of change, since reading
+    them all takes minutes."""
+    identity = {}
+    for path in [description.path / "config.json", *side_files(description.path)]:
+        identity[f"model file {path.name}"] = sha256_of(path)[:SHOWN_DIGITS]
+    for path in files.files:
+        status = path.stat()
+        header = _header_digest(path)
+        identity[f"model file {path.name}"] = f"{header}, {status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+    return identity
+
+
+def _header_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return hashlib.sha256(file.read(length)).hexdigest()[:SHOWN_DIGITS]
+
+
+def identity_of_tokens(sequences: TokenSequences) -> dict[str, str]:
+    """Of what was drawn from the data by the tokenizer, the file names included because factors.json has them."""
+    names = ", ".join(path.name for path in sequences.files)
+    digest = hashlib.sha256(sequences.tokens.numpy().tobytes()).hexdigest()[:SHOWN_DIGITS]
+    return {"calibration tokens": f"{list(sequences.tokens.shape)} from {names}: {digest}"}
+
+
+def identity_of_recipe(recipe: Recipe) -> dict[str, str]:
+    return {f"recipe's {field.name}": repr(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+
+
+def identity_of_files(key: str, paths: Sequence[str | Path] | None) -> dict[str, str]:
+    """One entry, of all files' names and contents."""
+    if paths is None:
+        return {key: "none"}
+    return {key: ", ".join(f"{path.name} {sha256_of(path)[:SHOWN_DIGITS]}" for path in find_data_files(paths))}
+
+
+def identity_of_document(key: str, document: Plan | Factors | None) -> dict[str, str]:
+    if document is None:
+        return {key: "none"}
+    text = json.dumps(dataclasses.asdict(document), sort_keys=True)
+    return {key: hashlib.sha256(text.encode()).hexdigest()[:SHOWN_DIGITS]}
+
+
+def identity_of_tensors(key: str, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, tensor in (tensors or {}).items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {key: digest.hexdigest()[:SHOWN_DIGITS] if tensors else "none"}
