@@ -39,8 +39,8 @@ from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
 from vllm_mcmoe.calibration.report import QuantizationReport
 from vllm_mcmoe.calibration.sensitivity import choose_store
-from vllm_mcmoe.calibration.statistics import load_calibration_data, measure, needs_gradients
-from vllm_mcmoe.calibration.workdir import COMPLETE, WorkDirectory, working_on
+from vllm_mcmoe.calibration.statistics import check_weights, load_calibration_data, measure, needs_gradients
+from vllm_mcmoe.calibration.workdir import COMPLETE, WorkDirectory, check_output, working_on
 from vllm_mcmoe.calibration.writer import Shard, copy_side_files, shard_name, write_document, write_index, write_text
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 from vllm_mcmoe.errors import PlanError
@@ -55,7 +55,7 @@ CONFIG_FILE, REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "README.md",
 )
 
-WEIGHTS, ALLOCATED, REST = "weights", "allocated", "rest"  # units of work besides one per layer
+ALLOCATED, REST = "allocated", "rest"  # units of work besides one per layer
 
 
 def quantize(
@@ -103,6 +103,7 @@ def quantize(
     if (plan is not None) + (bits is not None) + (bits_per_layer is not None) != 1:
         raise PlanError("give exactly one of plan, bits and bits_per_layer.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
+    check_output(Path(out_dir))
     description = describe_model(model_dir)
     if plan is not None:
         plan.check_against(description.experts_per_layer())
@@ -130,7 +131,7 @@ def quantize(
         if (report := _finished(work)) is not None:
             return report
         model = LayerwiseModel(source)
-        _check_weights(model, work, show_progress)
+        check_weights(model, work, show_progress)
         with_gradients = needs_gradients(recipe) and (needs_factors or needs_norms)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
         gradient_norms = None
@@ -194,6 +195,7 @@ def quantize_model(
     started = time.monotonic()
     recipe = find_recipe(recipe)
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
+    check_output(Path(out_dir))
     plan.check_against(model.description.experts_per_layer())
     if recipe.hessian_weighting == "gradient" and gradient_norms is None:
         raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass calibrate's gradient_norms.")
@@ -210,7 +212,7 @@ def quantize_model(
     with working_on(out_dir, identity, restart=restart, log=log) as work:
         if (report := _finished(work)) is not None:
             return report
-        _check_weights(model, work, show_progress)
+        check_weights(model, work, show_progress)
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
         job = _Run(model, work, store, plan, recipe, linear_bits, gradient_norms, factors, log)
         report = job.write_checkpoint(sequences.tokens, show_progress)
@@ -233,14 +235,6 @@ def _publish(work: WorkDirectory, report: QuantizationReport, started: float, lo
     report.peak_memory = peak_resident_bytes()
     log(f"Took {report.seconds:.0f} s and at most {report.peak_memory / 1e9:.2f} GB of resident memory.")
     return report
-
-
-def _check_weights(model: LayerwiseModel, work: WorkDirectory, show_progress: bool) -> None:
-    """Read every weight once: minutes, against the hours after which a damaged one might be met."""
-    if work.load(WEIGHTS) is None:
-        for name in progress(model.source.names(), "Checking weights", show=show_progress):
-            model.check_weight(name)
-        work.save(WEIGHTS, {})
 
 
 def _allocated_plan(
@@ -293,6 +287,7 @@ class _Run:
 
     def write_checkpoint(self, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
         """Everything but the scores of an evaluation, into the work directory."""
+        self.work.checkpoint.mkdir(exist_ok=True)
         with torch.no_grad():
             layers = self._quantize_layers(tokens, show_progress)
         rest = self._write_rest()

@@ -8,14 +8,16 @@ the layer's output (the paper's eps) and as a predicted increase of the loss (`s
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from vllm_mcmoe.calibration.activations import ActivationStore
+from vllm_mcmoe.calibration.activations import ActivationStore, Storage
 from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_sequences
 from vllm_mcmoe.calibration.experts import (
@@ -29,12 +31,20 @@ from vllm_mcmoe.calibration.experts import (
 )
 from vllm_mcmoe.calibration.files import write_atomically
 from vllm_mcmoe.calibration.gptq import quantize_gptq
+from vllm_mcmoe.calibration.identity import (
+    identity_of_model,
+    identity_of_program,
+    identity_of_recipe,
+    identity_of_tokens,
+)
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
+from vllm_mcmoe.calibration.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.models import MoeModel, activation_function, describe_model
+from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
-from vllm_mcmoe.calibration.sensitivity import MoeTrace, backward_traces, forward_traces
-from vllm_mcmoe.calibration.workdir import WorkDirectory
+from vllm_mcmoe.calibration.sensitivity import MoeTrace, backward_traces, choose_store, forward_traces
+from vllm_mcmoe.calibration.workdir import WorkDirectory, working_on
 
 Log = Callable[[str], None]
 
@@ -46,6 +56,8 @@ Log = Callable[[str], None]
 SUPER_EXPERT_PERCENTILE = 0.995
 SUPER_EXPERT_SHARE = 0.1
 MASSIVE_RATIO = 1000.0
+
+WEIGHTS = "weights"  # the unit of work that says they have been checked
 
 
 # Tokens an expert's errors are measured on. The loss increase from 4096 tokens varies by 6% between seeds of the
@@ -81,27 +93,65 @@ def load_calibration_data(
 def calibrate(
     model_dir: str | Path,
     data: Sequence[str | Path],
+    out: str | Path | None = None,
     *,
     recipe: str | Recipe = "mcmoe",
     widths: Sequence[int] | None = None,
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
+    activations: Storage = "auto",
+    restart: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> Factors:
     """Measure every expert of a model.
 
-    data    text files, .jsonl files or directories, as load_sequences takes them
-    widths  bit-widths to measure; None takes the recipe's
-    seed    of the labels sampled for the loss gradient
+    data         text files, .jsonl files or directories, as load_sequences takes them
+    out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
+                 and the same call goes on from there after having been killed
+    widths       bit-widths to measure; None takes the recipe's
+    seed         of the labels sampled for the loss gradient
+    activations  "memory", "disk" (beside out, or in the system's temporary directory) or "auto", memory if they fit
+    restart      forget what an earlier run has left
 
-    Raises UnsupportedModelError, FormatError or DataError before any long work.
+    Raises UnsupportedModelError, FormatError or DataError before any long work, WorkDirectoryError where there is
+    unfinished work of other arguments.
     """
-    description = describe_model(model_dir)
-    model = LayerwiseModel(WeightFiles(description))
-    tokens = load_calibration_data(description, data, sequences, length, log)
-    return measure(model, tokens, recipe=recipe, widths=widths, seed=seed, show_progress=show_progress, log=log).factors
+    recipe = find_recipe(recipe)
+    source = WeightFiles(describe_model(model_dir))
+    tokens = load_calibration_data(source.model, data, sequences, length, log)
+    identity = {
+        **identity_of_program(),
+        **identity_of_model(source.model, source.files),
+        **identity_of_tokens(tokens),
+        **identity_of_recipe(recipe),
+        "widths": None if widths is None else list(widths),
+        "seed": seed,
+    }
+    with ExitStack() as stack:
+        target = Path(stack.enter_context(TemporaryDirectory())) / "factors.json" if out is None else Path(out)
+        work = stack.enter_context(working_on(target, identity, restart=restart, log=log))
+        model = LayerwiseModel(source)
+        check_weights(model, work, show_progress)
+        store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
+        options = {"store": store, "work": work, "log": log, "show_progress": show_progress}
+        factors = measure(model, tokens, recipe=recipe, widths=widths, seed=seed, **options).factors
+        factors.save(target)
+        work.remove()
+    log(f"At most {peak_resident_bytes() / 1e9:.2f} GB of memory were resident.")
+    return factors
+
+
+def check_weights(model: LayerwiseModel, work: WorkDirectory, show_progress: bool) -> None:
+    """Read every weight once: minutes, against the hours after which a damaged one might be met.
+
+    Raises UnsupportedModelError for NaN or infinite weights, FormatError for a file that cannot be read.
+    """
+    if work.load(WEIGHTS) is None:
+        for name in progress(model.source.names(), "Checking weights", show=show_progress):
+            model.check_weight(name)
+        work.save(WEIGHTS, {})
 
 
 def needs_gradients(recipe: Recipe) -> bool:

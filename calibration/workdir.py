@@ -42,7 +42,7 @@ class WorkDirectory:
     """See the module's text. Made by working_on.
 
     path         OUT.partial
-    checkpoint   what will be OUT
+    checkpoint   what will be OUT, where that is a directory
     activations  for an ActivationStore on disk
     """
 
@@ -116,13 +116,11 @@ class WorkDirectory:
         return self.path / f"{unit}.json"
 
     def prepare(self) -> None:
-        """Make what is missing; remove what a killed process left unfinished in the checkpoint."""
-        if self._unit_path(COMPLETE).exists():
-            return
-        self.checkpoint.mkdir(exist_ok=True)
-        for path in self.checkpoint.iterdir():
-            if path.suffix != ".safetensors":
-                path.unlink()
+        """Remove what a killed process left unfinished in the checkpoint: all but shards is made anew."""
+        if self.checkpoint.exists() and not self._unit_path(COMPLETE).exists():
+            for path in self.checkpoint.iterdir():
+                if path.suffix != ".safetensors":
+                    path.unlink()
 
 
 def work_path(out: Path) -> Path:
@@ -130,7 +128,10 @@ def work_path(out: Path) -> Path:
 
 
 def check_output(out: Path) -> None:
-    """Raises FormatError when the directory exists and has anything in it."""
+    """Raises FormatError when the directory exists and has anything in it, unless that is a finished checkpoint whose
+    work directory is yet to be removed."""
+    if (work_path(out) / f"{COMPLETE}.json").exists() and not (work_path(out) / CHECKPOINT).exists():
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FormatError(f"{out} exists and is not an empty directory; choose another output or remove it first.")
 
@@ -146,11 +147,9 @@ def working_on(
 
     After an error or an interrupt finished units stay; a directory without any is removed.
 
-    Raises FormatError for an output in use, WorkDirectoryError for work of other arguments or of a running process.
+    Raises WorkDirectoryError for work of other arguments or of a running process.
     """
     work = WorkDirectory(Path(os.path.abspath(out)), log)
-    if restart or not (work.path / f"{COMPLETE}.json").exists():
-        check_output(work.out)
     work.path.mkdir(parents=True, exist_ok=True)
     with _locked(work.path / LOCK):
         if restart or not work.has_units:

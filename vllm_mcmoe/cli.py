@@ -54,6 +54,12 @@ class Budget(StrEnum):
     exactly = "="
 
 
+class Storage(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
 class Activations(StrEnum):
     floating = "float"
     int8 = "int8"
@@ -99,6 +105,15 @@ BitsPerLayer = Annotated[
 Widths = Annotated[
     str | None, typer.Option(help="Bit-widths an expert may get, for example 1,2,3.", show_default="by recipe")
 ]
+ActivationStorage = Annotated[
+    Storage,
+    typer.Option(
+        help="Where hidden states and gradients of the calibration tokens are kept: `memory`, `disk` (beside OUT, "
+        "deleted in the end), or `auto`: memory if they fit there with two layers and 2 GB to spare. "
+        "The result is the same."
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left in OUT.partial.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 
 
@@ -132,19 +147,29 @@ def calibrate(
     widths: Widths = None,
     sequences: Sequences = 128,
     length: Length = 2048,
+    activations: ActivationStorage = Storage.auto,
+    restart: Restart = False,
 ) -> None:
     """Measure every expert: how often it is used, its routing weight, and what each bit-width would cost.
 
-    Writes factors.json, which `mcmoe allocate` reads.
+    Writes factors.json, which `mcmoe allocate` reads. The same command continues a run that was interrupted or killed.
 
     Example: `mcmoe calibrate mixtral/ --data c4.jsonl --out factors.json`
     """
     from vllm_mcmoe.calibration.statistics import calibrate as run
 
-    factors = run(
-        model, data, recipe=recipe.value, widths=parse_widths(widths), sequences=sequences, length=length, log=log
+    run(
+        model,
+        data,
+        out,
+        recipe=recipe.value,
+        widths=parse_widths(widths),
+        sequences=sequences,
+        length=length,
+        activations=activations.value,
+        restart=restart,
+        log=log,
     )
-    factors.save(out)
     log(f"Wrote {out}. Next: mcmoe allocate {out} --bits 2.5 --out plan.json")
 
 
@@ -240,8 +265,13 @@ def quantize(
     ] = True,
     sequences: Sequences = 128,
     length: Length = 2048,
+    activations: ActivationStorage = Storage.auto,
+    restart: Restart = False,
 ) -> None:
     """Quantise a model: measure its experts, allocate bits, run GPTQ, write a checkpoint vLLM can serve.
+
+    Needs memory for two decoder layers, not for the model. Finished layers are kept in OUT.partial until OUT is
+    complete; the same command continues a run that was interrupted or killed.
 
     Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5 --data c4.jsonl`
     """
@@ -264,6 +294,8 @@ def quantize(
         sequences=sequences,
         length=length,
         evaluation_data=(evaluation_data or data) if evaluation else None,
+        activations=activations.value,
+        restart=restart,
         log=log,
     )
     log(f"Wrote {out}. Serve it: vllm serve {out}")
