@@ -9,7 +9,7 @@ float32 rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,16 @@ import torch
 
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
-from vllm_mcmoe.calibration.experts import Activation
+from vllm_mcmoe.calibration.experts import Activation, intermediate
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, ExpertsForward, LayerwiseModel, WeightSource
 from vllm_mcmoe.calibration.models import activation_function
 from vllm_mcmoe.calibration.progress import progress
+from vllm_mcmoe.calibration.pruning.rules import layer_rules
 from vllm_mcmoe.calibration.statistics import load_calibration_data
-from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.errors import PruningError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.kernels.reference import quantize_activations
+from vllm_mcmoe.pruning import LayerPruning, PruningRules, pruned_fraction, resolve_target
 
 Activations = Literal["int8", "float"]
 
@@ -44,6 +46,7 @@ class Evaluation:
     top1_agreement     share of positions where both models' most likely token is the same; None without against
     expert_bytes, total_bytes   bytes of the tensors on disk
     average_bits       {"experts", "model"}: bits per weight on disk, scales and zeros included
+    pruned             fraction of expert activations that online pruning dropped
     """
 
     model: Path
@@ -58,6 +61,7 @@ class Evaluation:
     expert_bytes: int
     total_bytes: int
     average_bits: dict[str, float]
+    pruned: float
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,6 +74,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     activations: Activations = "int8",
+    pruning: str | float | PruningRules = "on",
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
     log: Callable[[str], None] = lambda message: None,
@@ -80,10 +85,13 @@ def evaluate(
     data         as load_sequences takes it; one file is one domain
     against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
     activations  of the quantised experts, here and in `against`
+    pruning      of model, never of `against`: "on" as it would be served, "off", a fraction of the expert activations
+                 by the checkpoint's own rule, or rules to try at their own target
 
-    Raises UnsupportedModelError, FormatError or DataError before any long work.
+    Raises UnsupportedModelError, FormatError, PruningError or DataError before any long work.
     """
     weights = open_weights(model)
+    pruners = _pruners(weights, pruning)
     reference = None if against is None else open_weights(against)
     if reference is not None and reference.model.config.vocab_size != weights.model.config.vocab_size:
         raise UnsupportedModelError(
@@ -91,7 +99,7 @@ def evaluate(
             f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
         )
     text = load_calibration_data(weights.model, data, sequences, length, log)
-    subject = _FinalStates(weights, text.tokens, activations, show_progress)
+    subject = _FinalStates(weights, text.tokens, activations, show_progress, pruners)
     base = None if reference is None else _FinalStates(reference, text.tokens, activations, show_progress)
     losses, mean_kl, agreement = _compare(subject, base, text.tokens)
     loss_by_file = _mean_loss_by_file(losses, text)
@@ -109,7 +117,25 @@ def evaluate(
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         average_bits=average_bits,
+        pruned=pruned_fraction(pruners.values()),
     )
+
+
+def _pruners(weights: WeightSource, request: str | float | PruningRules) -> dict[str, LayerPruning]:
+    """The rule of every MoE layer; empty for a model that has none and need not have one."""
+    rules = request if isinstance(request, PruningRules) else None
+    config = weights.config.pruning if isinstance(weights, CheckpointWeights) else None
+    if rules is not None:
+        target = rules.config.target
+    elif config is not None:
+        rules, target = PruningRules.load(weights.model.path, config), resolve_target(config, request)
+    elif request in ("on", "off"):
+        return {}
+    else:
+        raise PruningError(
+            f"{weights.model.path} has no pruning rule to prune {request} with; run `mcmoe prune` first."
+        )
+    return layer_rules(rules, weights.model, target)
 
 
 class _FinalStates:
@@ -121,20 +147,21 @@ class _FinalStates:
         tokens: torch.Tensor,
         activations: Activations,
         show_progress: bool,
+        pruners: Mapping[str, LayerPruning] | None = None,
     ):
         self.model = LayerwiseModel(weights)
+        moe_layers, activation = weights.model.moe_layers, activation_function(weights.model)
         integer = activations == "int8" and isinstance(weights, CheckpointWeights)
-        activation = activation_function(weights.model)
+        round_inputs = round_activations if integer else torch.Tensor.float
         with torch.no_grad():
             self.batches = self.model.embed(tokens)
             for index in progress(
                 range(self.model.num_layers), f"Running {weights.model.path.name}", show=show_progress
             ):
                 with self.model.loaded_layer(index) as layer:
-                    if integer and index in weights.model.moe_layers:
-                        with layer.experts_forward(_int8_experts(layer, activation)):
-                            self.batches = [layer(batch) for batch in self.batches]
-                    else:
+                    pruner = (pruners or {}).get(moe_layers.get(index))
+                    forward = _experts_forward(layer, activation, round_inputs, pruner)
+                    with layer.experts_forward(forward):
                         self.batches = [layer(batch) for batch in self.batches]
 
     def log_probs(self, batch: int) -> torch.Tensor:
@@ -152,14 +179,24 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
     return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales[..., None]).flatten(-2)
 
 
-def _int8_experts(layer: DecoderLayer, activation: Activation) -> ExpertsForward:
+def _experts_forward(
+    layer: DecoderLayer,
+    activation: Activation,
+    round_inputs: Callable[[torch.Tensor], torch.Tensor],
+    pruner: LayerPruning | None,
+) -> ExpertsForward:
+    """The experts of a layer as the kernels compute them: inputs rounded, dropped pairs left out."""
+
     def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        rounded = round_activations(x)
+        if pruner is not None:
+            topk_weights, topk_ids = pruner(x, topk_weights, topk_ids)
+        rounded = round_inputs(x)
         out = torch.zeros_like(x)
         for expert in topk_ids.unique().tolist():
+            if expert < 0:
+                continue
             index, slot = (topk_ids == expert).nonzero(as_tuple=True)
-            gate, up = (rounded[index] @ layer.gate_up[expert].t()).chunk(2, dim=-1)
-            y = round_activations(activation(gate) * up) @ layer.down[expert].t()
+            y = round_inputs(intermediate(rounded[index], layer.gate_up[expert], activation)) @ layer.down[expert].t()
             out.index_add_(0, index, y * topk_weights[index, slot, None])
         return out
 

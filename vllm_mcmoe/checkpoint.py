@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+from vllm_mcmoe.pruning import PruningConfig
 
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
@@ -48,13 +49,13 @@ class CheckpointConfig:
 
     experts       layer name -> bit-widths of every expert
     linear        a compressed-tensors config for every other linear layer, or None where they stay in 16 bits
-    pruning       online pruning: method and its parameters, or None
+    pruning       the rule of online pruning, or None
     average_bits  measured on the written tensors, scales and zeros included: {"experts": ..., "model": ...}
     """
 
     experts: dict[str, ExpertBits]
     linear: dict[str, Any] | None = None
-    pruning: dict[str, Any] | None = None
+    pruning: PruningConfig | None = None
     average_bits: dict[str, float] = field(default_factory=dict)
     group_size: int = GROUP_SIZE
     format_version: int = FORMAT_VERSION
@@ -73,7 +74,7 @@ class CheckpointConfig:
         if self.linear is not None:
             config["linear"] = self.linear
         if self.pruning is not None:
-            config["pruning"] = self.pruning
+            config["pruning"] = self.pruning.to_dict()
         return config
 
     @classmethod
@@ -101,10 +102,11 @@ class CheckpointConfig:
         layers = config.get("experts")
         if not isinstance(layers, dict) or not layers:
             raise FormatError(f"{source}: 'experts' must map MoE layer names to bit-widths, found {layers!r}.")
+        pruning = config.get("pruning")
         return cls(
             experts={name: _parse_expert_bits(name, bits, source) for name, bits in layers.items()},
             linear=config.get("linear"),
-            pruning=config.get("pruning"),
+            pruning=None if pruning is None else PruningConfig.from_dict(pruning, f"{source}: pruning"),
             average_bits=config.get("average_bits", {}),
         )
 

@@ -54,6 +54,11 @@ class Budget(StrEnum):
     exactly = "="
 
 
+class PruningMethod(StrEnum):
+    odp = "odp"
+    otp = "otp"
+
+
 class Storage(StrEnum):
     auto = "auto"
     memory = "memory"
@@ -114,6 +119,13 @@ ActivationStorage = Annotated[
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left in OUT.partial.")]
+Method = Annotated[
+    PruningMethod,
+    typer.Option(
+        help="`odp`: drop experts whose routing weight is a small part of the token's largest. `otp`: drop those a "
+        "small router, trained on the calibration text, predicts to cost least."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 
 
@@ -265,6 +277,11 @@ def quantize(
     ] = True,
     sequences: Sequences = 128,
     length: Length = 2048,
+    prune_target: Annotated[
+        float | None,
+        typer.Option("--prune", help="Then add online pruning of this fraction, as `mcmoe prune` does."),
+    ] = None,
+    prune_method: Method = PruningMethod.otp,
     activations: ActivationStorage = Storage.auto,
     restart: Restart = False,
 ) -> None:
@@ -278,8 +295,13 @@ def quantize(
     if sum(option is not None for option in (bits, bits_per_layer, plan)) != 1:
         raise typer.BadParameter("give one of --bits, --bits-per-layer and --plan")
     from vllm_mcmoe.calibration.artifacts import Factors, Plan
+    from vllm_mcmoe.calibration.models import describe_model
     from vllm_mcmoe.calibration.pipeline import quantize as run
+    from vllm_mcmoe.calibration.pruning.prune import prune as add_pruning
+    from vllm_mcmoe.calibration.pruning.rules import check_request
 
+    if prune_target is not None:
+        check_request(prune_method.value, prune_target, describe_model(model))
     run(
         model,
         out,
@@ -298,7 +320,63 @@ def quantize(
         restart=restart,
         log=log,
     )
+    if prune_target is not None:
+        add_pruning(
+            out, data, method=prune_method.value, target=prune_target, sequences=sequences, length=length, log=log
+        )
     log(f"Wrote {out}. Serve it: vllm serve {out}")
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A quantised checkpoint; changed in place.", show_default=False)
+    ],
+    data: Data,
+    method: Method = PruningMethod.otp,
+    target: Annotated[float, typer.Option(help="Fraction of expert activations to drop when served.")] = 0.25,
+    evaluation_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Text to measure perplexity and KL on, unpruned and at the target; the calibration text if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result, two passes over the model.")
+    ] = True,
+    table: Annotated[bool, typer.Option("--table", help="Measure at 10, 20, ... 50% as well.")] = False,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    as_json: AsJson = False,
+) -> None:
+    """Let tokens skip the experts they need least: add a pruning rule to a checkpoint, and measure what it costs.
+
+    A token always keeps its first expert. The rule holds for every target: when serving, choose another one with
+    `--hf-overrides '{"quantization_config": {"pruning": {"target": 0.1}}}'` (0 is off) or with the environment
+    variable VLLM_MCMOE_PRUNING=off|on|0.1.
+
+    Example: `mcmoe prune mixtral-2.5bit/ --target 0.25 --data c4.jsonl`
+    """
+    from vllm_mcmoe.calibration.pruning.prune import prune as run
+    from vllm_mcmoe.reporting import print_pruning
+
+    points = run(
+        checkpoint,
+        data,
+        method=method.value,
+        target=target,
+        evaluation_data=(evaluation_data or data) if evaluation else None,
+        table=table,
+        sequences=sequences,
+        length=length,
+        log=log,
+    )
+    if as_json:
+        print_json({"method": method.value, "target": target, "points": [vars(point) for point in points]})
+    elif points:
+        print_pruning(points)
 
 
 @app.command()
@@ -314,6 +392,9 @@ def evaluate(
     activations: Annotated[
         Activations, typer.Option(help="Expert activations of a checkpoint: `int8` as the kernels compute, or `float`.")
     ] = Activations.int8,
+    pruning: Annotated[
+        str, typer.Option(metavar="off|on|TARGET", help="Online pruning of a checkpoint that has a rule.")
+    ] = "on",
     sequences: Sequences = 128,
     length: Length = 2048,
     as_json: AsJson = False,
@@ -326,7 +407,14 @@ def evaluate(
     from vllm_mcmoe.reporting import print_evaluation
 
     result = run(
-        model, data, against=against, activations=activations.value, sequences=sequences, length=length, log=log
+        model,
+        data,
+        against=against,
+        activations=activations.value,
+        pruning=pruning,
+        sequences=sequences,
+        length=length,
+        log=log,
     )
     if as_json:
         print_json(result.to_dict())

@@ -1,5 +1,6 @@
 """The fused-MoE method: creates the expert parameters, hands them to a kernel backend and calls it."""
 
+import functools
 import os
 
 import torch
@@ -14,6 +15,8 @@ from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels import experts_class
+from vllm_mcmoe.pruning import LayerPruning
+from vllm_mcmoe.pruning_monitor import PruningMonitor
 from vllm_mcmoe.support import check_layer
 
 BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
@@ -35,11 +38,15 @@ def select_backend() -> str:
 
 
 class McmoeMoEMethod(FusedMoEMethodBase):
-    """Experts of different bit-widths in one layer; activations int8 per token and group of 128."""
+    """Experts of different bit-widths in one layer; activations int8 per token and group of 128.
 
-    def __init__(self, moe: FusedMoEConfig, bits: ExpertBits):
+    pruning   the rule that drops some of a token's experts, or None
+    """
+
+    def __init__(self, moe: FusedMoEConfig, bits: ExpertBits, pruning: LayerPruning | None = None):
         super().__init__(moe)
         self.bits = bits
+        self.pruning = pruning
         self.backend = select_backend()
         self.weights: LayerWeights | None = None
 
@@ -101,6 +108,11 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             down_bits=self.weights.down.bits,
             activation=layer.activation.value,
         )
+        if self.pruning is not None:
+            device = next(parameter.device for _, parameter in self.weights.parameters())
+            layer.mcmoe_pruning = self.pruning.on_device(device)
+            if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens
+                monitor().watch(layer.mcmoe_pruning)
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
         self.weights = None
@@ -115,10 +127,18 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden] in x.dtype."""
+        if self.pruning is not None:
+            topk_weights, topk_ids = layer.mcmoe_pruning(x, topk_weights, topk_ids)
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0).long()]
             topk_ids = torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
         return layer.mcmoe_experts(x, topk_weights, topk_ids)
+
+
+@functools.cache
+def monitor() -> PruningMonitor:
+    """This process's."""
+    return PruningMonitor()
 
 
 def _local_expert_ids(layer: RoutedExperts, num_local: int) -> tuple[int, ...]:

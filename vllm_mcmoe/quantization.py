@@ -3,16 +3,21 @@
 Every vLLM process imports this module, whatever model it serves: layer classes are imported where they are used.
 """
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
-from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.errors import FormatError, PruningError
+from vllm_mcmoe.pruning import PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -28,6 +33,8 @@ class McmoeConfig(QuantizationConfig):
             )
         self.checkpoint = checkpoint
         self.experts = checkpoint.experts
+        self.on_disk_names = {name: name for name in checkpoint.experts}
+        self._pruning_rules: PruningRules | None = None
         self.linear = None
         if checkpoint.linear is not None:
             from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -66,6 +73,7 @@ class McmoeConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
+        self.on_disk_names = hf_to_vllm_mapper.apply_dict(self.on_disk_names)
         if self.linear is not None:
             self.linear.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -82,12 +90,46 @@ class McmoeConfig(QuantizationConfig):
                     f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
                     f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
                 )
-            return McmoeMoEMethod(layer.moe_config, bits)
+            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer))
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             return self.linear.get_quant_method(layer, prefix)
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _layer_pruning(self, prefix: str, layer: "RoutedExperts") -> LayerPruning | None:
+        """The rule of a MoE layer at the target asked for, or None where the checkpoint has none.
+
+        Switched off, the rule stays in the model and keeps everything: vLLM's compiled graphs, which it caches by the
+        model's config, do not depend on an environment variable.
+        """
+        config, request = self.checkpoint.pruning, os.environ.get(PRUNING_VARIABLE)
+        if config is None:
+            if request not in (None, "on", "off"):
+                raise PruningError(
+                    f"{PRUNING_VARIABLE}={request}, but this checkpoint has no pruning rule; run `mcmoe prune` first."
+                )
+            return None
+        if self._pruning_rules is None:
+            self._pruning_rules = PruningRules.load(_model_directory(config.file_name), config)
+        target = resolve_target(config, "on" if request is None else request, PRUNING_VARIABLE)
+        return self._pruning_rules.layer(
+            self.on_disk_names[prefix],
+            target,
+            top_k=layer.moe_config.experts_per_token,
+            num_experts=layer.global_num_experts,
+            hidden_size=layer.hidden_size,
+        )
+
+
+def _model_directory(file_name: str) -> Path:
+    """Where the model vLLM is loading has this file; a model named by its hub id is looked up as vLLM's loader does."""
+    model_config = get_current_vllm_config().model_config
+    if Path(model_config.model).is_dir():
+        return Path(model_config.model)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model_config.model, file_name, revision=model_config.revision)).parent
 
 
 def register_with_vllm() -> None:

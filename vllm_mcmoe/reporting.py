@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vllm_mcmoe.calibration.evaluate import Evaluation
 from vllm_mcmoe.calibration.inspection import CheckpointSummary
+from vllm_mcmoe.calibration.pruning.prune import PrunedPoint
 
 console = Console()
 
@@ -53,6 +54,9 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
     table.add_row("total", f"{summary.total_bytes:,}", "", style="bold")
     console.print(table)
     console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
+    if summary.config.pruning is not None:
+        rule = summary.config.pruning
+        console.print(f"Online pruning: {rule.method}, {rule.target:.0%} of the expert activations when served.")
     for warning in summary.warnings:
         console.print(f"[bold yellow]Warning:[/] {escape(warning)}", highlight=False)
 
@@ -70,7 +74,25 @@ def print_evaluation(result: Evaluation) -> None:
             f"Against {result.against}: KL {result.mean_kl:.4f} nats per token, "
             f"same first choice on {result.top1_agreement:.1%} of the tokens."
         )
+    if result.pruned:
+        console.print(f"Online pruning dropped {result.pruned:.1%} of the expert activations.")
     console.print(
         f"{result.total_bytes:,} bytes, {result.average_bits['model']:.3f} bits per weight; "
         f"experts {result.expert_bytes:,} bytes, {result.average_bits['experts']:.3f} bits per weight."
     )
+
+
+def print_pruning(points: Sequence[PrunedPoint]) -> None:
+    table = Table(title="Online pruning", box=None, pad_edge=False)
+    for column in ("target", "pruned", "perplexity", "against unpruned", "KL to unpruned, nats per token"):
+        table.add_column(column, justify="right")
+    unpruned = points[0].perplexity
+    for point in points:
+        table.add_row(
+            f"{point.target:.0%}",
+            f"{point.pruned:.1%}",
+            f"{point.perplexity:.3f}",
+            f"{point.perplexity / unpruned - 1:+.2%}",
+            f"{point.mean_kl:.5f}",
+        )
+    console.print(table)

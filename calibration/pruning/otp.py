@@ -1,0 +1,104 @@
+"""OTP: a mask router per layer that learns what dropping an expert would cost a token.
+
+MC# (arXiv 2510.10962) trains a mask m over the selected experts by distilling the unpruned model with a sparsity term,
+
+    loss(m, lambda) = cost(m) / lambda + |m|_1
+
+with Gumbel noise and an annealed temperature to reach hard masks, and one training per lambda. Here the cost of a mask
+is known at every token to second order (`costs.py`), so neither is needed: with a score f = log(predicted cost) and the
+hard mask "keep where f >= log(lambda)", the loss integrates over all lambda (d lambda / lambda) in closed form,
+
+    integral = cost exp(-f) + f + constant
+
+the expectation of which is least where exp(f) is the expected cost. One training so serves every target. Masks sampled
+with Gumbel noise have the same optimum, but the cost of single tokens is heavy-tailed: trained that way, the reference
+model's routers were worse at every fraction (`make bench-pruning` measures both).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_mcmoe.calibration.pruning.costs import RoutedTokens
+from vllm_mcmoe.pruning import LearnedPruning, learned_scores
+
+RANK = 8  # 1 loses a third of the hidden state's gain at 20% pruned, 16 adds nothing (reference model)
+EPOCHS = 6
+BATCH_TOKENS = 4096
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-4
+# exp(-f) of an untrained router may meet a cost far above its prediction; one token must not decide a step.
+LARGEST_STEP = 1.0  # gradient norm
+LARGEST_RELATIVE_COST = 1e4
+
+
+class MaskRouter(nn.Module):
+    """LearnedPruning's tensors as parameters, starting at cost = constant * w_r^2."""
+
+    def __init__(self, tokens: RoutedTokens, costs: torch.Tensor, num_experts: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        hidden, ranks = tokens.x.shape[1], costs.shape[1]
+        constant = (costs.double().sum() / tokens.weights[:, 1:].double().square().sum()).clamp_min(1e-30).log()
+        self.expert_bias = nn.Parameter(constant.float().expand(num_experts).clone())
+        self.weight_slopes = nn.Parameter(torch.stack((torch.full((ranks,), 2.0), torch.zeros(ranks))))
+        self.down = nn.Parameter(torch.randn(RANK, hidden, generator=generator) * hidden**-0.5)
+        self.up = nn.Parameter(torch.zeros(num_experts, RANK))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name).detach().clone() for name in LearnedPruning.TENSORS}
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return learned_scores(x, weights, ids, **dict(self.named_parameters()))
+
+
+def train_mask_router(
+    tokens: RoutedTokens, costs: torch.Tensor, num_experts: int, *, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Fit one layer's router. costs: float32 [N, k - 1] of costs.drop_costs. -> LearnedPruning's tensors, float32."""
+    router = MaskRouter(tokens, costs, num_experts, seed)
+    steps = EPOCHS * max(1, len(costs) // BATCH_TOKENS)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in range(steps):
+            batch = torch.randint(len(costs), (min(BATCH_TOKENS, len(costs)),), generator=generator)
+            score = router(tokens.x[batch], tokens.weights[batch], tokens.ids[batch])
+            relative = (costs[batch] * (-score).exp()).clamp(max=LARGEST_RELATIVE_COST)
+            loss = (relative + score).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(router.parameters(), LARGEST_STEP)
+            optimizer.step()
+            schedule.step()
+    return router.tensors()
+
+
+@dataclass(frozen=True)
+class ScoreSample:
+    """Scores of one layer and what dropping each costs, for evenly spaced tokens. Both float32 [n, k - 1]."""
+
+    scores: torch.Tensor
+    costs: torch.Tensor
+
+
+SAMPLED_TOKENS = 16384  # per layer, for the model's quantiles
+
+
+def sample_scores(tokens: RoutedTokens, costs: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> ScoreSample:
+    """The trained router's scores of up to SAMPLED_TOKENS tokens."""
+    count = min(SAMPLED_TOKENS, len(costs))
+    chosen = torch.arange(count) * len(costs) // count
+    scores = learned_scores(tokens.x[chosen], tokens.weights[chosen], tokens.ids[chosen], **tensors)
+    return ScoreSample(scores, costs[chosen])
+
+
+def global_thresholds(samples: Sequence[ScoreSample], levels: Sequence[float], top_k: int) -> torch.Tensor:
+    """One threshold for all layers and ranks per level, float32 [levels]: scores are nats everywhere, so the cheapest
+    activations of the whole model go first."""
+    scores = torch.cat([sample.scores.flatten() for sample in samples]).sort().values
+    position = torch.tensor(levels) * top_k / (top_k - 1) * len(scores)
+    return scores[position.round().long().clamp(0, len(scores) - 1)]

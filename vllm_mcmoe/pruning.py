@@ -1,0 +1,295 @@
+"""Online pruning: which of a token's selected experts are not computed (docs/method.md, section 5).
+
+`config.json["quantization_config"]["pruning"]` describes the rule of a checkpoint, `pruning-{digest}.safetensors`
+beside it has its tensors, a few numbers per layer. The directory's index does not name that file, so nothing but this
+module reads it. Both rules give every selected expert but the first a score and drop those below a threshold:
+
+    odp   score = w_r / w_0, the routing weight relative to the token's largest; thresholds per layer and rank r
+    otp   score = a_r log w_r + b_r log w_0 + c_e + A_e . (U x), the learned logarithm of what dropping expert e would
+          cost this token, in nats; one threshold for the model
+
+Thresholds are stored for a grid of pruned fractions (`levels`), so that any target can be chosen when serving.
+Everything here is tensor arithmetic of fixed shapes: no data-dependent control flow, no host synchronisation.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from vllm_mcmoe.errors import FormatError, PruningError
+
+PRUNING_VARIABLE = "VLLM_MCMOE_PRUNING"
+METHODS = ("odp", "otp")
+TINY = torch.finfo(torch.float32).tiny  # padding rows may have routing weights of 0
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """What config.json says about pruning.
+
+    method   "odp" or "otp"
+    target   fraction of expert activations to drop, 0 for none; at most (top_k - 1) / top_k
+    top_k    experts the router selects per token
+    levels   the fractions thresholds are stored for, ascending, the first is 0
+    sha256   of the tensors' file, whose name begins with it: a new rule is a new file, and config.json, replaced in
+             one step, decides which one counts
+    """
+
+    method: str
+    target: float
+    top_k: int
+    levels: tuple[float, ...]
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        return f"pruning-{self.sha256[:12]}.safetensors"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"levels": list(self.levels)}
+
+    @classmethod
+    def from_dict(cls, config: Any, source: str = "quantization_config.pruning") -> "PruningConfig":
+        """Parse and check; `source` opens every message. Raises FormatError, or PruningError for the target."""
+        expected = {"method": str, "target": int | float, "top_k": int, "levels": list, "sha256": str}
+        if not isinstance(config, dict):
+            raise FormatError(f"{source}: expected an object with {', '.join(expected)}, found {config!r}.")
+        for key, kind in expected.items():
+            if not isinstance(config.get(key), kind) or isinstance(config[key], bool):
+                raise FormatError(f"{source}.{key}: missing or of the wrong type: {config.get(key)!r}.")
+        if config["method"] not in METHODS:
+            raise FormatError(
+                f"{source}.method is {config['method']!r}; this vllm-mcmoe knows {', '.join(METHODS)}. "
+                "Upgrade vllm-mcmoe, or run `mcmoe prune` again."
+            )
+        levels = tuple(config["levels"])
+        if len(levels) < 2 or levels[0] != 0 or list(levels) != sorted(set(levels)):
+            raise FormatError(f"{source}.levels must ascend from 0, found {list(levels)}.")
+        parsed = cls(config["method"], float(config["target"]), config["top_k"], levels, config["sha256"])
+        check_target(parsed.target, parsed.top_k, f"{source}.target")
+        return parsed
+
+
+def check_target(target: float, top_k: int, name: str = "target") -> None:
+    """Raises PruningError for a fraction this model cannot drop: a token keeps its first expert."""
+    if not 0 <= target < 1:
+        raise PruningError(f"{name} is {target:g}; expected a fraction of expert activations in [0, 1).")
+    if target > (top_k - 1) / top_k:
+        raise PruningError(
+            f"{name} is {target:g}, but a token always keeps its first expert: with top-{top_k} routing at most "
+            f"{(top_k - 1) / top_k:.3f} can be dropped."
+        )
+
+
+def resolve_target(config: PruningConfig, request: str | float, source: str = "pruning") -> float:
+    """The fraction to drop when asked for "off", "on" (the checkpoint's own target) or a number.
+
+    Raises PruningError for anything else; source opens the message.
+    """
+    if request in ("on", "off"):
+        return config.target if request == "on" else 0.0
+    try:
+        target = float(request)
+    except ValueError:
+        raise PruningError(f"{source} is {request!r}; expected off, on or a fraction such as 0.25.") from None
+    check_target(target, config.top_k, source)
+    return target
+
+
+class LayerPruning(nn.Module):
+    """The rule of one MoE layer, for one target.
+
+    thresholds    float32 [top_k - 1], of the scores of ranks 1, 2, ...
+    renormalize   float32 [], how much of the dropped routing weight the kept experts take over: 0 none, 1 all
+    counts        int64 [2], expert activations seen and dropped since the engine started
+    """
+
+    def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor):
+        super().__init__()
+        self.register_buffer("thresholds", thresholds)
+        self.register_buffer("renormalize", renormalize)
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
+        self._pinned_counts: torch.Tensor | None = None
+
+    @property
+    def host_counts(self) -> torch.Tensor:
+        """counts for a reader on another thread, which must not touch a device's streams."""
+        return self.counts if self._pinned_counts is None else self._pinned_counts
+
+    def on_device(self, device: torch.device) -> "LayerPruning":
+        """This rule with its tensors on `device`; its counts then reach the host with every forward pass."""
+        moved = self.to(device)
+        if device.type != "cpu":
+            moved._pinned_counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        return moved
+
+    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """float32 [T, k - 1] of the ranks after the first. weights and ids [T, k], largest weight first."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> both, largest weight
+        first, with -1 for dropped experts and the kept weights renormalised."""
+        weights, order = topk_weights.float().sort(dim=-1, descending=True)
+        ids = topk_ids.gather(-1, order)
+        keep = self.scores(x, weights, ids) >= self.thresholds
+        keep = torch.cat((torch.ones_like(keep[:, :1]), keep), dim=-1)
+        kept_ids = torch.where(keep, ids, -1)
+        self.counts += torch.stack(((ids >= 0).sum(), ((ids >= 0) & ~keep).sum()))
+        if self._pinned_counts is not None:
+            self._pinned_counts.copy_(self.counts, non_blocking=True)
+        return renormalized(weights, keep, self.renormalize).to(topk_weights.dtype), kept_ids
+
+
+def renormalized(weights: torch.Tensor, keep: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """weights [T, k] scaled so that the kept ones take over a share of what was dropped; exact where nothing was."""
+    total = weights.sum(dim=-1, keepdim=True)
+    kept = (weights * keep).sum(dim=-1, keepdim=True)
+    return weights * (1 + strength * (total / kept.clamp_min(TINY) - 1))
+
+
+def learned_scores(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    expert_bias: torch.Tensor,
+    weight_slopes: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    """The mask router: log of the nats that dropping ranks 1, 2, ... would cost. -> float32 [T, k - 1].
+
+    x [T, hidden]; weights, ids [T, k], largest weight first; the rest is float32:
+    expert_bias  [experts], c         weight_slopes  [2, k - 1], a and b
+    down         [rank, hidden], U    up             [experts, rank], A
+    """
+    logs = weights.clamp_min(TINY).log()
+    experts = ids[:, 1:].clamp_min(0).long()
+    of_all_experts = (x.float() @ down.t()) @ up.t() + expert_bias
+    return of_all_experts.gather(-1, experts) + weight_slopes[0] * logs[:, 1:] + weight_slopes[1] * logs[:, :1]
+
+
+class RatioPruning(LayerPruning):
+    """ODP: a rank is dropped where its routing weight is too small a part of the first one's."""
+
+    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return weights[:, 1:] / weights[:, :1].clamp_min(TINY)
+
+
+class LearnedPruning(LayerPruning):
+    """OTP: a rank is dropped where the mask router predicts that it costs little."""
+
+    TENSORS = ("expert_bias", "weight_slopes", "down", "up")
+
+    def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor, tensors: Mapping[str, torch.Tensor]):
+        super().__init__(thresholds, renormalize)
+        for name in self.TENSORS:
+            self.register_buffer(name, tensors[name])
+
+    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return learned_scores(x, weights, ids, **{name: getattr(self, name) for name in self.TENSORS})
+
+
+class PruningRules:
+    """The rules of all layers.
+
+    config    what config.json says
+    tensors   "{layer}.{name}" -> float32 tensor: thresholds [levels, top_k - 1], renormalize [] and, for OTP, those of
+              learned_scores
+    """
+
+    def __init__(self, config: PruningConfig, tensors: dict[str, torch.Tensor], source: str = "pruning"):
+        self.config, self.tensors, self.source = config, tensors, source
+
+    @classmethod
+    def create(
+        cls, method: str, target: float, top_k: int, levels: tuple[float, ...], tensors: dict[str, torch.Tensor]
+    ) -> "PruningRules":
+        """Rules that were just calibrated."""
+        digest = hashlib.sha256(_serialize(tensors)).hexdigest()
+        return cls(PruningConfig(method, target, top_k, levels, digest), tensors)
+
+    @classmethod
+    def load(cls, checkpoint: Path, config: PruningConfig) -> "PruningRules":
+        """Raises FormatError: the tensors' file is missing or damaged."""
+        path = checkpoint / config.file_name
+        if not path.is_file():
+            raise FormatError(f"{path} is missing, but config.json has a pruning rule; run `mcmoe prune` again.")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != config.sha256:
+            raise FormatError(f"{path} is damaged: its digest is not the one in config.json; run `mcmoe prune` again.")
+        return cls(config, load(content), str(path))
+
+    def serialize(self) -> bytes:
+        """The content of the tensors' file."""
+        return _serialize(self.tensors)
+
+    def _tensor(self, layer: str, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+        tensor = self.tensors.get(f"{layer}.{name}")
+        if tensor is None:
+            raise FormatError(f"{self.source}: no tensor {layer}.{name}; these rules are of another model.")
+        fits = len(shape) == tensor.dim() and all(
+            wanted in (None, found) for wanted, found in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != torch.float32:
+            wanted = ["any" if size is None else size for size in shape]
+            raise FormatError(
+                f"{self.source}: {layer}.{name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected torch.float32 {wanted}; these rules are of another model."
+            )
+        return tensor
+
+    def layer(self, name: str, target: float, *, top_k: int, num_experts: int, hidden_size: int) -> LayerPruning:
+        """The rule of one layer. target 0 keeps everything, exactly.
+
+        Raises FormatError: calibrated for another top-k, or tensors of another model's layer count or shape.
+        """
+        if top_k != self.config.top_k:
+            raise FormatError(
+                f"{self.source}: these rules were calibrated for top-{self.config.top_k} routing, {name} selects "
+                f"{top_k} experts per token; run `mcmoe prune` with this model."
+            )
+        levels = self._tensor(name, "thresholds", (len(self.config.levels), top_k - 1))
+        thresholds = interpolate(levels, self.config.levels, target)
+        renormalize = self._tensor(name, "renormalize", ()).clone()
+        if self.config.method == "odp":
+            return RatioPruning(thresholds, renormalize)
+        shapes = {
+            "expert_bias": (num_experts,),
+            "weight_slopes": (2, top_k - 1),
+            "down": (None, hidden_size),
+            "up": (num_experts, None),
+        }
+        learned = {part: self._tensor(name, part, shapes[part]) for part in LearnedPruning.TENSORS}
+        return LearnedPruning(thresholds, renormalize, learned)
+
+
+def _serialize(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return save({name: tensors[name].contiguous() for name in sorted(tensors)})
+
+
+def interpolate(thresholds: torch.Tensor, levels: tuple[float, ...], target: float) -> torch.Tensor:
+    """Thresholds [len(levels), k - 1] at a target between two levels; minus infinity at 0."""
+    if target <= 0:
+        return torch.full_like(thresholds[0], -torch.inf)
+    above = next((i for i, level in enumerate(levels) if level >= target), len(levels) - 1)
+    low, high = levels[above - 1], levels[above]
+    share = min((target - low) / (high - low), 1.0)
+    return torch.lerp(thresholds[above - 1], thresholds[above], share)
+
+
+def pruned_fraction(layers: Iterable[LayerPruning]) -> float:
+    """Fraction of the expert activations seen by these layers that they dropped; 0 before any."""
+    seen, dropped = (
+        torch.stack([torch.zeros(2, dtype=torch.int64), *(layer.counts for layer in layers)]).sum(0).tolist()
+    )
+    return dropped / seen if seen else 0.0
