@@ -112,6 +112,11 @@ class WorkDirectory:
     def has_units(self) -> bool:
         return any(path.name != ARGUMENTS for path in self.path.glob("*.json"))
 
+    @property
+    def is_stale(self) -> bool:
+        """It says OUT is complete, but somebody has removed OUT since."""
+        return self._unit_path(COMPLETE).exists() and not self.checkpoint.exists() and not self.out.exists()
+
     def _unit_path(self, unit: str) -> Path:
         return self.path / f"{unit}.json"
 
@@ -152,7 +157,7 @@ def working_on(
     work = WorkDirectory(Path(os.path.abspath(out)), log)
     work.path.mkdir(parents=True, exist_ok=True)
     with _locked(work.path / LOCK):
-        if restart or not work.has_units:
+        if restart or not work.has_units or work.is_stale:
             work.clear()
         try:
             _check_arguments(work.path / ARGUMENTS, arguments)
