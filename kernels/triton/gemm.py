@@ -31,6 +31,8 @@ from vllm_mcmoe.kernels.triton.fields import (
 )
 from vllm_mcmoe.kernels.triton.quantize import scale_of, stored_position, stored_sum, stored_value
 
+DECODE_TOKENS = tl.constexpr(16)  # the largest tile whose fields are interleaved: all fit into registers, latency hides
+
 
 @triton.constexpr_function
 def and_four_bytes(mask):
@@ -74,13 +76,28 @@ def _second_bytes(words, INLINE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_operands(plane_at, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr):
-    """One plane of a tile, ready to be masked: (uint8 [rows, 128],), or uint16 [rows, 64] of even and of odd k."""
-    words = tl.load(plane_at)
-    if FLOAT:
-        return words, _second_bytes(words, INLINE_ASM)
+def _half_of_planes(planes, HALF: tl.constexpr, INLINE_ASM: tl.constexpr):
+    """The planes with the bytes of HALF in place: 0 as loaded, 1 the odd k of float16."""
+    if HALF == 0:
+        return planes
     else:
-        return (words,)
+        shifted = ()
+        for plane in tl.static_range(len(planes)):
+            shifted = shifted + (_second_bytes(planes[plane], INLINE_ASM),)
+        return shifted
+
+
+@triton.jit
+def _operand(
+    planes, BITS: tl.constexpr, FIELD: tl.constexpr, PIECE: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr
+):
+    """A piece of a field as the matrix unit takes it."""
+    words = planes[piece_plane(BITS, FIELD, PIECE)]
+    MASK: tl.constexpr = piece_mask(BITS, FIELD, PIECE)
+    if FLOAT:
+        return _float16_operand(words, MASK, piece_flip(BITS, FIELD, PIECE), INLINE_ASM)
+    else:
+        return _int8_operand(words, MASK, INLINE_ASM)
 
 
 @triton.jit
@@ -88,14 +105,12 @@ def _piece_dot(
     planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, PIECE: tl.constexpr,
     INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    plane = planes[piece_plane(BITS, FIELD, PIECE)]
-    MASK: tl.constexpr = piece_mask(BITS, FIELD, PIECE)
+    first = _operand(planes, BITS, FIELD, PIECE, INLINE_ASM, FLOAT)
     if FLOAT:
-        FLIP: tl.constexpr = piece_flip(BITS, FIELD, PIECE)
-        even = tl.dot(_float16_operand(plane[0], MASK, FLIP, INLINE_ASM), x[0])
-        return tl.dot(_float16_operand(plane[1], MASK, FLIP, INLINE_ASM), x[1], even)
+        odd = _operand(_half_of_planes(planes, 1, INLINE_ASM), BITS, FIELD, PIECE, INLINE_ASM, FLOAT)
+        return tl.dot(odd, x[1], tl.dot(first, x[0]))
     else:
-        return tl.dot(_int8_operand(plane[0], MASK, INLINE_ASM), x[0], out_dtype=tl.int32)
+        return tl.dot(first, x[0], out_dtype=tl.int32)
 
 
 @triton.jit
@@ -106,6 +121,63 @@ def _field_dot(planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, INLINE_ASM: t
         low = _piece_dot(planes, x, BITS, FIELD, 1, INLINE_ASM, FLOAT)
         total = piece_factor(BITS, FIELD, 0, FLOAT) * total + piece_factor(BITS, FIELD, 1, FLOAT) * low
     return total.to(tl.float32)
+
+
+@triton.jit
+def _add_fields(
+    sums, planes, x, x_scale, x_sum, scales,
+    BITS: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """sums plus one group's products, with all fields open to the compiler to interleave."""
+    updated = ()
+    for field in tl.static_range(field_count(BITS)):
+        dot = _field_dot(planes, x, BITS, field, INLINE_ASM, FLOAT)
+        centred = dot + _shifted_zero(scales[field], x_sum, BITS, field, FLOAT)
+        updated = updated + (sums[field] + centred * (_scale(scales[field], BITS)[:, None] * x_scale[None, :]),)
+    return updated
+
+
+@triton.jit
+def _add_guarded_product(
+    total, planes, x, x_scale, x_sum, scales, features,
+    BITS: tl.constexpr, FIELD: tl.constexpr, PIECE: tl.constexpr, HALF: tl.constexpr,
+    INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    if FIELD * tile_rows(BITS) < features:
+        operand = _operand(planes, BITS, FIELD, PIECE, INLINE_ASM, FLOAT)
+        dot = tl.dot(operand, x[HALF], out_dtype=tl.float32 if FLOAT else tl.int32)
+        centred = (piece_factor(BITS, FIELD, PIECE, FLOAT) * dot).to(tl.float32)
+        if PIECE + HALF == 0:
+            centred += _shifted_zero(scales[FIELD], x_sum, BITS, FIELD, FLOAT)
+        total += centred * (_scale(scales[FIELD], BITS)[:, None] * x_scale[None, :])
+    return total
+
+
+@triton.jit
+def _add_fields_one_by_one(
+    sums, planes, x, x_scale, x_sum, scales, features,
+    BITS: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """As _add_fields, with every matrix product in a branch of its own, taken where the field is not all padding.
+
+    The branches are there for the compiler. Triton takes products in one block for a chain and gives all warps the same
+    tokens, so that 4 of 8 warps would repeat the others' work on 32 rows; and ptxas, which interleaves what stands in
+    one block, runs out of registers. A field's products are apart, as branches with one condition would be merged.
+    """
+    for half in tl.static_range(2 if FLOAT else 1):
+        planes = _half_of_planes(planes, half, INLINE_ASM)
+        for piece in tl.static_range(2):
+            updated = ()
+            for field in tl.static_range(field_count(BITS)):
+                total = sums[field]
+                if piece < piece_count(BITS, field):
+                    total = _add_guarded_product(
+                        total, planes, x, x_scale, x_sum, scales, features,
+                        BITS, field, piece, half, INLINE_ASM, FLOAT,
+                    )  # fmt: skip
+                updated = updated + (total,)
+            sums = updated
+    return sums
 
 
 @triton.jit
@@ -131,28 +203,33 @@ def _split_fields(values):
 
 
 @triton.jit
+def _load_scales(scales_ptr, at, BITS: tl.constexpr):
+    """One group's scales: a tuple of int32 [rows], one per field, scale below zero; float16 without a zero at 1 bit."""
+    if BITS == 1:
+        return _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at))
+    else:
+        return _split_fields(tl.load(scales_ptr + at))
+
+
+@triton.jit
 def _half(word):
     """float16 bits in an int16 -> float32."""
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _scales_and_zeros(scales_ptr, at, BITS: tl.constexpr, FLOAT: tl.constexpr):
-    """One group's (scales, zeros): tuples of float32 [rows], one per field, zeros as the kernel subtracts them."""
+def _scale(stored, BITS: tl.constexpr):
+    return stored.to(tl.float32) if BITS == 1 else _half(stored)
+
+
+@triton.jit
+def _shifted_zero(stored, x_sum, BITS: tl.constexpr, FIELD: tl.constexpr, FLOAT: tl.constexpr):
+    """What the zero points take from a field's dot product: float32 [rows, tokens], or [1, tokens] at 1 bit."""
+    factor = x_sum * -(1 << field_shift(BITS, FIELD))
     if BITS == 1:
-        scales = _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at).to(tl.float32))
-        zeros = ()
-        for field in tl.static_range(8):
-            zeros = zeros + (0.5 - zero_offset(1, field, FLOAT),)
-        return scales, zeros
+        return (0.5 - zero_offset(1, FIELD, FLOAT)) * factor[None, :]
     else:
-        words = tl.load(scales_ptr + at)
-        scales = _split_fields(_half(words))
-        stored = _split_fields(_half(words >> 16))
-        zeros = ()
-        for field in tl.static_range(field_count(BITS)):
-            zeros = zeros + ((stored[field] - zero_offset(BITS, field, FLOAT))[:, None],)
-        return scales, zeros
+        return (_half(stored >> 16) - zero_offset(BITS, FIELD, FLOAT))[:, None] * factor[None, :]
 
 
 @triton.jit
@@ -166,6 +243,7 @@ def _accumulate(
     K,
     first_group,
     end_group,
+    features,
     BITS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -174,7 +252,7 @@ def _accumulate(
 ):
     """The main loop over groups [first_group, end_group) -> tuple of float32 [rows, tokens], one per field.
 
-    x_row int64 [tokens]; codes_ptr and scales_ptr point at the tile's group 0.
+    x_row int64 [tokens]; codes_ptr and scales_ptr point at the tile's group 0; features of the tile are not padding.
     """
     FIELD_COUNT: tl.constexpr = field_count(BITS)
     ROWS: tl.constexpr = tile_rows(BITS)
@@ -193,19 +271,17 @@ def _accumulate(
         tile_at = codes_ptr + group * (ROWS * WORDS * plane_count(BITS)) + tile_words
         planes = ()
         for plane in tl.static_range(plane_count(BITS)):
-            planes = planes + (_load_operands(tile_at + plane * (ROWS * WORDS), INLINE_ASM, FLOAT),)
+            planes = planes + (tl.load(tile_at + plane * (ROWS * WORDS)),)
         x = (tl.load(x_at + group * 128),)
         if FLOAT:
             x = x + (tl.load(x_at + group * 128 + 64),)
         x_scale = tl.load(x_scale_ptr + x_group + group)
         x_sum = tl.load(x_sum_ptr + x_group + group)
-        scales, zeros = _scales_and_zeros(scales_ptr, group * 256 + tile_scales, BITS, FLOAT)
-        updated = ()
-        for field in tl.static_range(FIELD_COUNT):
-            dot = _field_dot(planes, x, BITS, field, INLINE_ASM, FLOAT)
-            centred = dot + zeros[field] * (x_sum * -(1 << field_shift(BITS, field)))[None, :]
-            updated = updated + (sums[field] + centred * (scales[field][:, None] * x_scale[None, :]),)
-        sums = updated
+        scales = _load_scales(scales_ptr, group * 256 + tile_scales, BITS)
+        if INLINE_ASM and BLOCK_TOKENS > DECODE_TOKENS:
+            sums = _add_fields_one_by_one(sums, planes, x, x_scale, x_sum, scales, features, BITS, INLINE_ASM, FLOAT)
+        else:
+            sums = _add_fields(sums, planes, x, x_scale, x_sum, scales, BITS, INLINE_ASM, FLOAT)
     unshifted = ()
     for field in tl.static_range(FIELD_COUNT):
         unshifted = unshifted + (sums[field] * ((2.0**24 if FLOAT else 1.0) / (1 << field_shift(BITS, field))),)
@@ -267,7 +343,8 @@ def _tile(
     share = tl.cdiv(groups, SPLIT_K)
     sums = _accumulate(
         x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K,
-        part * share, tl.minimum(part * share + share, groups), BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
+        part * share, tl.minimum(part * share + share, groups), N - tile * 256,
+        BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
     )  # fmt: skip
     if ACTIVATION is None:
         _store_sums(sums, out_ptr + part.to(tl.int64) * slots * N, slot, inside, tile, N, BITS)
