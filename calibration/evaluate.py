@@ -133,7 +133,7 @@ def _pruners(weights: WeightSource, request: str | float | PruningRules) -> dict
         return {}
     else:
         raise PruningError(
-            f"{weights.model.path} has no pruning rule to prune {request} with; run `mcmoe prune` first."
+            f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first."
         )
     return layer_rules(rules, weights.model, target)
 

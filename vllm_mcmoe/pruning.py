@@ -289,7 +289,6 @@ def interpolate(thresholds: torch.Tensor, levels: tuple[float, ...], target: flo
 
 def pruned_fraction(layers: Iterable[LayerPruning]) -> float:
     """Fraction of the expert activations seen by these layers that they dropped; 0 before any."""
-    seen, dropped = (
-        torch.stack([torch.zeros(2, dtype=torch.int64), *(layer.counts for layer in layers)]).sum(0).tolist()
-    )
+    counts = [layer.counts.tolist() for layer in layers]
+    seen, dropped = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     return dropped / seen if seen else 0.0

@@ -47,14 +47,12 @@ class PruningMonitor:
         counts = [layer.host_counts.tolist() for layer in list(self._layers)]
         seen, dropped = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
         new_seen, new_dropped = seen - self._reported[0], dropped - self._reported[1]
+        since = "since the last report" if any(self._reported) else "so far, vLLM's warm-up included"
         self._reported = (seen, dropped)
         if new_seen <= 0:  # nothing ran, or an engine with its layers went away
             return
-        logger.info(
-            "Expert pruning: %.1f%% of %d expert activations dropped since the last report.",
-            100 * new_dropped / new_seen,
-            new_seen,
-        )
+        share = 100 * new_dropped / new_seen
+        logger.info("Expert pruning: %.1f%% of %d expert activations dropped %s.", share, new_seen, since)
         for counter, increase in zip(self._counters, (new_seen, new_dropped), strict=False):
             counter.inc(max(increase, 0))
 

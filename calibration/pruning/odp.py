@@ -102,10 +102,7 @@ def _hull_segments(cumulative: list[float]) -> list[tuple[float, float]]:
             hull.pop()
         hull.append(right)
     steps = len(cumulative) - 1
-    return [
-        ((cumulative[b] - cumulative[a]) * steps / (b - a), (b - a) / steps)
-        for a, b in pairwise(hull)
-    ]
+    return [((cumulative[b] - cumulative[a]) * steps / (b - a), (b - a) / steps) for a, b in pairwise(hull)]
 
 
 def _at(ratios: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

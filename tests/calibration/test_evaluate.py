@@ -10,7 +10,7 @@ from tests.calibration.conftest import LENGTH
 from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
 from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.evaluate import _int8_experts, evaluate
+from vllm_mcmoe.calibration.evaluate import _experts_forward, evaluate, round_activations
 from vllm_mcmoe.calibration.experts import moe_inputs
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.linears import linear_bits
@@ -104,7 +104,7 @@ def test_int8_activations_compute_what_the_reference_kernel_computes(mixed_check
     with torch.no_grad(), model.loaded_layer(0) as layer:
         inputs = moe_inputs(layer, hidden)
         arguments = (inputs.x, inputs.topk_ids, inputs.topk_weights)
-        out = _int8_experts(layer, activation_function(weights.model))(*arguments)
+        out = _experts_forward(layer, activation_function(weights.model), round_activations, None)(*arguments)
     name = weights.model.moe_layers[0]
 
     def matrix(expert: int, projection: str) -> PackedMatrix:
