@@ -18,15 +18,13 @@ import torch
 
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
-from vllm_mcmoe.calibration.experts import Activation, intermediate
-from vllm_mcmoe.calibration.layerwise import DecoderLayer, ExpertsForward, LayerwiseModel, WeightSource
+from vllm_mcmoe.calibration.experts_forward import experts_forward, round_activations
+from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightSource
 from vllm_mcmoe.calibration.models import activation_function
 from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.pruning.rules import layer_rules
 from vllm_mcmoe.calibration.statistics import load_calibration_data
 from vllm_mcmoe.errors import PruningError, UnsupportedModelError
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
-from vllm_mcmoe.kernels.reference import quantize_activations
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, pruned_fraction, resolve_target
 
 Activations = Literal["int8", "float"]
@@ -160,47 +158,12 @@ class _FinalStates:
             ):
                 with self.model.loaded_layer(index) as layer:
                     pruner = (pruners or {}).get(moe_layers.get(index))
-                    forward = _experts_forward(layer, activation, round_inputs, pruner)
-                    with layer.experts_forward(forward):
+                    with layer.experts_forward(experts_forward(layer, activation, round_inputs, pruner)):
                         self.batches = [layer(batch) for batch in self.batches]
 
     def log_probs(self, batch: int) -> torch.Tensor:
         """float32 [sequences, length, vocabulary]."""
         return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
-
-
-def round_activations(x: torch.Tensor) -> torch.Tensor:
-    """x as the kernels' int8 activations represent it. float [n, K] -> float32 [n, K].
-
-    A kernel's exact integer sums, scaled, equal the float product of these values with the dequantised weights, so
-    rounding the inputs is all it takes to compute what the kernels compute.
-    """
-    codes, scales = quantize_activations(x)
-    return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales[..., None]).flatten(-2)
-
-
-def _experts_forward(
-    layer: DecoderLayer,
-    activation: Activation,
-    round_inputs: Callable[[torch.Tensor], torch.Tensor],
-    pruner: LayerPruning | None,
-) -> ExpertsForward:
-    """The experts of a layer as the kernels compute them: inputs rounded, dropped pairs left out."""
-
-    def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        if pruner is not None:
-            topk_weights, topk_ids = pruner(x, topk_weights, topk_ids)
-        rounded = round_inputs(x)
-        out = torch.zeros_like(x)
-        for expert in topk_ids.unique().tolist():
-            if expert < 0:
-                continue
-            index, slot = (topk_ids == expert).nonzero(as_tuple=True)
-            y = round_inputs(intermediate(rounded[index], layer.gate_up[expert], activation)) @ layer.down[expert].t()
-            out.index_add_(0, index, y * topk_weights[index, slot, None])
-        return out
-
-    return forward
 
 
 def _compare(

@@ -15,8 +15,7 @@ with Gumbel noise have the same optimum, but the cost of single tokens is heavy-
 model's routers were worse at every fraction (`make bench-pruning` measures both).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -88,28 +87,19 @@ def train_mask_router(
     return router.tensors()
 
 
-@dataclass(frozen=True)
-class ScoreSample:
-    """Scores of one layer and what dropping each costs, for evenly spaced tokens. Both float32 [n, k - 1]."""
-
-    scores: torch.Tensor
-    costs: torch.Tensor
-
-
 SAMPLED_TOKENS = 16384  # per layer, for the model's quantiles
 
 
-def sample_scores(tokens: RoutedTokens, costs: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> ScoreSample:
-    """The trained router's scores of up to SAMPLED_TOKENS tokens."""
-    count = min(SAMPLED_TOKENS, len(costs))
-    chosen = torch.arange(count) * len(costs) // count
-    scores = learned_scores(tokens.x[chosen], tokens.weights[chosen], tokens.ids[chosen], **tensors)
-    return ScoreSample(scores, costs[chosen])
+def sample_scores(tokens: RoutedTokens, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The trained router's scores of up to SAMPLED_TOKENS tokens, evenly spaced. -> float32 [n, k - 1]."""
+    count = min(SAMPLED_TOKENS, len(tokens.x))
+    chosen = torch.arange(count) * len(tokens.x) // count
+    return learned_scores(tokens.x[chosen], tokens.weights[chosen], tokens.ids[chosen], **tensors)
 
 
-def global_thresholds(samples: Sequence[ScoreSample], levels: Sequence[float], top_k: int) -> torch.Tensor:
+def global_thresholds(samples: Iterable[torch.Tensor], levels: Sequence[float], top_k: int) -> torch.Tensor:
     """One threshold for all layers and ranks per level, float32 [levels]: scores are nats everywhere, so the cheapest
     activations of the whole model go first."""
-    scores = torch.cat([sample.scores.flatten() for sample in samples]).sort().values
+    scores = torch.cat([sample.flatten() for sample in samples]).sort().values
     position = torch.tensor(levels) * top_k / (top_k - 1) * len(scores)
     return scores[position.round().long().clamp(0, len(scores) - 1)]

@@ -3,15 +3,24 @@
 rules = calibrate_rules(LayerwiseModel(open_weights(checkpoint)), tokens, "otp", 0.25)
 """
 
+import math
+
 import torch
 
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.models import MoeModel
-from vllm_mcmoe.calibration.pruning.costs import RoutedTokens, best_renormalization, drop_costs, routed_tokens
-from vllm_mcmoe.calibration.pruning.odp import allocated_thresholds, measure_curves
+from vllm_mcmoe.calibration.pruning.costs import (
+    RoutedTokens,
+    best_renormalization,
+    drop_costs,
+    mask_costs,
+    routed_tokens,
+)
+from vllm_mcmoe.calibration.pruning.layer_scales import layer_scales, measured_costs
+from vllm_mcmoe.calibration.pruning.odp import RatioCurves, allocated_thresholds, measure_curves
 from vllm_mcmoe.calibration.pruning.otp import global_thresholds, sample_scores, train_mask_router
 from vllm_mcmoe.errors import PruningError
-from vllm_mcmoe.pruning import METHODS, LayerPruning, PruningRules, check_target
+from vllm_mcmoe.pruning import METHODS, LayerPruning, PruningRules, RatioPruning, check_target
 
 LEVEL_STEP = 0.025
 
@@ -49,34 +58,46 @@ def calibrate_rules(
     """
     check_request(method, target, model.description)
     top_k, levels = model.description.top_k, target_levels(model.description.top_k)
-    tensors, curves, samples = {}, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    curves: dict[str, RatioCurves] = {}
+    samples: dict[str, torch.Tensor] = {}
+    trials: dict[str, LayerPruning] = {}
+    predicted: dict[str, float] = {}
     for layer in routed_tokens(model, tokens, seed=seed, show_progress=show_progress):
-        renormalize = best_renormalization(layer, typical_mask(layer, target))
+        keep, cut = typical_mask(layer, target)
+        renormalize = best_renormalization(layer, keep)
+        trials[layer.name] = RatioPruning(cut.expand(top_k - 1).clone(), renormalize)
+        predicted[layer.name] = float(mask_costs(layer, keep, renormalize).double().mean())
         tensors[f"{layer.name}.renormalize"] = renormalize
         if method == "odp":
             curves[layer.name] = measure_curves(layer, renormalize)
         else:
-            costs = drop_costs(layer, renormalize)
-            router = train_mask_router(layer, costs, model.description.num_experts, seed=seed)
-            samples[layer.name] = sample_scores(layer, costs, router)
+            router = train_mask_router(layer, drop_costs(layer, renormalize), model.description.num_experts, seed=seed)
+            samples[layer.name] = sample_scores(layer, router)
             tensors |= {f"{layer.name}.{name}": tensor for name, tensor in router.items()}
+    scales = layer_scales(measured_costs(model, tokens, trials, show_progress=show_progress), predicted)
     if method == "odp":
-        thresholds = allocated_thresholds(curves, levels, top_k)
+        thresholds = allocated_thresholds({n: c.scaled(scales[n]) for n, c in curves.items()}, levels, top_k)
     else:
-        shared = global_thresholds(list(samples.values()), levels, top_k)
+        for name, scale in scales.items():  # scores are logarithms of costs
+            tensors[f"{name}.expert_bias"] += math.log(scale)
+            samples[name] += math.log(scale)
+        shared = global_thresholds(samples.values(), levels, top_k)
         thresholds = {name: shared[:, None].repeat(1, top_k - 1) for name in samples}
     tensors |= {f"{name}.thresholds": layer for name, layer in thresholds.items()}
     return PruningRules.create(method, target, top_k, levels, tensors)
 
 
-def typical_mask(layer: RoutedTokens, target: float) -> torch.Tensor:
-    """bool [N, k]: the smallest ratios of the layer dropped until the fraction is reached; target 0 stands for half
-    of what is possible."""
+def typical_mask(layer: RoutedTokens, target: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [N, k], the layer's smallest ratios dropped until the fraction is reached, and the ratio where they end.
+
+    A target of 0 stands for half of what is possible.
+    """
     top_k = layer.weights.shape[1]
     share = (target * top_k / (top_k - 1)) or 0.5
     ratios = layer.ratios.flatten()
     cut = ratios.sort().values[min(int(share * len(ratios)), len(ratios) - 1)]
-    return torch.cat((torch.ones(len(layer.x), 1, dtype=torch.bool), layer.ratios >= cut), dim=-1)
+    return torch.cat((torch.ones(len(layer.x), 1, dtype=torch.bool), layer.ratios >= cut), dim=-1), cut
 
 
 def layer_rules(rules: PruningRules, model: MoeModel, target: float) -> dict[str, LayerPruning]:

@@ -10,8 +10,9 @@ from tests.calibration.conftest import LENGTH
 from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
 from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.evaluate import _experts_forward, evaluate, round_activations
+from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.experts import moe_inputs
+from vllm_mcmoe.calibration.experts_forward import experts_forward, round_activations
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.linears import linear_bits
 from vllm_mcmoe.calibration.models import activation_function, describe_model
@@ -104,7 +105,7 @@ def test_int8_activations_compute_what_the_reference_kernel_computes(mixed_check
     with torch.no_grad(), model.loaded_layer(0) as layer:
         inputs = moe_inputs(layer, hidden)
         arguments = (inputs.x, inputs.topk_ids, inputs.topk_weights)
-        out = _experts_forward(layer, activation_function(weights.model), round_activations, None)(*arguments)
+        out = experts_forward(layer, activation_function(weights.model), round_activations, None)(*arguments)
     name = weights.model.moe_layers[0]
 
     def matrix(expert: int, projection: str) -> PackedMatrix:
@@ -170,10 +171,13 @@ def edit_config(checkpoint, edit) -> None:
 
 
 def edit_tensors(checkpoint, edit) -> None:
-    (path,) = checkpoint.glob("*.safetensors")
-    tensors = load_file(path)
+    """Edit all tensors together; they end up in one file."""
+    path, *others = sorted(checkpoint.glob("*.safetensors"))
+    tensors = {name: tensor for file in (path, *others) for name, tensor in load_file(file).items()}
     edit(tensors)
     save_file(tensors, path)
+    for file in others:
+        file.unlink()
     index = checkpoint / "model.safetensors.index.json"
     document = json.loads(index.read_text())
     document["weight_map"] = dict.fromkeys(tensors, path.name)

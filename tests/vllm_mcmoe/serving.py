@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vllm_mcmoe.calibration.evaluate import round_activations
+from vllm_mcmoe.calibration.experts_forward import round_activations
 
 # Two ranks on one NUMA node need a core each; one process may have both.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

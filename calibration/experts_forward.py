@@ -1,0 +1,52 @@
+"""A layer's experts as the kernels compute them: inputs rounded to int8, the pairs that pruning drops left out."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from vllm_mcmoe.calibration.experts import Activation, intermediate
+from vllm_mcmoe.calibration.layerwise import DecoderLayer, ExpertsForward
+from vllm_mcmoe.calibration.models import MoeModel, activation_function
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.reference import quantize_activations
+from vllm_mcmoe.pruning import LayerPruning
+
+
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels' int8 activations represent it. float [n, K] -> float32 [n, K].
+
+    A kernel's exact integer sums, scaled, equal the float product of these values with the dequantised weights, so
+    rounding the inputs is all it takes to compute what the kernels compute.
+    """
+    codes, scales = quantize_activations(x)
+    return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales[..., None]).flatten(-2)
+
+
+def pruned_layer(layer: DecoderLayer, model: MoeModel, pruner: LayerPruning) -> AbstractContextManager[None]:
+    """Within the block the layer's experts are pruned, with float activations."""
+    return layer.experts_forward(experts_forward(layer, activation_function(model), torch.Tensor.float, pruner))
+
+
+def experts_forward(
+    layer: DecoderLayer,
+    activation: Activation,
+    round_inputs: Callable[[torch.Tensor], torch.Tensor],
+    pruner: LayerPruning | None,
+) -> ExpertsForward:
+    """The experts of a layer as the kernels compute them: inputs rounded, dropped pairs left out."""
+
+    def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        if pruner is not None:
+            topk_weights, topk_ids = pruner(x, topk_weights, topk_ids)
+        rounded = round_inputs(x)
+        out = torch.zeros_like(x)
+        for expert in topk_ids.unique().tolist():
+            if expert < 0:
+                continue
+            index, slot = (topk_ids == expert).nonzero(as_tuple=True)
+            y = round_inputs(intermediate(rounded[index], layer.gate_up[expert], activation)) @ layer.down[expert].t()
+            out.index_add_(0, index, y * topk_weights[index, slot, None])
+        return out
+
+    return forward
