@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vllm_mcmoe.calibration.memory import release_freed_memory
 from vllm_mcmoe.calibration.models import LAYER_PREFIX, MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
@@ -237,6 +238,7 @@ class LayerwiseModel:
             yield DecoderLayer(module, self._kwargs[index])
         finally:
             module.to("meta")
+            release_freed_memory()
 
     def embed(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """tokens: int64 [sequences, length] -> float32 hidden states in batches of about BATCH_TOKENS tokens.
