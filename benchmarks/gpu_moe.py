@@ -178,8 +178,8 @@ def print_measurements(console: Console, measurements: Sequence[Measurement]) ->
 
 def candidates(default: Tiles, smallest_block: int) -> Iterator[Tiles]:
     """Blocks, warps and stages with the default's split-K."""
-    for block, warps, stages in product((8, 16, 32, 64), (2, 4, 8), (2, 3, 4)):
-        if block >= smallest_block and warps >= block // 16:
+    for block, warps, stages in product((8, 16, 32, 64, 128), (2, 4, 8), (2, 3, 4)):
+        if block >= smallest_block and warps >= block // 32:
             yield replace(default, block_tokens=block, num_warps=warps, num_stages=stages)
 
 
@@ -200,13 +200,15 @@ def fastest(layer: torch.nn.Module, inputs: Inputs, tried: Iterator[Tiles]) -> T
     return min(times, key=times.__getitem__)
 
 
-def tune(console: Console, names: Sequence[str], tokens: Sequence[int], bits: Sequence[int], path: Path) -> None:
+def tune(
+    console: Console, names: Sequence[str], tokens: Sequence[int], bits: Sequence[int], activations: str, path: Path
+) -> None:
     """Write the fastest tiles by shape and number of tokens: first block, warps and stages, then split-K."""
     device = describe_device(torch.device("cuda"))
     table: dict[str, dict[int, Tiles]] = {}
     for name in names:
-        shape = SHAPES[name]
-        layer = prepare_layer(shape, bits, "int8")
+        shape = replace(SHAPES[name], float_activations=activations == "float")
+        layer = prepare_layer(shape, bits, activations)
         table[shape.key] = {}
         for count in tokens:
             inputs, default = random_inputs(shape, count), default_tiles(device, shape, count)
@@ -222,13 +224,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--bits", nargs="+", type=int, default=(2, 3), help="widths the experts cycle through")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
+    parser.add_argument("--activations", choices=("int8", "float"), default="int8", help="operands that are tuned")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_moe.py needs a CUDA or ROCm device")
     console = Console()
     if arguments.tune:
-        tune(console, arguments.shapes, arguments.tokens, arguments.bits, arguments.tune)
+        tune(console, arguments.shapes, arguments.tokens, arguments.bits, arguments.activations, arguments.tune)
         return
     bandwidth = copy_bandwidth()
     console.print(f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e9:.0f} GB/s")

@@ -121,6 +121,7 @@ def _grouped_gemm(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # Triton 3.10 turns it off by default; without it every scaling takes a third more
+        **describe_device(x.values.device).compiler_options,
     )
 
 
@@ -203,7 +204,7 @@ def triton_experts(
     hidden_size = x.shape[1]
     gate_up_stack = ExpertStack(*gate_up, 2 * intermediate_size, hidden_size, gated=True, widths=gate_up_widths)
     down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=down_widths)
-    shape = Shape(gate_up_stack.experts, topk_ids.shape[1], hidden_size, intermediate_size)
+    shape = Shape(gate_up_stack.experts, topk_ids.shape[1], hidden_size, intermediate_size, float_activations)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for begin in range(0, x.shape[0], TOKENS_PER_CHUNK):
         chunk = slice(begin, begin + TOKENS_PER_CHUNK)

@@ -1,7 +1,7 @@
 """Launch parameters by device architecture, layer shape and number of tokens.
 
 A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry; the defaults here follow
-from instruction counts and occupancy of the compiled code (`make aot-report`), not from measurements.
+from registers, spills and instruction counts of the compiled code (docs/triton_aot.md), not from measurements.
 """
 
 import json
@@ -20,16 +20,18 @@ TABLE_VARIABLE = "VLLM_MCMOE_TILES"  # path of a table that was tuned on this ma
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a layer decides its tiles. intermediate_size is this rank's."""
+    """What of a layer decides its tiles. intermediate_size is this rank's; float_activations: float16 operands."""
 
     experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
+    float_activations: bool = False
 
     @property
     def key(self) -> str:
-        return f"E{self.experts}-top{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}"
+        operands = "-float" if self.float_activations else ""
+        return f"E{self.experts}-top{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}{operands}"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,20 @@ class Device:
     multiprocessors: int
 
     @property
+    def is_amd(self) -> bool:
+        return self.architecture.startswith("gfx")
+
+    @property
     def smallest_block(self) -> int:
         """NVIDIA's mma has an 8-wide side; AMD's smallest int8 mfma is 16 wide."""
-        return 16 if self.architecture.startswith("gfx") else 8
+        return 16 if self.is_amd else 8
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        """Of every grouped GEMM. Triton would choose mfma 32x32 for prefill: one covers all rows of a 3-bit tile and 32
+        tokens, so that four wavefronts compute the same, in 482 registers where 16x16 takes at most 256 (gfx942).
+        """
+        return {"matrix_instr_nonkdim": 16} if self.is_amd else {}
 
 
 @lru_cache
@@ -66,12 +79,19 @@ def describe_device(device: torch.device) -> Device:
     return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
-# Decode: 2 warps, because 1- and 3-bit tiles have 32 rows. Prefill: 32 tokens cost 0.064 lane-instructions per weight
-# and token, 64 would cost 0.060 and 128 more, as both spill registers (Triton 3.9, 2 bits, sm80).
-_BY_BLOCK = {
+# Decode: 2 warps, because 1- and 3-bit tiles have 32 rows. 64 tokens are the most that no width spills: 128 take 128
+# float32 sums a thread, beside operands more than NVIDIA's 255 registers at 2 bits and AMD's 512 at 4 bits; with twice
+# the warps a thread has half the registers. 64 KiB of LDS hold 2 stages of 64 float16 activations, not 3.
+_NVIDIA_TILES = {
     8: Tiles(8, num_warps=2, num_stages=3),
     16: Tiles(16, num_warps=2, num_stages=3),
     32: Tiles(32, num_warps=4, num_stages=3),
+    64: Tiles(64, num_warps=8, num_stages=3),
+}
+_AMD_TILES = {
+    16: Tiles(16, num_warps=2, num_stages=3),
+    32: Tiles(32, num_warps=4, num_stages=3),
+    64: Tiles(64, num_warps=4, num_stages=2),
 }
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # 8 warps of loads in flight; the decode kernels fit 4 to 8 programs
 _GROUPS_PER_PART = 4  # shorter loops are all pipeline prologue
@@ -85,18 +105,25 @@ def _split_k(programs: int, groups: int, multiprocessors: int) -> int:
     return parts
 
 
+def tiles_by_block(device: Device) -> dict[int, Tiles]:
+    """The default tiles by tokens per block, smallest first."""
+    return _AMD_TILES if device.is_amd else _NVIDIA_TILES
+
+
 def default_tiles(device: Device, shape: Shape, tokens: int) -> Tiles:
     """The smallest block that holds an expert's average share of the slots, with some room; split-K for small grids."""
+    tiles = tiles_by_block(device)
     slots = tokens * shape.top_k
     busy = min(shape.experts, slots)
     average = slots / max(busy, 1)
-    block = 8 if average <= 8 else 16 if average <= 24 else 32
+    # up to 1.5 times the block: a second one for the busier experts costs less than tiles that are half empty
+    block = 8 if average <= 8 else 16 if average <= 24 else 32 if average <= 48 else 64
     block = max(block, device.smallest_block)
     blocks = max(busy, slots // block)
     gate_up = blocks * (2 * shape.intermediate_size // TILE_FEATURES)
     down = blocks * -(-shape.hidden_size // TILE_FEATURES)
     return replace(
-        _BY_BLOCK[block],
+        tiles[block],
         gate_up_split_k=_split_k(gate_up, shape.hidden_size // GROUP_SIZE, device.multiprocessors),
         down_split_k=_split_k(down, shape.intermediate_size // GROUP_SIZE, device.multiprocessors),
     )

@@ -75,10 +75,10 @@ def test_all_widths_in_one_layer(backend, tokens, dtype):
     assert (found.cpu() - expected).norm() / expected.norm() < max(TOLERANCE, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("block_tokens", [8, 16, 64])
+@pytest.mark.parametrize("block_tokens", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("split_k", [1, 2, 3])
-def test_every_tile_that_the_tuner_tries(backend, monkeypatch, block_tokens, split_k):
-    tiles = backend.Tiles(block_tokens, 8 if block_tokens == 64 else 2, 2, split_k, split_k)
+def test_every_block_size(backend, monkeypatch, block_tokens, split_k):
+    tiles = backend.Tiles(block_tokens, max(2, block_tokens // 16), 2, split_k, split_k)
     if block_tokens < backend.describe_device(torch.device("cuda")).smallest_block:
         pytest.skip("AMD's matrix instructions are 16 wide")
     monkeypatch.setattr(backend, "choose_tiles", lambda *_: tiles)

@@ -4,53 +4,83 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.triton_aot import DECODE_WIDTHS, REPORT, SHARED_MEMORY, Figures, cases, read_report
-
-pytestmark = pytest.mark.skipif(not REPORT.exists(), reason=f"{REPORT.name} is not generated yet: make aot-report")
+from tests.kernels.triton_aot import DECODE_WIDTHS, GEMM, REPORT, SHARED_MEMORY, Figures, cases, read_report
 
 TARGETS = list(SHARED_MEMORY)
-NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 # a decode at full bandwidth on an H100 has about 1.1 lane-instructions per bit of a weight; these leave half to waiting
 INSTRUCTIONS_PER_WEIGHT = {1: 1.0, 2: 1.0, 3: 1.2, 4: 1.1}
 # sm120 is not held to it, but its code is the same
 HELD_TO_INSTRUCTIONS = ["sm80", "sm86", "sm89", "sm90", "sm100"]
+# float16 operands of three planes and 64 tokens are more than NVIDIA's 255 registers; docs/triton_aot.md
+MAY_SPILL = {(target, "64 tokens, 3 bit, float") for target in TARGETS if target.startswith("sm")}
+# registers may move a little with the order in which ptxas sees its input; 3 of 255 change no occupancy of these tiles
+REGISTER_SLACK = 3
+
+
+def run_compiler(module: str, *arguments: str, cache: Path) -> str:
+    """What a tool prints that compiles kernels, in a process of its own: this one may interpret them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)  # a fresh one: a cached kernel was not compiled by this Triton
+    command = [sys.executable, "-m", module, *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[tuple[str, str], Figures]:
-    """Everything compiled now, in processes of their own: this one may interpret kernels."""
+    """The part of the report that the tests compile again, compiled now."""
     folder = tmp_path_factory.mktemp("aot")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")  # a cached kernel was not compiled by this Triton
-    command = [sys.executable, "-m", "tests.kernels.triton_aot", "--output", str(folder / "report.md")]
-    subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True, stderr=subprocess.PIPE)
-    return read_report(folder / "report.md")[1]
+    report = folder / "report.md"
+    run_compiler("tests.kernels.triton_aot", "--ci", "--output", str(report), cache=folder / "cache")
+    return read_report(report)[1]
 
 
-def rows(compiled: dict[tuple[str, str], Figures], target: str) -> list[Figures]:
-    return [compiled[target, case.name] for case in cases(target)]
+@pytest.fixture(scope="module")
+def committed() -> dict[tuple[str, str], Figures]:
+    return read_report()[1]
+
+
+def became_worse(old: Figures, new: Figures) -> list[str]:
+    """The figures that a user would pay for."""
+    slack = {
+        "registers": REGISTER_SLACK,
+        "spills": 0,
+        "shared_memory": 0,
+        "instructions_per_weight": 0,
+        "bytes_per_weight": 0,
+    }
+    return [name for name, more in slack.items() if (getattr(new, name) or 0) > (getattr(old, name) or 0) + more]
+
+
+def ci_rows(compiled: dict[tuple[str, str], Figures], target: str) -> list[Figures]:
+    return [compiled[target, case.name] for case in cases(target, only_ci=True)]
+
+
+def decode_row(compiled: dict[tuple[str, str], Figures], target: str, bits: int) -> Figures:
+    return next(compiled[target, case.name] for case in cases(target) if case.bits == bits)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_spilled(compiled, target):
-    assert {row.kernel: row.spills for row in rows(compiled, target) if row.spills} == {}
+    assert {row.kernel: row.spills for row in ci_rows(compiled, target) if row.spills} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shared_memory_fits(compiled, target):
     """The compiler does not check: the launch would fail."""
-    assert max(row.shared_memory for row in rows(compiled, target)) <= SHARED_MEMORY[target]
+    assert max(row.shared_memory for row in ci_rows(compiled, target)) <= SHARED_MEMORY[target]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemms_use_the_matrix_instructions_of_their_activations(compiled, target):
-    for case in cases(target):
-        if case.kernel == "gemm.grouped_gemm_kernel":
-            wanted = r"HMMA|mfma_f32" if dict(case.constants)["FLOAT"] else r"IG?MMA|mfma_i32"
+    for case in cases(target, only_ci=True):
+        if case.kernel == GEMM:
+            wanted = r"HG?MMA|mfma_f32" if case.is_float else r"IG?MMA|mfma_i32"
             found = compiled[target, case.name].matrix_instruction.split()
             assert found, case.name
             assert all(re.search(wanted, opcode) for opcode in found), (case.name, found)
@@ -59,40 +89,67 @@ def test_gemms_use_the_matrix_instructions_of_their_activations(compiled, target
 @pytest.mark.parametrize("target", TARGETS)
 def test_weights_are_loaded_16_bytes_at_a_time(compiled, target):
     for bits in DECODE_WIDTHS:
-        assert compiled[target, f"decode, {bits} bit"].weight_load_bytes == 16
+        assert decode_row(compiled, target, bits).weight_load_bytes == 16
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("bits", DECODE_WIDTHS)
 def test_a_weight_costs_its_bits_and_its_share_of_the_scales(compiled, target, bits):
     scale_bytes = 2 if bits == 1 else 4  # per group of 128
-    assert compiled[target, f"decode, {bits} bit"].bytes_per_weight == bits / 8 + scale_bytes / 128
+    assert decode_row(compiled, target, bits).bytes_per_weight == bits / 8 + scale_bytes / 128
 
 
 @pytest.mark.parametrize("target", HELD_TO_INSTRUCTIONS)
 @pytest.mark.parametrize("bits", INSTRUCTIONS_PER_WEIGHT)
 def test_a_weight_costs_few_instructions_in_decode(compiled, target, bits):
-    assert compiled[target, f"decode, {bits} bit"].instructions_per_weight <= INSTRUCTIONS_PER_WEIGHT[bits]
+    assert decode_row(compiled, target, bits).instructions_per_weight <= INSTRUCTIONS_PER_WEIGHT[bits]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_figure_is_worse_than_in_the_committed_report(compiled, target):
+def test_no_figure_is_worse_than_in_the_committed_report(compiled, committed, target):
     import triton
 
-    version, committed = read_report()
+    version, _ = read_report()
     if version != triton.__version__:
         pytest.skip(f"{REPORT.name} was made with Triton {version}, this is {triton.__version__}")
-    # registers may move a little with ptxas; 3 of 255 change no occupancy that the decode tiles reach
-    worse = {}
-    for row in rows(compiled, target):
-        old = committed[row.key]
-        now = (row.spills, row.shared_memory, row.instructions_per_weight or 0.0, row.bytes_per_weight or 0.0)
-        was = (old.spills, old.shared_memory, old.instructions_per_weight or 0.0, old.bytes_per_weight or 0.0)
-        if any(n > w for n, w in zip(now, was, strict=True)) or row.registers > old.registers + 3:
-            worse[row.kernel] = (old, row)
-    assert worse == {}
+    worse = {row.kernel: became_worse(committed[row.key], row) for row in ci_rows(compiled, target)}
+    assert {kernel: names for kernel, names in worse.items() if names} == {}
 
 
-def test_the_report_covers_every_kernel_and_target():
-    expected = {(target, case.name) for target in TARGETS for case in cases(target)}
-    assert set(read_report()[1]) == expected
+def test_the_report_covers_every_kernel_and_target(committed):
+    assert set(committed) == {(target, case.name) for target in TARGETS for case in cases(target)}
+
+
+def test_what_only_the_report_compiles_spills_nothing_and_fits(committed):
+    """Larger tiles, with all widths and the fused epilogue: too slow to compile in every run."""
+    assert {key for key, row in committed.items() if row.spills} <= MAY_SPILL
+    assert [key for key, row in committed.items() if row.shared_memory > SHARED_MEMORY[row.target]] == []
+
+
+ROW = Figures("sm80", "8 tokens, 2 bit", 128, 0, 20864, "IMMA.16832.S8.S8.SAT", 0.82, 0.28125, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registers": ROW.registers + REGISTER_SLACK + 1},
+        {"spills": 4},
+        {"shared_memory": ROW.shared_memory + 1},
+        {"instructions_per_weight": 0.83},
+        {"bytes_per_weight": 0.3125},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_figure_that_became_worse_is_named(change):
+    assert became_worse(ROW, replace(ROW, **change)) == list(change)
+
+
+def test_a_figure_that_is_the_same_or_better_is_not_named():
+    better = replace(ROW, registers=ROW.registers + REGISTER_SLACK, shared_memory=0, instructions_per_weight=0.5)
+    assert became_worse(ROW, ROW) == became_worse(ROW, better) == []
+
+
+def test_codes_that_have_to_be_shifted_would_exceed_the_instruction_bar(tmp_path):
+    """The bar can fail: a shift for four weights, of three fields in four, compiled and counted in the same way."""
+    found = run_compiler("tests.kernels.triton_aot_control", cache=tmp_path)
+    assert float(found) > INSTRUCTIONS_PER_WEIGHT[2]

@@ -1,6 +1,7 @@
 """Launch parameters: sane defaults, and a tuned table where there is one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,13 +26,20 @@ def table(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(1, 8), (32, 8), (64, 16), (4096, 32)])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 8), (32, 8), (64, 16), (192, 32), (193, 64), (4096, 64)])
 def test_the_block_holds_an_experts_average_share(tokens, block):
     assert tiles.default_tiles(H100, MIXTRAL, tokens).block_tokens == block
 
 
-def test_amd_blocks_are_at_least_16_tokens():
-    assert tiles.default_tiles(MI300, MIXTRAL, 1).block_tokens == 16
+@pytest.mark.parametrize(("tokens", "block"), [(1, 16), (4096, 64)])
+def test_amd_blocks_are_at_least_16_tokens(tokens, block):
+    assert tiles.default_tiles(MI300, MIXTRAL, tokens).block_tokens == block
+
+
+def test_float_activations_are_tuned_apart(table):
+    shape = replace(QWEN3, float_activations=True)
+    assert tiles.choose_tiles(H100, shape, 64) == tiles.default_tiles(H100, shape, 64)
+    assert tiles.choose_tiles(H100, QWEN3, 64) != tiles.default_tiles(H100, QWEN3, 64)
 
 
 def test_a_grid_that_fills_the_device_is_not_split():

@@ -1,13 +1,13 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads the machine code.
 
-    python -m tests.kernels.triton_aot                    print the report
-    python -m tests.kernels.triton_aot --write            and replace docs/triton_aot.md
+    python -m tests.kernels.triton_aot [sm90 ...]         print the report
+    python -m tests.kernels.triton_aot --write            replace docs/triton_aot.md
+    python -m tests.kernels.triton_aot --ci               only what the tests compile, about a third of the time
 
 Runs in a process of its own: Triton either interprets or compiles, decided when it is imported.
 """
 
 import argparse
-import math
 import os
 import re
 import subprocess
@@ -19,6 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interpreted; this module must not be the first
+    from vllm_mcmoe.kernels.triton.tiles import Tiles
 
 REPORT = Path(__file__).parents[2] / "docs" / "triton_aot.md"
 TILE_WEIGHTS = 256 * 128
@@ -37,12 +41,16 @@ SHARED_MEMORY = {
     "gfx950": 160 << 10,
 }
 DECODE_WIDTHS = (1, 2, 3, 4, 8)
-FLOAT_WIDTHS = (2, 3)  # one with whole fields, one with split ones
+SPLIT_AND_WHOLE = (2, 3)  # a width with whole fields and one with split ones
+GEMM = "gemm.grouped_gemm_kernel"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile. weights > 0: it has a GEMM loop over tiles of one width, whose figures are read."""
+    """One kernel to compile. bits > 0: it has a GEMM loop over tiles of one width, whose figures are read.
+
+    in_ci: the tests compile it again; the rest is compiled for the report only, because it takes minutes.
+    """
 
     name: str
     kernel: str
@@ -50,7 +58,15 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     bits: int = 0
-    block_tokens: int = 0
+    in_ci: bool = True
+
+    @property
+    def block_tokens(self) -> int:
+        return dict(self.constants)["BLOCK_TOKENS"]
+
+    @property
+    def is_float(self) -> bool:
+        return dict(self.constants)["FLOAT"]
 
 
 @dataclass(frozen=True)
@@ -86,45 +102,60 @@ HEADINGS = (
 
 
 def _gemm(
-    name: str,
-    widths: Sequence[int],
     target: str,
-    block_tokens: int,
-    num_warps: int = 2,
+    tiles: "Tiles",
+    widths: Sequence[int],
     activation: str | None = None,
     is_float: bool = False,
+    in_ci: bool = True,
 ) -> Case:
     constants = {
         "SLOTS_PER_ROW": 2 if activation else 1,
         "WIDTHS": sum(1 << width for width in widths),
-        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_TOKENS": tiles.block_tokens,
         "SPLIT_K": 1,
-        "STAGES": 3,
+        "STAGES": tiles.num_stages,
         "ACTIVATION": activation,
-        "INLINE_ASM": not target.startswith("gfx"),
+        "INLINE_ASM": not _is_amd(target),
         "FLOAT": is_float,
     }
     bits = widths[0] if len(widths) == 1 else 0
-    return Case(name, "gemm.grouped_gemm_kernel", tuple(constants.items()), num_warps, 3, bits, block_tokens)
+    operands, epilogue = ", float" if is_float else "", ", SiLU" if activation else ""
+    name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{operands}{epilogue}"
+    return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, bits, in_ci)
 
 
-def cases(target: str) -> list[Case]:
-    """Every kernel of the backend: decode of each width, GEMMs of mixed widths, and the small kernels."""
-    decode = 16 if target.startswith("gfx") else 8
+def _is_amd(target: str) -> bool:
+    return target.startswith("gfx")
+
+
+def cases(target: str, only_ci: bool = False) -> list[Case]:
+    """Every kernel of the backend, the GEMM with its default tiles: decode of each width, and mixed widths.
+
+    The largest tile is also compiled for single widths, for their instructions, and, with all of its widths and the
+    fused epilogue, for the most registers and shared memory that any layer can ask for.
+    """
+    from vllm_mcmoe.kernels.triton.tiles import Device, tiles_by_block
+
+    decode, *larger = tiles_by_block(Device(target, 1)).values()
     routing = {"EXPERTS": 128, "MAPPED": True}
+    align = {"BINS": 128, "BLOCK_TOKENS": decode.block_tokens, "CHUNK": 1024, **routing}
     small = [
         ("quantize", "quantize.quantize_kernel", {"GROUPS": 8, "FLOAT": False}),
         ("activate", "quantize.activate_kernel", {"SPLIT_K": 4, "ACTIVATION": "silu", "FLOAT": False, **routing}),
-        ("align", "routing.align_kernel", {"BINS": 128, "BLOCK_TOKENS": decode, "CHUNK": 1024, **routing}),
+        ("align", "routing.align_kernel", align),
         ("combine", "routing.combine_kernel", {"TOP_K": 8, "SPLIT_K": 4, "BLOCK": 1024, **routing}),
     ]
-    return [
-        *(_gemm(f"decode, {bits} bit", [bits], target, decode) for bits in DECODE_WIDTHS),
-        *(_gemm(f"decode float, {bits} bit", [bits], target, decode, is_float=True) for bits in FLOAT_WIDTHS),
-        _gemm("decode, 1-4 bit, SiLU", (1, 2, 3, 4), target, decode, activation="silu"),
-        _gemm("prefill, 2+3 bit, SiLU", (2, 3), target, 32, num_warps=4, activation="silu"),
+    every = [
+        *(_gemm(target, decode, [bits]) for bits in DECODE_WIDTHS),
+        *(_gemm(target, decode, [bits], is_float=True) for bits in SPLIT_AND_WHOLE),
+        _gemm(target, decode, (1, 2, 3, 4), activation="silu"),
+        *(_gemm(target, tiles, DECODE_WIDTHS, activation="silu", in_ci=False) for tiles in larger),
+        *(_gemm(target, larger[-1], [bits]) for bits in SPLIT_AND_WHOLE),
+        *(_gemm(target, larger[-1], [bits], is_float=True, in_ci=False) for bits in SPLIT_AND_WHOLE),
         *(Case(name, kernel, tuple(constants.items())) for name, kernel, constants in small),
     ]
+    return [case for case in every if case.in_ci or not only_ci]
 
 
 # by argument name, and by kernel where the name alone does not say; the rest are float32 pointers
@@ -136,7 +167,7 @@ _POINTEES = {
 
 
 def _pointee(case: Case, name: str) -> str:
-    if case.kernel == "gemm.grouped_gemm_kernel" and name in ("x_ptr", "out_ptr"):
+    if case.kernel == GEMM and name in ("x_ptr", "out_ptr"):
         constants = dict(case.constants)
         operand = "fp16" if constants["FLOAT"] else "i8"
         return operand if name == "x_ptr" or constants["ACTIVATION"] else "fp32"
@@ -152,6 +183,8 @@ def compile_case(target: str, case: Case):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from vllm_mcmoe.kernels.triton import tiles
+
     module, name = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"vllm_mcmoe.kernels.triton.{module}"), name)
     constants = dict(case.constants)
@@ -165,10 +198,12 @@ def compile_case(target: str, case: Case):
     }
     aligned = [n for n in kernel.arg_names if signature[n][0] == "*" or n in DIVISIBLE_BY_16]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    amd = target.startswith("gfx")
+    amd = _is_amd(target)
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[2:]), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    if case.kernel == GEMM:
+        options |= tiles.Device(target, 1).compiler_options
     return triton.compile(source, target=gpu, options=options)
 
 
@@ -196,10 +231,10 @@ def _amd_code(compiled) -> tuple[str, int, int]:
 
 
 _NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
-_NVIDIA_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_NVIDIA_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 _AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
 _AMD_LINE = re.compile(r"^\s+([a-z][a-z0-9_]+)(?:\s+([^;]*))?")
-_MATRIX = re.compile(r"^[A-Z]*MMA\.|mfma")
+_MATRIX = re.compile(r"^[A-Z]*MMA(\.|$)|mfma")  # IMMA, HMMA, IGMMA of sm90, UTCIMMA of sm100; v_mfma
 
 
 def _instructions(code: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str, int]]:
@@ -217,7 +252,7 @@ def _instructions(code: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str
 def _matrix_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> Counter:
     """Opcodes of the innermost loop with matrix instructions: what stands between a label and a branch back to it.
 
-    AMD's compiler may leave a second one for the last group; the one with more products is the main loop.
+    AMD's compiler may leave a second one for the last group; the one with more matrix instructions is the main loop.
     """
     loops = []
     for end, (opcode, operands) in enumerate(instructions):
@@ -229,29 +264,23 @@ def _matrix_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) ->
     innermost = [
         body for body in loops if not any(o != body and body.start <= o.start and o.stop <= body.stop for o in loops)
     ]
-    return max((Counter(instructions[at][0] for at in body) for body in innermost), key=_loop_products)
+    return max(
+        (Counter(instructions[at][0] for at in body) for body in innermost),
+        key=lambda loop: sum(count for opcode, count in loop.items() if _MATRIX.search(opcode)),
+    )
 
 
-def _matrix_products(opcode: str) -> int:
-    """Multiply-accumulates of one matrix instruction: IMMA.16832, v_mfma_i32_16x16x32_i8."""
-    if shape := re.search(r"_(\d+)x(\d+)x(\d+)", opcode):
-        return math.prod(map(int, shape.groups()))
-    m, n, k = re.search(r"MMA\.(16)(8)(\d+)", opcode).groups()
-    return int(m) * int(n) * int(k)
-
-
-def _loop_products(loop: Counter) -> int:
-    """Products of one pass through a loop, per warp."""
-    return sum(count * _matrix_products(opcode) for opcode, count in loop.items() if _MATRIX.search(opcode))
+def _loaded_bytes(case: Case, loop: Counter, size: int, amd: bool) -> int:
+    """What the loop's loads of `size` bytes a lane bring in, by all threads."""
+    amd_name, nvidia_name = {16: ("x4", "128"), 8: ("x2", "64")}[size]
+    pattern = rf"(global|buffer)_load_(lds_)?dword{amd_name}" if amd else rf"LDG(STS)?\.E.*{nvidia_name}"
+    return size * _threads(case, amd) * sum(n for opcode, n in loop.items() if re.match(pattern, opcode))
 
 
 def _instructions_per_weight(case: Case, loop: Counter, amd: bool) -> float:
-    """Lane-instructions per weight; the loop may be unrolled, so its products tell how many weights it consumes."""
-    from vllm_mcmoe.kernels.triton.fields import field_count, piece_count
-
-    pieces = sum(piece_count(case.bits, field) for field in range(field_count(case.bits)))
-    products_per_tile = TILE_WEIGHTS * case.block_tokens * pieces / field_count(case.bits)
-    tiles = _loop_products(loop) * case.num_warps / products_per_tile
+    """Lane-instructions per weight. The loop may be unrolled: how much it loads tells how many tiles it consumes."""
+    activation_bytes = 128 * case.block_tokens * (2 if case.is_float else 1)
+    tiles = round(_loaded_bytes(case, loop, 16, amd) / (TILE_WEIGHTS * case.bits // 8 + activation_bytes))
     return sum(loop.values()) * _threads(case, amd) / (TILE_WEIGHTS * tiles)
 
 
@@ -260,7 +289,7 @@ def _threads(case: Case, amd: bool) -> int:
 
 
 _LOAD = re.compile(r"(?:tt\.load|async_copy_global_to_local|amdg\.buffer_load)[^\n]*")
-_SHAPED = re.compile(r"tensor<(\d+)x(\d+)x(?:!tt\.ptr<)?(i8|i16|i32|f16)[,>]")
+_SHAPED = re.compile(r"<(\d+)x(\d+)x(?:!tt\.ptr<)?(i8|i16|i32|f16)[,>]")
 
 
 def _weight_bytes(case: Case, ttgir: str) -> float:
@@ -275,29 +304,21 @@ def _weight_bytes(case: Case, ttgir: str) -> float:
     body = ttgir[ttgir.index("scf.for") :]
     total = 0
     for load in _LOAD.findall(body[: body.index("scf.yield")]):
-        found = _SHAPED.search(load)
-        if found and found[3] in shapes.get((int(found[1]), int(found[2])), ()):
-            size = {"i8": 1, "i16": 2, "i32": 4, "f16": 2}[found[3]]
-            total += int(found[1]) * int(found[2]) * size
+        rows, columns, element = (_SHAPED.findall(load) or [(0, 0, "")])[-1]  # the result stands last
+        if element in shapes.get((int(rows), int(columns)), ()):
+            total += int(rows) * int(columns) * {"i8": 1, "i16": 2, "i32": 4, "f16": 2}[element]
     return total / TILE_WEIGHTS
 
 
 def _weight_load_bytes(case: Case, loop: Counter, amd: bool) -> int:
     """The widest load that occurs often enough in the loop to carry all of its codes."""
-    if amd:
-        loads = {16: r"(global|buffer)_load_(lds_)?dwordx4", 8: r"(global|buffer)_load_dwordx2"}
-    else:
-        loads = {16: r"LDG(STS)?\.E.*128", 8: r"LDG(STS)?\.E.*64"}
-    for size, pattern in loads.items():
-        count = sum(n for opcode, n in loop.items() if re.match(pattern, opcode))
-        if count * size * _threads(case, amd) >= TILE_WEIGHTS * case.bits // 8:
-            return size
-    return 4
+    enough = TILE_WEIGHTS * case.bits // 8
+    return next((size for size in (16, 8) if _loaded_bytes(case, loop, size, amd) >= enough), 4)
 
 
 def figures(target: str, case: Case) -> Figures:
     compiled = compile_case(target, case)
-    amd = target.startswith("gfx")
+    amd = _is_amd(target)
     code, registers, spills = (_amd_code if amd else _nvidia_code)(compiled)
     instructions, labels = _instructions(code, amd)
     matrix = sorted({opcode for opcode, _ in instructions if _MATRIX.search(opcode)})
@@ -316,19 +337,32 @@ def _measure(job: tuple[str, Case]) -> Figures:
     return figures(*job)
 
 
-def measure(targets: Sequence[str], processes: int) -> list[Figures]:
-    """All cases of the targets, in their order."""
-    jobs = [(target, case) for target in targets for case in cases(target)]
+def measure(targets: Sequence[str], only_ci: bool, processes: int) -> list[Figures]:
+    """The cases of the targets, in their order."""
+    jobs = [(target, case) for target in targets for case in cases(target, only_ci)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(_measure, jobs))
 
 
 INTRODUCTION = """# What the Triton kernels compile to
 
-Made by `make aot-report` with Triton {version}; the tests compile everything again and fail where a figure got worse.
-No GPU is needed: Triton brings ptxas and LLVM. Decode tiles have 8 tokens on NVIDIA and 16 on AMD. Lane-instructions
-per weight are the instructions of the loop over groups times its threads, over the weights it consumes. Bytes per
-weight are the codes and scales that the loop loads. The weight load is the widest that carries all the codes.
+Made by `make aot-report` with Triton {version}. No GPU is needed: Triton brings ptxas and LLVM. Nothing here was timed.
+The tests compile decode and the largest tile of every target again and fail where a figure got worse; `pyproject.toml`
+holds them to this Triton, because another one schedules differently. [triton_kernel.md](triton_kernel.md) explains the
+kernel.
+
+- **kernel**: tokens per tile, the widths of the layer's experts, `float` for float16 operands instead of int8, `SiLU`
+  for the fused epilogue of gate_up. Every GEMM is compiled with the default tiles of its architecture.
+- **lane-instructions per weight**: the instructions of the loop over groups times the threads, over the weights that
+  one pass consumes. Divide by the tokens to compare tiles.
+- **bytes per weight**: the codes and scales that the loop loads. **bytes per weight load**: of the widest load that
+  carries all codes.
+- **registers**: of AMD, vector and accumulation registers together, of 512.
+- **float16 operands at 64 tokens and 3 bits** spill on NVIDIA: three planes and both halves of the activations are more
+  than 255 registers. The float variant is not the default, and its decode tiles do not spill.
+- **gfx950**: Triton copies activations straight into LDS there and loads codes into registers, so that each masked
+  field goes to its matrix operand through LDS, where gfx942 loads the operand once and masks it in registers. That
+  costs instructions and LDS traffic, not bytes from memory. `TRITON_HIP_USE_ASYNC_COPY=0` is the switch to measure.
 
 """
 
@@ -356,10 +390,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--ci", action="store_true", help="only what the tests compile")
     parser.add_argument("--write", action="store_true", help=f"replace {REPORT.name}")
     parser.add_argument("--output", type=Path, help="write the report to this file instead")
     arguments = parser.parse_args()
-    report = to_markdown(measure(arguments.targets, arguments.processes), triton.__version__)
+    report = to_markdown(measure(arguments.targets, arguments.ci, arguments.processes), triton.__version__)
     output = REPORT if arguments.write else arguments.output
     if output:
         output.write_text(report)
