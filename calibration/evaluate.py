@@ -72,7 +72,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     activations: Activations = "int8",
-    pruning: str | float | PruningRules = "on",
+    pruning: str | float | Mapping[str, LayerPruning] = "on",
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
     log: Callable[[str], None] = lambda message: None,
@@ -84,7 +84,7 @@ def evaluate(
     against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
     activations  of the quantised experts, here and in `against`
     pruning      of model, never of `against`: "on" as it would be served, "off", a fraction of the expert activations
-                 by the checkpoint's own rule, or rules to try at their own target
+                 by the checkpoint's own rule, or a rule for every MoE layer by its name
 
     Raises UnsupportedModelError, FormatError, PruningError or DataError before any long work.
     """
@@ -119,21 +119,17 @@ def evaluate(
     )
 
 
-def _pruners(weights: WeightSource, request: str | float | PruningRules) -> dict[str, LayerPruning]:
+def _pruners(weights: WeightSource, request: str | float | Mapping[str, LayerPruning]) -> Mapping[str, LayerPruning]:
     """The rule of every MoE layer; empty for a model that has none and need not have one."""
-    rules = request if isinstance(request, PruningRules) else None
+    if isinstance(request, Mapping):
+        return request
     config = weights.config.pruning if isinstance(weights, CheckpointWeights) else None
-    if rules is not None:
-        target = rules.config.target
-    elif config is not None:
-        rules, target = PruningRules.load(weights.model.path, config), resolve_target(config, request)
-    elif request in ("on", "off"):
+    if config is not None:
+        rules = PruningRules.load(weights.model.path, config)
+        return layer_rules(rules, weights.model, resolve_target(config, request))
+    if request in ("on", "off"):
         return {}
-    else:
-        raise PruningError(
-            f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first."
-        )
-    return layer_rules(rules, weights.model, target)
+    raise PruningError(f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first.")
 
 
 class _FinalStates:

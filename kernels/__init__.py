@@ -6,6 +6,7 @@ checkpoint's matrices one at a time, and `forward(x, topk_weights, topk_ids)`.
 """
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,20 @@ def experts_class(backend: str) -> type[torch.nn.Module]:
         raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(_EXPERTS_CLASSES)}")
     module, name = _EXPERTS_CLASSES[backend]
     return getattr(importlib.import_module(module), name)
+
+
+_PRUNING_MODULES = {
+    "reference": "vllm_mcmoe.kernels.reference.pruning",
+    "cpu": "vllm_mcmoe.kernels.cpu.pruning",
+    "triton": "vllm_mcmoe.kernels.reference.pruning",
+}
+
+
+def prune_experts(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A backend's version of kernels.reference.pruning.prune_experts. Raises ValueError for an unknown backend."""
+    if backend not in _PRUNING_MODULES:
+        raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(_PRUNING_MODULES)}")
+    return importlib.import_module(_PRUNING_MODULES[backend]).prune_experts
 
 
 def supported_activations(backend: str) -> tuple[str, ...]:

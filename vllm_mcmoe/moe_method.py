@@ -110,7 +110,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         )
         if self.pruning is not None:
             device = next(parameter.device for _, parameter in self.weights.parameters())
-            layer.mcmoe_pruning = self.pruning.on_device(device)
+            layer.mcmoe_pruning = self.pruning.on_device(device, self.backend)
             if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens
                 monitor().watch(layer.mcmoe_pruning)
         for name, _ in list(self.weights.parameters()):

@@ -4,9 +4,9 @@
 beside it has its tensors, a few numbers per layer. The directory's index does not name that file, so nothing but this
 module reads it. Both rules give every selected expert but the first a score and drop those below a threshold:
 
-    odp   score = w_r / w_0, the routing weight relative to the token's largest; thresholds per layer and rank r
-    otp   score = a_r log w_r + b_r log w_0 + c_e + A_e . (U x), the learned logarithm of what dropping expert e would
-          cost this token, in nats; one threshold for the model
+    odp   w_r / w_0, the routing weight relative to the token's largest; thresholds per layer and rank r
+    otp   a_r log w_r + b_r log w_0 + c_e + A_e . (U x), the learned logarithm of what dropping expert e would cost this
+          token, in nats; one threshold for the model
 
 Thresholds are stored for a grid of pruned fractions (`levels`), so that any target can be chosen when serving.
 Everything here is tensor arithmetic of fixed shapes: no data-dependent control flow, no host synchronisation.
@@ -23,10 +23,11 @@ from safetensors.torch import load, save
 from torch import nn
 
 from vllm_mcmoe.errors import FormatError, PruningError
+from vllm_mcmoe.kernels import prune_experts
 
 PRUNING_VARIABLE = "VLLM_MCMOE_PRUNING"
 METHODS = ("odp", "otp")
-TINY = torch.finfo(torch.float32).tiny  # padding rows may have routing weights of 0
+ROUTER_TENSORS = ("weight_slopes", "expert_bias", "projection", "expert_features")
 
 
 @dataclass(frozen=True)
@@ -103,100 +104,78 @@ def resolve_target(config: PruningConfig, request: str | float, source: str = "p
 
 
 class LayerPruning(nn.Module):
-    """The rule of one MoE layer, for one target.
+    """The rule of one MoE layer, for one target. See kernels/reference/pruning.py for what it computes.
 
-    thresholds    float32 [top_k - 1], of the scores of ranks 1, 2, ...
-    renormalize   float32 [], how much of the dropped routing weight the kept experts take over: 0 none, 1 all
-    counts        int64 [2], expert activations seen and dropped since the engine started
+    thresholds       float32 [top_k - 1], of the scores of ranks 1, 2, ...
+    renormalize      float32 [], how much of the dropped routing weight the kept experts take over: 0 none, 1 all
+    weight_slopes    float32 [2, top_k - 1], a and b
+    expert_bias      float32 [experts], c
+    projection       float32 [rank, hidden], U
+    expert_features  float32 [experts, rank], A
+    counts           int64 [2], expert activations seen and dropped since the engine started
     """
 
-    def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor):
+    def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor, router: Mapping[str, torch.Tensor]):
         super().__init__()
         self.register_buffer("thresholds", thresholds)
         self.register_buffer("renormalize", renormalize)
+        for name in ROUTER_TENSORS:
+            self.register_buffer(name, router[name])
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
         self._pinned_counts: torch.Tensor | None = None
+        self._prune_experts = prune_experts("reference")
 
     @property
     def host_counts(self) -> torch.Tensor:
         """counts for a reader on another thread, which must not touch a device's streams."""
         return self.counts if self._pinned_counts is None else self._pinned_counts
 
-    def on_device(self, device: torch.device) -> "LayerPruning":
-        """This rule with its tensors on `device`; its counts then reach the host with every forward pass."""
+    def on_device(self, device: torch.device, backend: str) -> "LayerPruning":
+        """This rule with its tensors on `device`, computed by a kernel backend; its counts then reach the host with
+        every forward pass."""
         moved = self.to(device)
+        moved._prune_experts = prune_experts(backend)
         if device.type != "cpu":
             moved._pinned_counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         return moved
 
-    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """float32 [T, k - 1] of the ranks after the first. weights and ids [T, k], largest weight first."""
-        raise NotImplementedError
-
     def forward(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> both, largest weight
-        first, with -1 for dropped experts and the kept weights renormalised."""
-        weights, order = topk_weights.float().sort(dim=-1, descending=True)
-        ids = topk_ids.gather(-1, order)
-        keep = self.scores(x, weights, ids) >= self.thresholds
-        keep = torch.cat((torch.ones_like(keep[:, :1]), keep), dim=-1)
-        kept_ids = torch.where(keep, ids, -1)
-        self.counts += torch.stack(((ids >= 0).sum(), ((ids >= 0) & ~keep).sum()))
+        """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> float32 weights and ids,
+        largest weight first, with -1 for dropped experts and the kept weights renormalised."""
+        weights, ids = self._prune_experts(
+            features(x, self.projection),
+            topk_weights,
+            topk_ids,
+            self.thresholds,
+            self.weight_slopes,
+            self.expert_bias,
+            self.expert_features,
+            self.renormalize,
+            self.counts,
+        )
         if self._pinned_counts is not None:
             self._pinned_counts.copy_(self.counts, non_blocking=True)
-        return renormalized(weights, keep, self.renormalize).to(topk_weights.dtype), kept_ids
+        return weights, ids
 
 
-def renormalized(weights: torch.Tensor, keep: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """weights [T, k] scaled so that the kept ones take over a share of what was dropped; exact where nothing was."""
-    total = weights.sum(dim=-1, keepdim=True)
-    kept = (weights * keep).sum(dim=-1, keepdim=True)
-    return weights * (1 + strength * (total / kept.clamp_min(TINY) - 1))
+def features(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """What a mask router looks at besides the routing weights: U x, float32 [T, rank]."""
+    if projection.shape[0] == 0:
+        return x.new_empty((x.shape[0], 0), dtype=torch.float32)
+    return x.float() @ projection.t()
 
 
-def learned_scores(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    *,
-    expert_bias: torch.Tensor,
-    weight_slopes: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-) -> torch.Tensor:
-    """The mask router: log of the nats that dropping ranks 1, 2, ... would cost. -> float32 [T, k - 1].
-
-    x [T, hidden]; weights, ids [T, k], largest weight first; the rest is float32:
-    expert_bias  [experts], c         weight_slopes  [2, k - 1], a and b
-    down         [rank, hidden], U    up             [experts, rank], A
-    """
-    logs = weights.clamp_min(TINY).log()
-    experts = ids[:, 1:].clamp_min(0).long()
-    of_all_experts = (x.float() @ down.t()) @ up.t() + expert_bias
-    return of_all_experts.gather(-1, experts) + weight_slopes[0] * logs[:, 1:] + weight_slopes[1] * logs[:, :1]
-
-
-class RatioPruning(LayerPruning):
-    """ODP: a rank is dropped where its routing weight is too small a part of the first one's."""
-
-    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return weights[:, 1:] / weights[:, :1].clamp_min(TINY)
-
-
-class LearnedPruning(LayerPruning):
-    """OTP: a rank is dropped where the mask router predicts that it costs little."""
-
-    TENSORS = ("expert_bias", "weight_slopes", "down", "up")
-
-    def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor, tensors: Mapping[str, torch.Tensor]):
-        super().__init__(thresholds, renormalize)
-        for name in self.TENSORS:
-            self.register_buffer(name, tensors[name])
-
-    def scores(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return learned_scores(x, weights, ids, **{name: getattr(self, name) for name in self.TENSORS})
+def ratio_pruning(ratios: torch.Tensor, renormalize: torch.Tensor, num_experts: int, hidden_size: int) -> LayerPruning:
+    """ODP: rank r is dropped where w_r / w_0 is below ratios[r - 1], whatever the token and the expert."""
+    router = {
+        "weight_slopes": torch.tensor([[1.0], [-1.0]]).repeat(1, len(ratios)),
+        "expert_bias": torch.zeros(num_experts),
+        "projection": torch.zeros(0, hidden_size),
+        "expert_features": torch.zeros(num_experts, 0),
+    }
+    return LayerPruning(ratios.log(), renormalize, router)
 
 
 class PruningRules:
@@ -259,18 +238,20 @@ class PruningRules:
                 f"{top_k} experts per token; run `mcmoe prune` with this model."
             )
         levels = self._tensor(name, "thresholds", (len(self.config.levels), top_k - 1))
-        thresholds = interpolate(levels, self.config.levels, target)
         renormalize = self._tensor(name, "renormalize", ()).clone()
+        if target <= 0:
+            thresholds = torch.full((top_k - 1,), -torch.inf)
+        else:
+            thresholds = interpolate(levels, self.config.levels, target)
         if self.config.method == "odp":
-            return RatioPruning(thresholds, renormalize)
+            return ratio_pruning(thresholds.clamp_min(0), renormalize, num_experts, hidden_size)
         shapes = {
-            "expert_bias": (num_experts,),
             "weight_slopes": (2, top_k - 1),
-            "down": (None, hidden_size),
-            "up": (num_experts, None),
+            "expert_bias": (num_experts,),
+            "projection": (None, hidden_size),
+            "expert_features": (num_experts, None),
         }
-        learned = {part: self._tensor(name, part, shapes[part]) for part in LearnedPruning.TENSORS}
-        return LearnedPruning(thresholds, renormalize, learned)
+        return LayerPruning(thresholds, renormalize, {part: self._tensor(name, part, shapes[part]) for part in shapes})
 
 
 def _serialize(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -278,9 +259,7 @@ def _serialize(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def interpolate(thresholds: torch.Tensor, levels: tuple[float, ...], target: float) -> torch.Tensor:
-    """Thresholds [len(levels), k - 1] at a target between two levels; minus infinity at 0."""
-    if target <= 0:
-        return torch.full_like(thresholds[0], -torch.inf)
+    """Thresholds [len(levels), k - 1] at a target between two levels."""
     above = next((i for i, level in enumerate(levels) if level >= target), len(levels) - 1)
     low, high = levels[above - 1], levels[above]
     share = min((target - low) / (high - low), 1.0)

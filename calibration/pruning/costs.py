@@ -18,7 +18,7 @@ from vllm_mcmoe.calibration.experts import Activation, MoeInputs, intermediate
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.models import activation_function
 from vllm_mcmoe.calibration.sensitivity import backward_traces
-from vllm_mcmoe.pruning import renormalized
+from vllm_mcmoe.kernels.reference.pruning import TINY, by_weight, renormalized
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RoutedTokens:
     @property
     def ratios(self) -> torch.Tensor:
         """float32 [N, k - 1], w_r / w_0."""
-        return self.weights[:, 1:] / self.weights[:, :1].clamp_min(torch.finfo(torch.float32).tiny)
+        return self.weights[:, 1:] / self.weights[:, :1].clamp_min(TINY)
 
 
 def routed_tokens(
@@ -49,8 +49,7 @@ def routed_tokens(
     """Every MoE layer's tokens, last layer first. tokens: int64 [sequences, length]; seed: of the sampled labels."""
     activation = activation_function(model.description)
     for trace in backward_traces(model, tokens, seed=seed, show_progress=show_progress):
-        weights, order = trace.inputs.topk_weights.sort(dim=-1, descending=True)
-        ids = trace.inputs.topk_ids.gather(-1, order)
+        weights, ids = by_weight(trace.inputs.topk_weights, trace.inputs.topk_ids)
         inputs = MoeInputs(trace.inputs.x, ids, weights)
         products = _gradient_products(trace.layer, inputs, trace.gradients, activation)
         yield RoutedTokens(trace.name, inputs.x, weights, ids, products)
@@ -92,7 +91,7 @@ def best_renormalization(tokens: RoutedTokens, keep: torch.Tensor) -> torch.Tens
     The cost is quadratic in it: dy = strength * b - c, so the minimum is sum(b c) / sum(b b).
     """
     weighted = tokens.weights * tokens.products
-    kept_weight = (tokens.weights * keep).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    kept_weight = (tokens.weights * keep).sum(-1).clamp_min(TINY)
     b = (tokens.weights.sum(-1) / kept_weight - 1) * (weighted * keep).sum(-1)
     c = (weighted * ~keep).sum(-1)
     b, c = b.double(), c.double()

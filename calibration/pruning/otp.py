@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from vllm_mcmoe.calibration.pruning.costs import RoutedTokens
-from vllm_mcmoe.pruning import LearnedPruning, learned_scores
+from vllm_mcmoe.kernels.reference.pruning import scores
+from vllm_mcmoe.pruning import ROUTER_TENSORS, features
 
 # On the reference model, predicted cost of held-out tokens after training on 8 to 120 thousand:
 RANK = 8  # 1 loses a third of what the hidden state adds to the routing weights, 16 adds nothing
@@ -36,7 +37,7 @@ PRIOR_TOKENS = 100  # an expert with fewer activations than this starts nearer t
 
 
 class MaskRouter(nn.Module):
-    """LearnedPruning's tensors as parameters, starting at cost = w_r^2 * mean cost of the expert per w^2."""
+    """A rule's ROUTER_TENSORS as parameters, starting at cost = w_r^2 * mean cost of the expert per w^2."""
 
     def __init__(self, tokens: RoutedTokens, costs: torch.Tensor, num_experts: int, seed: int):
         super().__init__()
@@ -44,14 +45,22 @@ class MaskRouter(nn.Module):
         hidden, ranks = tokens.x.shape[1], costs.shape[1]
         self.expert_bias = nn.Parameter(_mean_cost(tokens, costs, num_experts).log().float())
         self.weight_slopes = nn.Parameter(torch.stack((torch.full((ranks,), 2.0), torch.zeros(ranks))))
-        self.down = nn.Parameter(torch.randn(RANK, hidden, generator=generator) * hidden**-0.5)
-        self.up = nn.Parameter(torch.zeros(num_experts, RANK))
+        self.projection = nn.Parameter(torch.randn(RANK, hidden, generator=generator) * hidden**-0.5)
+        self.expert_features = nn.Parameter(torch.zeros(num_experts, RANK))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name).detach().clone() for name in LearnedPruning.TENSORS}
+        return {name: getattr(self, name).detach().clone() for name in ROUTER_TENSORS}
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return learned_scores(x, weights, ids, **dict(self.named_parameters()))
+        return router_scores(x, weights, ids, dict(self.named_parameters()))
+
+
+def router_scores(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, router: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Log of the predicted cost of ranks 1, 2, ... -> float32 [T, k - 1]. weights, ids [T, k], largest weight first."""
+    rest = {name: tensor for name, tensor in router.items() if name != "projection"}
+    return scores(features(x, router["projection"]), weights, ids, **rest)
 
 
 def _mean_cost(tokens: RoutedTokens, costs: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -68,7 +77,7 @@ def _mean_cost(tokens: RoutedTokens, costs: torch.Tensor, num_experts: int) -> t
 def train_mask_router(
     tokens: RoutedTokens, costs: torch.Tensor, num_experts: int, *, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Fit one layer's router. costs: float32 [N, k - 1] of costs.drop_costs. -> LearnedPruning's tensors, float32."""
+    """Fit one layer's router. costs: float32 [N, k - 1] of costs.drop_costs. -> ROUTER_TENSORS, float32."""
     router = MaskRouter(tokens, costs, num_experts, seed)
     optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -94,7 +103,7 @@ def sample_scores(tokens: RoutedTokens, tensors: Mapping[str, torch.Tensor]) -> 
     """The trained router's scores of up to SAMPLED_TOKENS tokens, evenly spaced. -> float32 [n, k - 1]."""
     count = min(SAMPLED_TOKENS, len(tokens.x))
     chosen = torch.arange(count) * len(tokens.x) // count
-    return learned_scores(tokens.x[chosen], tokens.weights[chosen], tokens.ids[chosen], **tensors)
+    return router_scores(tokens.x[chosen], tokens.weights[chosen], tokens.ids[chosen], tensors)
 
 
 def global_thresholds(samples: Iterable[torch.Tensor], levels: Sequence[float], top_k: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ report = prune("mixtral-2.5bit", ["c4.jsonl"], method="otp", target=0.25)
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, check_request
 from vllm_mcmoe.calibration.statistics import load_calibration_data
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.pruning import PruningRules, check_target
+from vllm_mcmoe.pruning import PruningRules
 
 Log = Callable[[str], None]
 
@@ -79,16 +79,7 @@ def prune(
     largest = (description.top_k - 1) / description.top_k
     targets = sorted({0.0, target, *(t for t in TABLE if table and t <= largest)})
     options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
-    return [
-        _point(t, evaluate(checkpoint, evaluation_data, against=checkpoint, pruning=at_target(rules, t), **options))
-        for t in targets
-    ]
-
-
-def at_target(rules: PruningRules, target: float) -> PruningRules:
-    """The same rules with another default target. Raises PruningError for one out of reach."""
-    check_target(target, rules.config.top_k)
-    return PruningRules(replace(rules.config, target=target), rules.tensors, rules.source)
+    return [_point(t, evaluate(checkpoint, evaluation_data, against=checkpoint, pruning=t, **options)) for t in targets]
 
 
 def _point(target: float, result: Evaluation) -> PrunedPoint:

@@ -20,7 +20,7 @@ from vllm_mcmoe.calibration.pruning.layer_scales import layer_scales, measured_c
 from vllm_mcmoe.calibration.pruning.odp import RatioCurves, allocated_thresholds, measure_curves
 from vllm_mcmoe.calibration.pruning.otp import global_thresholds, sample_scores, train_mask_router
 from vllm_mcmoe.errors import PruningError
-from vllm_mcmoe.pruning import METHODS, LayerPruning, PruningRules, RatioPruning, check_target
+from vllm_mcmoe.pruning import METHODS, LayerPruning, PruningRules, check_target, ratio_pruning
 
 LEVEL_STEP = 0.025
 
@@ -57,7 +57,8 @@ def calibrate_rules(
     One layer is in memory at a time, its router is trained while it is there. Raises as check_request does.
     """
     check_request(method, target, model.description)
-    top_k, levels = model.description.top_k, target_levels(model.description.top_k)
+    top_k, num_experts = model.description.top_k, model.description.num_experts
+    levels = target_levels(top_k)
     tensors: dict[str, torch.Tensor] = {}
     curves: dict[str, RatioCurves] = {}
     samples: dict[str, torch.Tensor] = {}
@@ -66,13 +67,13 @@ def calibrate_rules(
     for layer in routed_tokens(model, tokens, seed=seed, show_progress=show_progress):
         keep, cut = typical_mask(layer, target)
         renormalize = best_renormalization(layer, keep)
-        trials[layer.name] = RatioPruning(cut.expand(top_k - 1).clone(), renormalize)
+        trials[layer.name] = ratio_pruning(cut.expand(top_k - 1), renormalize, num_experts, model.description.hidden)
         predicted[layer.name] = float(mask_costs(layer, keep, renormalize).double().mean())
         tensors[f"{layer.name}.renormalize"] = renormalize
         if method == "odp":
             curves[layer.name] = measure_curves(layer, renormalize)
         else:
-            router = train_mask_router(layer, drop_costs(layer, renormalize), model.description.num_experts, seed=seed)
+            router = train_mask_router(layer, drop_costs(layer, renormalize), num_experts, seed=seed)
             samples[layer.name] = sample_scores(layer, router)
             tensors |= {f"{layer.name}.{name}": tensor for name, tensor in router.items()}
     scales = layer_scales(measured_costs(model, tokens, trials, show_progress=show_progress), predicted)

@@ -29,7 +29,7 @@ class Compiled(NamedTuple):
 @cache
 def compile_layer(isa: str) -> Compiled:
     """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model."""
-    source, gomp_parallel = _source_digest(), find_gomp_parallel()
+    source, gomp_parallel = source_digest(), find_gomp_parallel()
     worker, multiply_rows = _worker(source), _PRODUCTS[isa](source)
     if gomp_parallel is None:
         return Compiled(_entry_on_numba_threads(source), worker.address, multiply_rows.address, 0)
@@ -37,7 +37,7 @@ def compile_layer(isa: str) -> Compiled:
     return Compiled(entry, worker.address, multiply_rows.address, gomp_parallel)
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of this package's sources: numba's cache itself looks only at the file of the cached function.
 
     A closure variable is part of the key it caches under, which is why every function below closes over this.

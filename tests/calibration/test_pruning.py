@@ -13,6 +13,7 @@ from vllm_mcmoe.calibration.checkpoint_weights import open_weights
 from vllm_mcmoe.calibration.data import load_sequences
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pruning.costs import (
     RoutedTokens,
     best_renormalization,
@@ -21,11 +22,11 @@ from vllm_mcmoe.calibration.pruning.costs import (
     routed_tokens,
 )
 from vllm_mcmoe.calibration.pruning.odp import GRID, allocated_thresholds, divide_budget, measure_curves
-from vllm_mcmoe.calibration.pruning.otp import train_mask_router
+from vllm_mcmoe.calibration.pruning.otp import router_scores, train_mask_router
 from vllm_mcmoe.calibration.pruning.prune import prune, write_rules
-from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, target_levels
+from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, layer_rules, target_levels
 from vllm_mcmoe.errors import PruningError
-from vllm_mcmoe.pruning import LayerPruning, learned_scores, renormalized
+from vllm_mcmoe.kernels.reference.pruning import by_weight, drop, renormalized
 
 LAYER = "model.layers.0.block_sparse_moe.experts"
 
@@ -160,7 +161,7 @@ def test_a_mask_router_learns_what_its_inputs_tell_about_the_cost():
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(6)).square()  # one gradient sample
     costs = truth * noise
     tensors = train_mask_router(tokens, costs, num_experts=5)
-    scores = learned_scores(tokens.x, tokens.weights, tokens.ids, **tensors)
+    scores = router_scores(tokens.x, tokens.weights, tokens.ids, tensors)
     correlation = torch.corrcoef(torch.stack((scores[:, 0], truth[:, 0].log())))[0, 1]
     untrained = torch.corrcoef(torch.stack((2 * tokens.weights[:, 1].log(), truth[:, 0].log())))[0, 1]
     print(f"correlation of log costs: {correlation:.3f}, from the routing weight alone {untrained:.3f}")
@@ -186,7 +187,8 @@ def measured(mixed_checkpoint, evaluation_files, rules):
     def run(pruning):
         return evaluate(mixed_checkpoint, evaluation_files, against=mixed_checkpoint, pruning=pruning, **BUDGET)
 
-    return {"off": run("off")} | {method: run(rule) for method, rule in rules.items()}
+    model = describe_model(mixed_checkpoint)
+    return {"off": run("off")} | {method: run(layer_rules(rule, model, 0.25)) for method, rule in rules.items()}
 
 
 @pytest.mark.parametrize("method", ["odp", "otp"])
@@ -199,22 +201,21 @@ def test_a_quarter_of_the_activations_costs_two_percent_at_most(measured, method
     assert unpruned.mean_kl == pytest.approx(0, abs=1e-6)
 
 
-class RandomPruning(LayerPruning):
-    def scores(self, x, weights, ids):
-        return torch.rand(ids.shape[0], ids.shape[1] - 1, generator=self.generator)
+class RandomPruning(torch.nn.Module):
+    """Drops half of the second experts by chance."""
+
+    counts = torch.zeros(2, dtype=torch.int64)
+
+    def forward(self, x, topk_weights, topk_ids):
+        weights, ids = by_weight(topk_weights, topk_ids)
+        return drop(weights, ids, torch.rand(len(x), 1) >= 0.5, torch.tensor(0.0), self.counts)
 
 
-def test_both_rules_are_far_better_than_chance(measured, mixed_checkpoint, evaluation_files, rules, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-
-    def random_layers(rules, model, target):
-        layers = {n: RandomPruning(torch.tensor([0.5]), torch.tensor(0.0)) for n in model.moe_layers.values()}
-        for layer in layers.values():
-            layer.generator = generator
-        return layers
-
-    monkeypatch.setattr("vllm_mcmoe.calibration.evaluate.layer_rules", random_layers)
-    chance = evaluate(mixed_checkpoint, evaluation_files, against=mixed_checkpoint, pruning=rules["odp"], **BUDGET)
+def test_both_rules_are_far_better_than_chance(measured, mixed_checkpoint, evaluation_files):
+    torch.manual_seed(0)
+    rule = RandomPruning()  # one for all layers: it knows nothing of them
+    layers = dict.fromkeys(describe_model(mixed_checkpoint).moe_layers.values(), rule)
+    chance = evaluate(mixed_checkpoint, evaluation_files, against=mixed_checkpoint, pruning=layers, **BUDGET)
     print(f"random: pruned {chance.pruned:.3f}, KL {chance.mean_kl}; {[(m, e.mean_kl) for m, e in measured.items()]}")
     assert chance.pruned == pytest.approx(0.25, abs=0.01)
     assert measured["odp"].mean_kl < 0.3 * chance.mean_kl

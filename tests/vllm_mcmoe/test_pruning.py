@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_mcmoe.errors import FormatError, PruningError
-from vllm_mcmoe.pruning import LearnedPruning, PruningConfig, PruningRules, RatioPruning, resolve_target
+from vllm_mcmoe.pruning import LayerPruning, PruningConfig, PruningRules, ratio_pruning, resolve_target
 
 LAYER = "model.layers.0.mlp.experts"
 TOKENS, HIDDEN, EXPERTS = 40, 16, 6
@@ -23,13 +23,17 @@ def routed(top_k: int, seed: int = 0):
     return x, weights, ids
 
 
+def ratio(thresholds, strength: float) -> LayerPruning:
+    return ratio_pruning(torch.as_tensor(thresholds), torch.tensor(strength), EXPERTS, HIDDEN)
+
+
 def learned_tensors(top_k: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "expert_bias": torch.randn(EXPERTS, generator=generator),
         "weight_slopes": torch.randn(2, top_k - 1, generator=generator),
-        "down": torch.randn(3, HIDDEN, generator=generator),
-        "up": torch.randn(EXPERTS, 3, generator=generator),
+        "projection": torch.randn(3, HIDDEN, generator=generator),
+        "expert_features": torch.randn(EXPERTS, 3, generator=generator),
     }
 
 
@@ -37,8 +41,8 @@ def learned_score(tensors, x, pairs, rank) -> float:
     """a_r log w_r + b_r log w_0 + c_e + A_e . (U x)"""
     weight, expert = pairs[rank]
     a, b = tensors["weight_slopes"][:, rank - 1].tolist()
-    features = [sum(u * v for u, v in zip(row, x, strict=True)) for row in tensors["down"].tolist()]
-    from_x = sum(u * v for u, v in zip(tensors["up"][expert].tolist(), features, strict=True))
+    features = [sum(u * v for u, v in zip(row, x, strict=True)) for row in tensors["projection"].tolist()]
+    from_x = sum(u * v for u, v in zip(tensors["expert_features"][expert].tolist(), features, strict=True))
     return a * math.log(weight) + b * math.log(pairs[0][0]) + tensors["expert_bias"][expert].item() + from_x
 
 
@@ -66,22 +70,24 @@ def as_dicts(weights, ids) -> list[dict[int, float]]:
 @pytest.mark.parametrize("top_k", [2, 4])
 @pytest.mark.parametrize("method", ["odp", "otp"])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_the_rules_are_their_definitions(top_k, method, strength):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_rules_are_their_definitions(top_k, method, strength, backend):
     x, weights, ids = routed(top_k)
     if method == "odp":
         thresholds = torch.linspace(0.3, 0.8, top_k - 1)
-        rule = RatioPruning(thresholds, torch.tensor(strength))
+        rule = ratio(thresholds, strength)
 
         def score(x, pairs, rank):
             return pairs[rank][0] / pairs[0][0]
     else:
         thresholds, tensors = torch.zeros(top_k - 1), learned_tensors(top_k)
-        rule = LearnedPruning(thresholds, torch.tensor(strength), tensors)
+        rule = LayerPruning(thresholds, torch.tensor(strength), tensors)
 
         def score(x, pairs, rank):
             return learned_score(tensors, x, pairs, rank)
 
     wanted = expected(x, weights, ids, score, thresholds.tolist(), strength)
+    rule = rule.on_device(torch.device("cpu"), backend)
     got = as_dicts(*rule(x, weights, ids))
     assert [set(token) for token in got] == [set(token) for token in wanted]
     for one, other in zip(got, wanted, strict=True):
@@ -92,36 +98,48 @@ def test_the_rules_are_their_definitions(top_k, method, strength):
 
 
 @pytest.mark.parametrize("method", ["odp", "otp"])
-def test_switched_off_every_pair_keeps_its_exact_weight(method):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_switched_off_every_pair_keeps_its_exact_weight(method, backend):
     x, weights, ids = routed(4)
     rule = rules(method).layer(LAYER, 0.0, top_k=4, num_experts=EXPERTS, hidden_size=HIDDEN)
+    rule = rule.on_device(torch.device("cpu"), backend)
     assert as_dicts(*rule(x, weights, ids)) == as_dicts(weights, ids)
     assert rule.counts.tolist() == [TOKENS * 4, 0]
 
 
-def test_padding_stays_padding_and_is_not_counted():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_padding_stays_padding_and_is_not_counted(backend):
     x, weights, ids = routed(2)
     ids[5:] = -1
     weights[5:] = 0
-    pruned_weights, pruned_ids = RatioPruning(torch.tensor([0.5]), torch.tensor(1.0))(x, weights, ids)
+    rule = ratio([2.0], 1.0).on_device(torch.device("cpu"), backend)  # drops every second expert
+    pruned_weights, pruned_ids = rule(x, weights, ids)
     assert (pruned_ids[5:] == -1).all()
     assert torch.isfinite(pruned_weights).all()
-
-
-def test_counts_leave_padding_out():
-    x, weights, ids = routed(2)
-    ids[5:] = -1
-    rule = RatioPruning(torch.tensor([2.0]), torch.tensor(1.0))  # drops every second expert
-    rule(x, weights, ids)
     assert rule.counts.tolist() == [10, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_compiled_rule_agrees_with_the_reference_on_many_tokens(dtype):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(500, HIDDEN, generator=generator).bfloat16()
+    weights = torch.rand(500, 4, generator=generator)
+    ids = torch.randint(-1, EXPERTS, (500, 4), generator=generator).to(dtype)
+    found = {}
+    for backend in ("reference", "cpu"):
+        rule = LayerPruning(torch.tensor([0.0, 0.5, 1.0]), torch.tensor(0.4), learned_tensors(4))
+        found[backend] = rule.on_device(torch.device("cpu"), backend)(x, weights, ids)
+    assert torch.equal(found["cpu"][1], found["reference"][1])
+    kept = found["reference"][1] >= 0
+    torch.testing.assert_close(found["cpu"][0][kept], found["reference"][0][kept])
 
 
 def test_the_order_and_dtype_of_the_pairs_do_not_matter():
     x, weights, ids = routed(4)
-    rule = RatioPruning(torch.tensor([0.5, 0.5, 0.5]), torch.tensor(0.0))
+    rule = ratio([0.5, 0.5, 0.5], 0.0)
     flipped = as_dicts(*rule(x, weights.flip(1), ids.flip(1)))
     assert flipped == as_dicts(*rule(x, weights, ids))
-    assert rule(x.bfloat16(), weights.bfloat16(), ids)[0].dtype == torch.bfloat16
+    assert rule(x.bfloat16(), weights.bfloat16(), ids)[0].dtype == torch.float32  # what the kernels take
 
 
 # ---- a checkpoint's rules
@@ -142,7 +160,7 @@ SHAPE = {"top_k": 4, "num_experts": EXPERTS, "hidden_size": HIDDEN}
 @pytest.mark.parametrize("target, threshold", [(0.25, 0.5), (0.375, 0.7), (0.125, 0.3), (0.5, 0.9), (0.7, 0.9)])
 def test_a_target_between_two_levels_lies_between_their_thresholds(target, threshold):
     layer = rules().layer(LAYER, target, **SHAPE)
-    assert layer.thresholds.tolist() == pytest.approx([threshold] * 3)
+    assert layer.thresholds.exp().tolist() == pytest.approx([threshold] * 3)  # ratios, compared as logarithms
 
 
 @pytest.mark.parametrize("method", ["odp", "otp"])
@@ -170,7 +188,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     [
         ({"top_k": 2}, "calibrated for top-4 routing, .* selects 2"),
         ({"num_experts": 8}, r"expert_bias is torch.float32 \[6\], expected torch.float32 \[8\]"),
-        ({"hidden_size": 32}, r"down is .*expected torch.float32 \['any', 32\]"),
+        ({"hidden_size": 32}, r"projection is .*expected torch.float32 \['any', 32\]"),
     ],
 )
 def test_rules_of_another_model_are_refused(change, message):
