@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup clean bench-cpu bench-quality bench-serving aot-report
+.PHONY: demo test setup clean bench-cpu bench-memory bench-quality bench-serving aot-report
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -16,6 +16,9 @@ test: $(READY)
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_moe.py $(ARGS)
+
+bench-memory: $(READY)
+	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py $(ARGS)
