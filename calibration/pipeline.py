@@ -124,6 +124,7 @@ def quantize(
         "linear_bits": linear_bits,
         "seed": seed,
         **identity_of_files("evaluation data", evaluation_data),
+        "sequences and length": None if evaluation_data is None else [sequences, length],
     }
     needs_factors = plan is None and factors is None
     needs_norms = recipe.hessian_weighting == "gradient"
@@ -317,10 +318,9 @@ class _Run:
         if len(missing) < len(finished):
             self.log(f"{len(finished) - len(missing)} of {len(finished)} layers are quantised already.")
         self.model.note_layer_arguments(tokens.shape[1])
-        start = next((i for i in range(missing[0], 0, -1) if self.store.find(_hidden(i))), 0)
-        hidden = self.store.find(_hidden(start)) or self.store.collect(
-            _hidden(start), self.model.embedded_batches(tokens), tokens.numel()
-        )
+        start, hidden = self._last_hidden(missing[0])
+        if hidden is None:
+            hidden = self.store.collect(_hidden(0), self.model.embedded_batches(tokens), tokens.numel())
         for index in progress(range(start, missing[-1] + 1), "Quantising layers", show=show_progress):
             with self.model.loaded_layer(index) as layer:
                 if finished[index] is None:
@@ -333,6 +333,14 @@ class _Run:
                     hidden = outputs
         self.store.drop_all()
         return finished
+
+    def _last_hidden(self, index: int) -> tuple[int, Activations | None]:
+        """The layer nearest below (or at) index whose inputs an earlier run has left; (0, None) without one."""
+        for layer in range(index, 0, -1):
+            hidden = self.store.find(_hidden(layer))
+            if hidden is not None:
+                return layer, hidden
+        return 0, None
 
     def _load(self, index: int) -> QuantizedLayer | None:
         document = self.work.load(_unit(index))

@@ -154,8 +154,12 @@ def forward_traces(
         return
     model.note_layer_arguments(tokens.shape[1])
     # Inputs of the first layer that is missing, or of the nearest below it, may be left from an earlier run.
-    start = next((i for i in range(missing[0], 0, -1) if store.find(_inputs(i))), 0)
-    hidden = store.find(_inputs(start)) or store.collect(_inputs(start), model.embedded_batches(tokens), count)
+    start, hidden = missing[0], store.find(_inputs(missing[0]))
+    while hidden is None and start > 0:
+        start -= 1
+        hidden = store.find(_inputs(start))
+    if hidden is None:
+        hidden = store.collect(_inputs(0), model.embedded_batches(tokens), count)
     for index in progress(range(start, missing[-1] + 1), "Measuring layers", show=show_progress):
         with torch.no_grad(), model.loaded_layer(index) as layer:
             name = model.description.moe_layers.get(index)

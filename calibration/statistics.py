@@ -191,11 +191,13 @@ def measure(
         traces = backward_traces(model, tokens, seed=seed, **options)
     else:
         traces = forward_traces(model, tokens, **options)
+    complete = len(measured) == len(names)
     for trace in traces:
         layer = _measure_trace(trace, model.description, recipe, tuple(widths))
         _save_measured(work, trace.name, layer)
         measured[trace.name] = layer
-    store.drop_all()
+    if not complete:  # else what is there belongs to the work that comes after measuring
+        store.drop_all()
     measured = {name: measured[name] for name in names}  # a backward sweep measures the last layer first
     factors = Factors(
         model=str(model.description.path),

@@ -56,6 +56,19 @@ def run_interrupted(model: Path, out: Path, data: list[Path], **changes: Any) ->
     return messages
 
 
+def run_counting_restored_layers(model: Path, out: Path, data: list[Path], **changes: Any) -> int:
+    """How many finished layers run had to load again."""
+    restored = []
+
+    def restore(model, index, *arguments):
+        restored.append(index)
+        layer_quantization.restore(model, index, *arguments)
+
+    pipeline.restore = restore
+    run(model, out, data, **changes)
+    return len(restored)
+
+
 def run_with_file_limit(limit: int, model: Path, out: Path, data: list[Path]) -> None:
     """run where no file may become larger than that many bytes: writing fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -144,6 +157,14 @@ def test_the_same_call_goes_on_from_the_last_finished_layer(
     assert "2 of 3 layers are quantised already." in messages
     assert contents(unfinished) == uninterrupted
     assert not work_path(unfinished).exists()
+
+
+@pytest.mark.parametrize(("activations", "restored"), [("memory", 2), ("disk", 0)])
+def test_hidden_states_on_disk_spare_running_the_finished_layers(
+    unfinished, qwen3_model, calibration_files, activations, restored
+):
+    arguments = (qwen3_model, unfinished, calibration_files)
+    assert child_process.result_of(run_counting_restored_layers, *arguments, activations=activations) == restored
 
 
 DAMAGED = [
