@@ -25,6 +25,8 @@ from torch import nn
 from vllm_mcmoe.errors import FormatError, PruningError
 from vllm_mcmoe.kernels import prune_experts
 
+# What to prune when serving, off, on or a fraction: a key for vLLM's --hf-overrides, or the environment.
+PRUNING_OVERRIDE = "mcmoe_pruning"
 PRUNING_VARIABLE = "VLLM_MCMOE_PRUNING"
 METHODS = ("odp", "otp")
 ROUTER_TENSORS = ("weight_slopes", "expert_bias", "projection", "expert_features")

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
 from vllm_mcmoe.errors import FormatError, PruningError
-from vllm_mcmoe.pruning import PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
+from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -103,23 +103,32 @@ class McmoeConfig(QuantizationConfig):
         Switched off, the rule stays in the model and keeps everything: vLLM's compiled graphs, which it caches by the
         model's config, do not depend on an environment variable.
         """
-        config, request = self.checkpoint.pruning, os.environ.get(PRUNING_VARIABLE)
+        config = self.checkpoint.pruning
+        source, request = _pruning_request()
         if config is None:
-            if request not in (None, "on", "off"):
+            if request not in ("on", "off"):
                 raise PruningError(
-                    f"{PRUNING_VARIABLE}={request}, but this checkpoint has no pruning rule; run `mcmoe prune` first."
+                    f"{source} is {request!r}, but this checkpoint has no rule; run `mcmoe prune` first."
                 )
             return None
         if self._pruning_rules is None:
             self._pruning_rules = PruningRules.load(_model_directory(config.file_name), config)
-        target = resolve_target(config, "on" if request is None else request, PRUNING_VARIABLE)
         return self._pruning_rules.layer(
             self.on_disk_names[prefix],
-            target,
+            resolve_target(config, request, source),
             top_k=layer.moe_config.experts_per_token,
             num_experts=layer.global_num_experts,
             hidden_size=layer.hidden_size,
         )
+
+
+def _pruning_request() -> tuple[str, str | float]:
+    """What the operator asked for, and how: an override of the model's config, else the environment, else "on"."""
+    hf_config = get_current_vllm_config().model_config.hf_config
+    override = getattr(hf_config, PRUNING_OVERRIDE, None)
+    if override is not None:
+        return f"--hf-overrides {PRUNING_OVERRIDE}", override
+    return PRUNING_VARIABLE, os.environ.get(PRUNING_VARIABLE, "on")
 
 
 def _model_directory(file_name: str) -> Path:

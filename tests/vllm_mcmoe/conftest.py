@@ -1,5 +1,6 @@
 """Checkpoints that only the serving tests need."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.conftest import CALIBRATION
 from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.calibration.pruning.prune import prune
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,23 @@ def qwen3_checkpoint(reference_model, calibration_files, tmp_path_factory) -> Pa
     out = directory / "checkpoint"
     quantize(model, out, calibration_files, bits=3.0, linear_bits=16, **CALIBRATION)
     return out
+
+
+def with_pruning(checkpoint: Path, out: Path, calibration_files: list[Path], **options) -> Path:
+    """A copy of a checkpoint with a rule for a quarter of the expert activations."""
+    shutil.copytree(checkpoint, out)
+    prune(out, calibration_files, target=0.25, **options, **CALIBRATION)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pruned_checkpoint(checkpoint, calibration_files, tmp_path_factory) -> Path:
+    """The reference model at 2.5 bits with 4-bit attention and a learned pruning rule."""
+    return with_pruning(checkpoint, tmp_path_factory.mktemp("pruned") / "otp", calibration_files, method="otp")
+
+
+@pytest.fixture(scope="session")
+def pruned_checkpoint_16bit_linears(checkpoint_16bit_linears, calibration_files, tmp_path_factory) -> Path:
+    """The same with attention left alone."""
+    out = tmp_path_factory.mktemp("pruned") / "otp-linear16"
+    return with_pruning(checkpoint_16bit_linears, out, calibration_files, method="otp")

@@ -1,6 +1,8 @@
 """What the engine tests share: small engines, and the logprobs they must reproduce."""
 
 import os
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -8,6 +10,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from vllm_mcmoe.calibration.experts_forward import round_activations
+from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.pruning.rules import layer_rules
+from vllm_mcmoe.checkpoint import read_checkpoint_config
+from vllm_mcmoe.pruning import LayerPruning, PruningRules
 
 # Two ranks on one NUMA node need a core each; one process may have both.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -52,14 +58,26 @@ def engine_logprobs(engine: LLM, prompts: list[list[int]]) -> list[tuple[list[in
     return results
 
 
-def with_int8_activations(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the experts of a dequantised transformers model round their inputs as the kernels do."""
-    for experts in (layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")):
+def pruning_rules(checkpoint: Path, target: float) -> list[LayerPruning]:
+    """The rule of every MoE layer of a checkpoint, in plain torch, at a target."""
+    description = describe_model(checkpoint)
+    rules = PruningRules.load(checkpoint, read_checkpoint_config(checkpoint).pruning)
+    return list(layer_rules(rules, description, target).values())
 
-        def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts=experts):
+
+def with_int8_activations(model: PreTrainedModel, pruning: Sequence[LayerPruning] = ()) -> PreTrainedModel:
+    """Let the experts of a dequantised transformers model round their inputs, and drop pairs, as the kernels do."""
+    moe_layers = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    for experts, rule in zip_longest(moe_layers, pruning):
+
+        def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts=experts, rule=rule):
+            if rule is not None:
+                topk_weights, topk_ids = rule(x, topk_weights, topk_ids)
             out, rounded = torch.zeros_like(x), round_activations(x)
             for token, (ids, weights) in enumerate(zip(topk_ids.tolist(), topk_weights, strict=True)):
                 for expert, weight in zip(ids, weights, strict=True):
+                    if expert < 0:
+                        continue
                     gate, up = (experts.gate_up_proj[expert] @ rounded[token]).chunk(2)
                     middle = round_activations((torch.nn.functional.silu(gate) * up)[None])[0]
                     out[token] += weight * (experts.down_proj[expert] @ middle)

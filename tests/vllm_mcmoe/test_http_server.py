@@ -1,11 +1,19 @@
-"""`vllm serve OUT --quantization mcmoe` as a user runs it: compiled, bfloat16, 4-bit attention, over HTTP."""
+"""`vllm serve OUT --quantization mcmoe` as a user runs it: compiled, bfloat16, 4-bit attention, over HTTP.
+
+The checkpoint prunes a quarter of its expert activations; the server is told to prune 40% instead.
+"""
+
+import json
+import re
+import time
+import urllib.request
 
 import pytest
 import torch
 from openai import OpenAI
 from transformers import AutoTokenizer
 
-from tests.vllm_mcmoe.serving import expected_logprobs, with_int8_activations
+from tests.vllm_mcmoe.serving import expected_logprobs, pruning_rules, with_int8_activations
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
 from vllm_mcmoe.local_server import serve
 
@@ -14,8 +22,12 @@ pytestmark = pytest.mark.engine
 PROMPT = "And the LORD said unto Moses,"
 
 
+TARGET = 0.4
+SECONDS_BETWEEN_REPORTS = 10
+
+
 @pytest.fixture(scope="module")
-def client(checkpoint, tmp_path_factory):
+def client(pruned_checkpoint, tmp_path_factory):
     log_file = tmp_path_factory.mktemp("server") / "server.log"
     options = (
         "--quantization",
@@ -26,8 +38,11 @@ def client(checkpoint, tmp_path_factory):
         "256",
         "--max-num-seqs",
         "4",
+        "--hf-overrides",
+        json.dumps({"mcmoe_pruning": TARGET}),
     )
-    with serve(checkpoint, options, log_file=log_file) as url:
+    metrics = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    with serve(pruned_checkpoint, options, log_file=log_file, environment=metrics) as url:
         yield OpenAI(base_url=url, api_key="none")
 
 
@@ -49,14 +64,37 @@ def test_concurrent_requests_are_answered_like_single_ones(client):
     assert all(choice.text[:20] == single[:20] for choice in batch.choices)
 
 
-def test_logprobs_are_those_of_the_dequantised_model(client, checkpoint):
+def test_logprobs_are_those_of_the_dequantised_model(client, pruned_checkpoint):
     completion = complete(client, logprobs=1).choices[0]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(pruned_checkpoint)
     tokens = tokenizer(PROMPT + completion.text, add_special_tokens=False)["input_ids"]
     generated = len(completion.logprobs.token_logprobs)
-    expected = expected_logprobs(with_int8_activations(load_dequantized(checkpoint)), tokens)[-generated:]
+    model = with_int8_activations(load_dequantized(pruned_checkpoint), pruning_rules(pruned_checkpoint, TARGET))
+    expected = expected_logprobs(model, tokens)[-generated:]
     difference = (torch.tensor(completion.logprobs.token_logprobs) - expected).abs()
     print(f"difference: mean {difference.mean():.4f}, largest {difference.max():.4f}")
     # bfloat16 has 8 bits of mantissa: logits of size 10 are exact to about 0.04, and layers add up
     assert difference.max() < 0.2
     assert difference.mean() < 0.05
+
+
+def test_metrics_show_the_fraction_that_was_really_pruned(client):
+    complete(client)
+    deadline = time.monotonic() + 60
+    time.sleep(SECONDS_BETWEEN_REPORTS + 1)  # vLLM's warm-up and the other tests are counted now
+    before = counters = read_counters(client)
+    for _ in range(3):
+        complete(client)
+    while counters == before and time.monotonic() < deadline:
+        time.sleep(1)
+        counters = read_counters(client)
+    seen, dropped = (counters[name] - before[name] for name in ("expert_activations", "pruned_expert_activations"))
+    print(f"{dropped:.0f} of {seen:.0f} expert activations pruned")
+    # 100 tokens of one sentence are no sample of the calibration text: between the checkpoint's 25% and 50%
+    assert 0.3 < dropped / seen < 0.5
+
+
+def read_counters(client: OpenAI) -> dict[str, float]:
+    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
+        found = re.findall(r"^mcmoe_(\w+)_total(?:\{.*\})? (\S+)$", response.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}

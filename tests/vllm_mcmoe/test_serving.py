@@ -13,11 +13,13 @@ from tests.vllm_mcmoe.serving import (
     environment,
     expected_logprobs,
     prompts_from,
+    pruning_rules,
     start_engine,
     stop_engine,
     with_int8_activations,
 )
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
+from vllm_mcmoe.pruning import pruned_fraction
 
 pytestmark = pytest.mark.engine
 
@@ -41,8 +43,8 @@ def assert_close(logprobs: torch.Tensor, expected: torch.Tensor) -> None:
     assert difference.mean() < MEAN_DIFFERENCE
 
 
-def assert_agrees(results, checkpoint) -> None:
-    model = with_int8_activations(load_dequantized(checkpoint))
+def assert_agrees(results, checkpoint, pruning=()) -> None:
+    model = with_int8_activations(load_dequantized(checkpoint), pruning)
     for tokens, logprobs in results:
         assert_close(logprobs, expected_logprobs(model, tokens))
 
@@ -53,23 +55,34 @@ def prompts(reference_model, evaluation_files):
 
 
 @pytest.fixture(scope="module")
-def single_process(checkpoint_16bit_linears, prompts):
-    return serve_and_score(checkpoint_16bit_linears, prompts)
+def single_process(pruned_checkpoint_16bit_linears, prompts):
+    return serve_and_score(pruned_checkpoint_16bit_linears, prompts)
 
 
-def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_process, checkpoint_16bit_linears):
-    assert_agrees(single_process, checkpoint_16bit_linears)
+def assert_same(results, expected_results) -> None:
+    for (tokens, logprobs), (expected_tokens, expected) in zip(results, expected_results, strict=True):
+        assert tokens == expected_tokens
+        assert_close(logprobs, expected)
+
+
+def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_process, pruned_checkpoint_16bit_linears):
+    """With online pruning, which the transformers side computes by the rule's definition."""
+    rules = pruning_rules(pruned_checkpoint_16bit_linears, target=0.25)
+    assert_agrees(single_process, pruned_checkpoint_16bit_linears, rules)
+    assert 0.15 < pruned_fraction(rules) < 0.35
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP", "EP"])
-def test_two_ranks_answer_as_one_process(single_process, checkpoint_16bit_linears, prompts, expert_parallel):
+def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint_16bit_linears, prompts, expert_parallel):
     with environment(TWO_RANKS):
         results = serve_and_score(
-            checkpoint_16bit_linears, prompts, tensor_parallel_size=2, enable_expert_parallel=expert_parallel
+            pruned_checkpoint_16bit_linears, prompts, tensor_parallel_size=2, enable_expert_parallel=expert_parallel
         )
-    for (tokens, logprobs), (expected_tokens, expected) in zip(results, single_process, strict=True):
-        assert tokens == expected_tokens
-        assert_close(logprobs, expected)
+    assert_same(results, single_process)
+
+
+def test_a_compiled_engine_answers_as_an_eager_one(single_process, pruned_checkpoint_16bit_linears, prompts):
+    assert_same(serve_and_score(pruned_checkpoint_16bit_linears, prompts, enforce_eager=False), single_process)
 
 
 def test_qwen3_moe_logprobs_equal_transformers_with_dequantised_weights(qwen3_checkpoint, prompts):
