@@ -322,7 +322,14 @@ def quantize(
     )
     if prune_target is not None:
         add_pruning(
-            out, data, method=prune_method.value, target=prune_target, sequences=sequences, length=length, log=log
+            out,
+            data,
+            method=prune_method.value,
+            target=prune_target,
+            sequences=sequences,
+            length=length,
+            activations=activations.value,
+            log=log,
         )
     log(f"Wrote {out}. Serve it: vllm serve {out}")
 
@@ -349,11 +356,13 @@ def prune(
     table: Annotated[bool, typer.Option("--table", help="Measure at 10, 20, ... 50% as well.")] = False,
     sequences: Sequences = 128,
     length: Length = 2048,
+    activations: ActivationStorage = Storage.auto,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Let tokens skip the experts they need least: add a pruning rule to a checkpoint, and measure what it costs.
 
-    A token always keeps its first expert. The rule holds for every target: when serving, choose another one with
+    A token always keeps its first expert. The same command continues a run that was interrupted or killed. The rule holds for every target: when serving, choose another one with
     `--hf-overrides '{"mcmoe_pruning": 0.1}'` ("off" and "on" work, too) or the environment variable
     VLLM_MCMOE_PRUNING=0.1.
 
@@ -371,6 +380,8 @@ def prune(
         table=table,
         sequences=sequences,
         length=length,
+        activations=activations.value,
+        restart=restart,
         log=log,
     )
     if as_json:

@@ -11,6 +11,7 @@ so the k products g . E_j(x) of a token are all that any rule's cost needs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,12 +44,10 @@ class RoutedTokens:
         return self.weights[:, 1:] / self.weights[:, :1].clamp_min(TINY)
 
 
-def routed_tokens(
-    model: LayerwiseModel, tokens: torch.Tensor, *, seed: int = 0, show_progress: bool = True
-) -> Iterator[RoutedTokens]:
-    """Every MoE layer's tokens, last layer first. tokens: int64 [sequences, length]; seed: of the sampled labels."""
+def routed_tokens(model: LayerwiseModel, tokens: torch.Tensor, **options: Any) -> Iterator[RoutedTokens]:
+    """Every MoE layer's tokens, last layer first. tokens and options are backward_traces'."""
     activation = activation_function(model.description)
-    for trace in backward_traces(model, tokens, seed=seed, show_progress=show_progress):
+    for trace in backward_traces(model, tokens, **options):
         weights, ids = by_weight(trace.inputs.topk_weights, trace.inputs.topk_ids)
         inputs = MoeInputs(trace.inputs.x, ids, weights)
         products = _gradient_products(trace.layer, inputs, trace.gradients, activation)

@@ -29,10 +29,6 @@ class RatioCurves:
     ratios: torch.Tensor
     costs: torch.Tensor
 
-    def scaled(self, factor: float) -> "RatioCurves":
-        """With all costs times a factor."""
-        return RatioCurves(self.ratios, self.costs * factor)
-
 
 def measure_curves(tokens: RoutedTokens, renormalize: torch.Tensor) -> RatioCurves:
     """The curves of one layer from its calibration tokens."""

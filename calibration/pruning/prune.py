@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_mcmoe.calibration.activations import Storage
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, find_data_files
 from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate
 from vllm_mcmoe.calibration.files import write_atomically
+from vllm_mcmoe.calibration.identity import identity_of_model, identity_of_program, identity_of_tokens
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, check_request
+from vllm_mcmoe.calibration.sensitivity import choose_store
 from vllm_mcmoe.calibration.statistics import load_calibration_data
+from vllm_mcmoe.calibration.workdir import working_on
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.pruning import PruningRules
 
@@ -53,15 +57,21 @@ def prune(
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
+    activations: Storage = "auto",
+    restart: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> list[PrunedPoint]:
     """Calibrate a rule on text, write it into the checkpoint, measure it. A rule that was there is replaced.
 
+    Finished layers are kept in CHECKPOINT.pruning.partial: the same call goes on from there after having been killed.
+
     method           "odp" (routing-weight ratios) or "otp" (learned mask router)
     target           fraction of expert activations to drop by default when the checkpoint is served
     evaluation_data  text to measure on; None measures nothing
     table            measure 0, 10, ... 50% besides the target; each takes a pass over the model
+    activations      "memory", "disk" or "auto", as calibrate takes it
+    restart          forget what an earlier run has left
 
     Raises UnsupportedModelError, FormatError, DataError or PruningError before any long work.
     """
@@ -69,10 +79,24 @@ def prune(
     check_request(method, target, description)
     if evaluation_data is not None:
         find_data_files(evaluation_data)
-    model = LayerwiseModel(CheckpointWeights(description))
-    tokens = load_calibration_data(description, data, sequences, length, log).tokens
-    rules = calibrate_rules(model, tokens, method, target, seed=seed, show_progress=show_progress)
-    write_rules(description.path, rules)
+    source = CheckpointWeights(description)
+    text = load_calibration_data(description, data, sequences, length, log)
+    identity = {
+        **identity_of_program(),
+        **identity_of_model(description, source.files),
+        **identity_of_tokens(text),
+        "method": method,
+        "target": target,
+        "seed": seed,
+    }
+    out = description.path.with_name(f"{description.path.name}.pruning")
+    with working_on(out, identity, restart=restart, log=log) as work:
+        model = LayerwiseModel(source)
+        store = choose_store(activations, model, text.tokens.numel(), True, work.activations, log)
+        options = {"seed": seed, "store": store, "work": work, "show_progress": show_progress}
+        rules = calibrate_rules(model, text.tokens, method, target, **options)
+        write_rules(description.path, rules)
+        work.remove()
     log(f"Wrote the {method} rule for {target:.0%} of the expert activations into {description.path}.")
     if evaluation_data is None:
         return []

@@ -4,9 +4,14 @@ rules = calibrate_rules(LayerwiseModel(open_weights(checkpoint)), tokens, "otp",
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from vllm_mcmoe.calibration.activations import ActivationStore
+from vllm_mcmoe.calibration.files import write_atomically
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.models import MoeModel
 from vllm_mcmoe.calibration.pruning.costs import (
@@ -19,8 +24,9 @@ from vllm_mcmoe.calibration.pruning.costs import (
 from vllm_mcmoe.calibration.pruning.layer_scales import layer_scales, measured_costs
 from vllm_mcmoe.calibration.pruning.odp import RatioCurves, allocated_thresholds, measure_curves
 from vllm_mcmoe.calibration.pruning.otp import global_thresholds, sample_scores, train_mask_router
+from vllm_mcmoe.calibration.workdir import WorkDirectory
 from vllm_mcmoe.errors import PruningError
-from vllm_mcmoe.pruning import METHODS, LayerPruning, PruningRules, check_target, ratio_pruning
+from vllm_mcmoe.pruning import METHODS, ROUTER_TENSORS, LayerPruning, PruningRules, check_target, ratio_pruning
 
 LEVEL_STEP = 0.025
 
@@ -43,6 +49,19 @@ def check_request(method: str, target: float, model: MoeModel) -> None:
     check_target(target, model.top_k)
 
 
+@dataclass(frozen=True)
+class LayerCalibration:
+    """What one layer's tokens told.
+
+    predicted_cost  nats per token of dropping what the typical mask drops
+    tensors         "renormalize" []; "cut" [], the ratio where the typical mask ends; for ODP "ratios" and "costs" of
+                    its RatioCurves; for OTP the router's tensors and "scores" of sampled tokens
+    """
+
+    predicted_cost: float
+    tensors: dict[str, torch.Tensor]
+
+
 def calibrate_rules(
     model: LayerwiseModel,
     tokens: torch.Tensor,
@@ -50,43 +69,101 @@ def calibrate_rules(
     target: float,
     *,
     seed: int = 0,
+    store: ActivationStore | None = None,
+    work: WorkDirectory | None = None,
     show_progress: bool = True,
 ) -> PruningRules:
     """Rules of a method for any target, with `target` as their own. tokens: int64 [sequences, length].
 
-    One layer is in memory at a time, its router is trained while it is there. Raises as check_request does.
+    One layer is in memory at a time, its router is trained while it is there.
+
+    store  where activations are kept; memory if not given
+    work   where finished layers are kept, so that the next run goes on from there
+
+    Raises as check_request does.
     """
     check_request(method, target, model.description)
-    top_k, num_experts = model.description.top_k, model.description.num_experts
-    levels = target_levels(top_k)
-    tensors: dict[str, torch.Tensor] = {}
-    curves: dict[str, RatioCurves] = {}
-    samples: dict[str, torch.Tensor] = {}
-    trials: dict[str, LayerPruning] = {}
-    predicted: dict[str, float] = {}
-    for layer in routed_tokens(model, tokens, seed=seed, show_progress=show_progress):
-        keep, cut = typical_mask(layer, target)
-        renormalize = best_renormalization(layer, keep)
-        trials[layer.name] = ratio_pruning(cut.expand(top_k - 1), renormalize, num_experts, model.description.hidden)
-        predicted[layer.name] = float(mask_costs(layer, keep, renormalize).double().mean())
-        tensors[f"{layer.name}.renormalize"] = renormalize
-        if method == "odp":
-            curves[layer.name] = measure_curves(layer, renormalize)
-        else:
-            router = train_mask_router(layer, drop_costs(layer, renormalize), num_experts, seed=seed)
-            samples[layer.name] = sample_scores(layer, router)
-            tensors |= {f"{layer.name}.{name}": tensor for name, tensor in router.items()}
-    scales = layer_scales(measured_costs(model, tokens, trials, show_progress=show_progress), predicted)
-    if method == "odp":
-        thresholds = allocated_thresholds({n: c.scaled(scales[n]) for n, c in curves.items()}, levels, top_k)
-    else:
-        for name, scale in scales.items():  # scores are logarithms of costs
-            tensors[f"{name}.expert_bias"] += math.log(scale)
-            samples[name] += math.log(scale)
-        shared = global_thresholds(samples.values(), levels, top_k)
-        thresholds = {name: shared[:, None].repeat(1, top_k - 1) for name in samples}
-    tensors |= {f"{name}.thresholds": layer for name, layer in thresholds.items()}
+    top_k, levels = model.description.top_k, target_levels(model.description.top_k)
+    names = model.description.moe_layers.values()
+    layers = {name: layer for name in names if (layer := _load_layer(work, name)) is not None}
+    options = {"store": store, "measured": frozenset(layers), "seed": seed, "show_progress": show_progress}
+    for layer in routed_tokens(model, tokens, **options):
+        layers[layer.name] = _calibrate_layer(layer, method, target, model.description.num_experts, seed)
+        _save_layer(work, layer.name, layers[layer.name])
+    layers = {name: layers[name] for name in names}  # a backward sweep takes the last layer first
+    scales = _layer_scales(model, tokens, layers, show_progress)
+    thresholds = (_ratio_thresholds if method == "odp" else _score_thresholds)(layers, scales, levels, top_k)
+    tensors = {f"{name}.thresholds": layer for name, layer in thresholds.items()}
+    for name, layer in layers.items():
+        for part in ("renormalize", *(ROUTER_TENSORS if method == "otp" else ())):
+            tensors[f"{name}.{part}"] = layer.tensors[part]
     return PruningRules.create(method, target, top_k, levels, tensors)
+
+
+def _calibrate_layer(layer: RoutedTokens, method: str, target: float, num_experts: int, seed: int) -> LayerCalibration:
+    keep, cut = typical_mask(layer, target)
+    renormalize = best_renormalization(layer, keep)
+    tensors = {"renormalize": renormalize, "cut": cut}
+    if method == "odp":
+        curves = measure_curves(layer, renormalize)
+        tensors |= {"ratios": curves.ratios, "costs": curves.costs}
+    else:
+        router = train_mask_router(layer, drop_costs(layer, renormalize), num_experts, seed=seed)
+        tensors |= router | {"scores": sample_scores(layer, router)}
+    return LayerCalibration(float(mask_costs(layer, keep, renormalize).double().mean()), tensors)
+
+
+def _save_layer(work: WorkDirectory | None, name: str, layer: LayerCalibration) -> None:
+    if work is not None:
+        path = work.path / f"pruning-{name}.safetensors"
+        write_atomically(path, lambda file: save_file({n: t.contiguous() for n, t in layer.tensors.items()}, file))
+        work.save(f"pruning-{name}", {"predicted_cost": layer.predicted_cost}, [path])
+
+
+def _load_layer(work: WorkDirectory | None, name: str) -> LayerCalibration | None:
+    document = None if work is None else work.load(f"pruning-{name}")
+    if document is None:
+        return None
+    return LayerCalibration(document["predicted_cost"], load_file(work.path / f"pruning-{name}.safetensors"))
+
+
+def _layer_scales(
+    model: LayerwiseModel, tokens: torch.Tensor, layers: Mapping[str, LayerCalibration], show_progress: bool
+) -> dict[str, float]:
+    description = model.description
+    trials = {
+        name: ratio_pruning(
+            layer.tensors["cut"].expand(description.top_k - 1),
+            layer.tensors["renormalize"],
+            description.num_experts,
+            description.hidden,
+        )
+        for name, layer in layers.items()
+    }
+    measured = measured_costs(model, tokens, trials, show_progress=show_progress)
+    return layer_scales(measured, {name: layer.predicted_cost for name, layer in layers.items()})
+
+
+def _ratio_thresholds(
+    layers: Mapping[str, LayerCalibration], scales: Mapping[str, float], levels: Sequence[float], top_k: int
+) -> dict[str, torch.Tensor]:
+    """ODP: layer -> float32 [levels, k - 1], ratios."""
+    curves = {
+        name: RatioCurves(layer.tensors["ratios"], layer.tensors["costs"] * scales[name])
+        for name, layer in layers.items()
+    }
+    return allocated_thresholds(curves, levels, top_k)
+
+
+def _score_thresholds(
+    layers: Mapping[str, LayerCalibration], scales: Mapping[str, float], levels: Sequence[float], top_k: int
+) -> dict[str, torch.Tensor]:
+    """OTP: layer -> float32 [levels, k - 1]. Scores are logarithms of costs, so a scale moves a layer's threshold."""
+    shifts = {name: math.log(scale) for name, scale in scales.items()}
+    shared = global_thresholds(
+        [layer.tensors["scores"] + shifts[name] for name, layer in layers.items()], levels, top_k
+    )
+    return {name: (shared - shifts[name])[:, None].repeat(1, top_k - 1) for name in layers}
 
 
 def typical_mask(layer: RoutedTokens, target: float) -> tuple[torch.Tensor, torch.Tensor]:

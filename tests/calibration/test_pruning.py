@@ -235,6 +235,39 @@ def test_a_rule_is_written_replaced_and_switched_off(editable_checkpoint, evalua
     assert fractions[2] == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parametrize("method", ["odp", "otp"])
+def test_a_killed_calibration_goes_on_from_its_finished_layers(
+    editable_checkpoint, calibration_files, method, monkeypatch
+):
+    """The rule is the same bytes, and no finished layer is done again."""
+    from vllm_mcmoe.calibration.pruning import rules as module
+
+    budget = {"method": method, "sequences": 8, "length": LENGTH, "show_progress": False}
+    calibrated, calibrate_layer = [], module._calibrate_layer
+
+    def calibrate(layer, *arguments):
+        if len(calibrated) == 2:
+            raise KeyboardInterrupt
+        calibrated.append(layer.name)
+        return calibrate_layer(layer, *arguments)
+
+    monkeypatch.setattr(module, "_calibrate_layer", calibrate)
+    with pytest.raises(KeyboardInterrupt):
+        prune(editable_checkpoint, calibration_files, **budget)
+    assert not list(editable_checkpoint.glob("pruning-*"))
+    done = calibrated.copy()
+    calibrated[:] = []
+    prune(editable_checkpoint, calibration_files, **budget)
+    assert not set(done) & set(calibrated)
+    (resumed,) = editable_checkpoint.glob("pruning-*")
+    monkeypatch.setattr(module, "_calibrate_layer", calibrate_layer)
+    resumed_bytes = resumed.read_bytes()
+    prune(editable_checkpoint, calibration_files, **budget)
+    assert [path.name for path in editable_checkpoint.glob("pruning-*")] == [resumed.name]
+    assert resumed.read_bytes() == resumed_bytes
+    assert not list(editable_checkpoint.parent.glob("*.partial"))
+
+
 def test_asking_for_pruning_where_there_is_none_is_an_error(mixed_checkpoint, evaluation_files):
     with pytest.raises(PruningError, match=r"has no pruning rule for the target 0\.2"):
         evaluate(mixed_checkpoint, evaluation_files, pruning=0.2, **BUDGET)
