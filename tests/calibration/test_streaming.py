@@ -1,18 +1,16 @@
 """What is in memory while a model is measured and quantised."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.streaming_memory import QUICK, quantize_within, write_random_mixtral
+from benchmarks.streaming_memory import quantize_within, write_random_mixtral
 from tests.calibration import child_process
 from tests.calibration.conftest import layerwise
 from vllm_mcmoe.calibration import activations
 from vllm_mcmoe.calibration.activations import SCRATCH, ActivationStore, DiskRows
 from vllm_mcmoe.calibration.experts import ExpertTokens, second_moment
-from vllm_mcmoe.calibration.gptq import GPTQOptions
 from vllm_mcmoe.calibration.sensitivity import choose_store
 
 HIDDEN, INTERMEDIATE, EXPERTS = 512, 512, 16
@@ -20,10 +18,9 @@ LAYER_BYTES = 4 * EXPERTS * 3 * HIDDEN * INTERMEDIATE  # 50 MB in float32; atten
 
 
 def peak_of_quantising(model: Path, out: Path) -> int:
-    """The most bytes resident; rounding to nearest, which takes seconds."""
-    recipe = dataclasses.replace(QUICK, gptq=GPTQOptions(compensate=False, mse_search=False))
+    """The most bytes resident; weights are rounded to nearest, which takes seconds."""
     options = {"sequences": 2, "length": 64, "activations": "disk", "show_progress": False}
-    return quantize_within(None, model, out, recipe, **options)
+    return quantize_within(None, model, out, **options)
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
