@@ -362,9 +362,10 @@ def prune(
 ) -> None:
     """Let tokens skip the experts they need least: add a pruning rule to a checkpoint, and measure what it costs.
 
-    A token always keeps its first expert. The same command continues a run that was interrupted or killed. The rule holds for every target: when serving, choose another one with
-    `--hf-overrides '{"mcmoe_pruning": 0.1}'` ("off" and "on" work, too) or the environment variable
-    VLLM_MCMOE_PRUNING=0.1.
+    A token always keeps its first expert. The same command continues a run that was interrupted or killed.
+
+    The rule holds for every target: when serving, choose another one with `--hf-overrides '{"mcmoe_pruning": 0.1}'`
+    ("off" and "on" work, too) or the environment variable VLLM_MCMOE_PRUNING=0.1.
 
     Example: `mcmoe prune mixtral-2.5bit/ --target 0.25 --data c4.jsonl`
     """

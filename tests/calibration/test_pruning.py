@@ -14,6 +14,7 @@ from vllm_mcmoe.calibration.data import load_sequences
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.pruning import rules as rules_module
 from vllm_mcmoe.calibration.pruning.costs import (
     RoutedTokens,
     best_renormalization,
@@ -240,10 +241,8 @@ def test_a_killed_calibration_goes_on_from_its_finished_layers(
     editable_checkpoint, calibration_files, method, monkeypatch
 ):
     """The rule is the same bytes, and no finished layer is done again."""
-    from vllm_mcmoe.calibration.pruning import rules as module
-
     budget = {"method": method, "sequences": 8, "length": LENGTH, "show_progress": False}
-    calibrated, calibrate_layer = [], module._calibrate_layer
+    calibrated, calibrate_layer = [], rules_module._calibrate_layer
 
     def calibrate(layer, *arguments):
         if len(calibrated) == 2:
@@ -251,7 +250,7 @@ def test_a_killed_calibration_goes_on_from_its_finished_layers(
         calibrated.append(layer.name)
         return calibrate_layer(layer, *arguments)
 
-    monkeypatch.setattr(module, "_calibrate_layer", calibrate)
+    monkeypatch.setattr(rules_module, "_calibrate_layer", calibrate)
     with pytest.raises(KeyboardInterrupt):
         prune(editable_checkpoint, calibration_files, **budget)
     assert not list(editable_checkpoint.glob("pruning-*"))
@@ -260,7 +259,7 @@ def test_a_killed_calibration_goes_on_from_its_finished_layers(
     prune(editable_checkpoint, calibration_files, **budget)
     assert not set(done) & set(calibrated)
     (resumed,) = editable_checkpoint.glob("pruning-*")
-    monkeypatch.setattr(module, "_calibrate_layer", calibrate_layer)
+    monkeypatch.setattr(rules_module, "_calibrate_layer", calibrate_layer)
     resumed_bytes = resumed.read_bytes()
     prune(editable_checkpoint, calibration_files, **budget)
     assert [path.name for path in editable_checkpoint.glob("pruning-*")] == [resumed.name]
