@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup clean bench-cpu bench-memory bench-quality bench-serving aot-report
+.PHONY: demo test setup clean bench-cpu bench-memory bench-pruning bench-quality bench-serving aot-report
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -19,6 +19,10 @@ bench-cpu: $(READY)
 
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)
+
+bench-pruning: $(READY)
+	$(BIN)/python benchmarks/pruning.py $(ARGS)
+	$(BIN)/python benchmarks/token_protection.py
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py $(ARGS)

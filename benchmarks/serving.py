@@ -1,18 +1,23 @@
 """Tokens per second of stock vLLM with and without the plugin, on a synthetic model of a real layer shape.
 
-    python benchmarks/serving.py [--shape mixtral] [--layers 2] [--bits 2.5] [--rounds 3] [--json FILE]
+    python benchmarks/serving.py [--shape mixtral] [--layers 2] [--bits 2.5] [--pruned 0.3] [--rounds 3] [--json FILE]
 
-Both engines run at once and take turns, so that a noisy machine disturbs both alike; medians are printed. Weights are
+The engines run at once and take turns, so that a noisy machine disturbs all alike; medians are printed. Weights are
 random (`--load-format dummy`): speed depends on their shape and width only, and routing spreads over all experts.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 # vLLM 0.32 starts its workers by importing this file again, and they fail if that brings in llvmlite (through numba:
 # vllm_mcmoe.calibration): vLLM looks for Triton kernels in every loaded module and trips over its library object.
@@ -20,9 +25,12 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits, tensor_suffixes
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, packed_bytes_per_group
+from vllm_mcmoe.pruning import PruningRules
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 24
 CONCURRENCY = (1, 8)
+MASK_ROUTER_RANK = 8  # as mcmoe prune trains them
+MONITOR_SECONDS = 10  # between two reports of vllm_mcmoe/pruning_monitor.py
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,8 @@ def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def write_config(directory: Path, shape: Shape, layers: int, bits: float | None) -> Path:
-    """A model directory of config.json alone; `bits` None is the bf16 model."""
+def write_config(directory: Path, shape: Shape, layers: int, bits: float | None, pruned: float = 0.0) -> Path:
+    """A model directory without weights; `bits` None is the bf16 model; `pruned` of the activations are dropped."""
     directory.mkdir(parents=True)
     config = {
         "architectures": [shape.architecture],
@@ -89,9 +97,42 @@ def write_config(directory: Path, shape: Shape, layers: int, bits: float | None)
         experts = shape.config.get("num_local_experts") or shape.config["num_experts"]
         widths = mixed_widths(bits, experts)
         names = [f"model.layers.{layer}.{shape.expert_prefix}" for layer in range(layers)]
-        config["quantization_config"] = CheckpointConfig({name: ExpertBits(widths, widths) for name in names}).to_dict()
+        widths_by_layer = {name: ExpertBits(widths, widths) for name in names}
+        pruning = None
+        if pruned:
+            top_k, hidden_size = shape.config["num_experts_per_tok"], shape.config["hidden_size"]
+            rules = synthetic_rules(names, top_k, experts, hidden_size, pruned)
+            (directory / rules.config.file_name).write_bytes(rules.serialize())
+            pruning = rules.config
+        config["quantization_config"] = CheckpointConfig(widths_by_layer, pruning=pruning).to_dict()
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def synthetic_rules(layers: list[str], top_k: int, experts: int, hidden_size: int, target: float) -> PruningRules:
+    """Mask routers of real shape that drop some experts wherever they are not a token's first: random weights route to
+    all alike, so their share decides the fraction dropped."""
+    dropped = round(experts * target * top_k / (top_k - 1))
+    layer = {
+        "renormalize": torch.tensor(0.2),
+        "thresholds": torch.zeros(2, top_k - 1),
+        "weight_slopes": torch.zeros(2, top_k - 1),
+        "expert_bias": torch.where(torch.arange(experts) < dropped, -1.0, 1.0),
+        "projection": torch.zeros(MASK_ROUTER_RANK, hidden_size),
+        "expert_features": torch.zeros(experts, MASK_ROUTER_RANK),
+    }
+    tensors = {f"{name}.{part}": tensor.clone() for name in layers for part, tensor in layer.items()}
+    return PruningRules.create("otp", target, top_k, (0.0, 0.5), tensors)
+
+
+def pruned_fraction(metrics: str) -> float:
+    """What the engine reports, warm-up included, once its monitor has looked."""
+    time.sleep(MONITOR_SECONDS + 1)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=metrics)
+    names = ("mcmoe_pruned_expert_activations_total", "mcmoe_expert_activations_total")
+    dropped, seen = (registry.get_sample_value(name) for name in names)
+    return dropped / seen
 
 
 def start_engine(model: Path) -> LLM:
@@ -127,6 +168,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mixtral")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--bits", type=float, default=2.5, help="average bits, scales and zeros included")
+    parser.add_argument("--pruned", type=float, default=0.0, help="fraction of a third engine's activations to drop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -137,6 +179,10 @@ def main() -> None:
             "bf16": write_config(Path(directory) / "bf16", shape, arguments.layers, None),
             "mcmoe": write_config(Path(directory) / "mcmoe", shape, arguments.layers, arguments.bits),
         }
+        if arguments.pruned:
+            path = Path(directory) / "pruned"
+            models["pruned"] = write_config(path, shape, arguments.layers, arguments.bits, arguments.pruned)
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
         engines = {name: start_engine(model) for name, model in models.items()}
         speeds: dict[str, dict[int, list[float]]] = {name: {c: [] for c in CONCURRENCY} for name in engines}
         for engine in engines.values():
@@ -145,16 +191,20 @@ def main() -> None:
             for concurrency in CONCURRENCY:
                 for name, engine in engines.items():
                     speeds[name][concurrency].append(decode_tokens_per_second(engine, concurrency))
+        if arguments.pruned:
+            print(f"\nThe third engine dropped {pruned_fraction(directory):.1%} of its expert activations.")
 
     print(
         f"\n{arguments.shape} shape, {arguments.layers} layers, {arguments.bits} bits, median of {arguments.rounds}\n"
     )
-    print("| concurrency | bf16 tokens/s | mcmoe tokens/s | ratio |\n|---|---|---|---|")
+    print("| concurrency | " + " | ".join(f"{name} tokens/s" for name in engines) + " | ratios to bf16 |")
+    print("|---" * (len(engines) + 2) + "|")
     rows = []
     for concurrency in CONCURRENCY:
-        bf16, mcmoe = (statistics.median(speeds[name][concurrency]) for name in ("bf16", "mcmoe"))
-        rows.append({"concurrency": concurrency, "bf16": bf16, "mcmoe": mcmoe, "ratio": mcmoe / bf16})
-        print(f"| {concurrency} | {bf16:.1f} | {mcmoe:.1f} | {mcmoe / bf16:.2f} |")
+        row = {name: statistics.median(speeds[name][concurrency]) for name in engines}
+        rows.append({"concurrency": concurrency, **row})
+        ratios = ", ".join(f"{speed / row['bf16']:.2f}" for name, speed in row.items() if name != "bf16")
+        print(f"| {concurrency} | " + " | ".join(f"{speed:.1f}" for speed in row.values()) + f" | {ratios} |")
     if arguments.json:
         arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "rows": rows}, indent=2))
 
