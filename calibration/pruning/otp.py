@@ -11,8 +11,7 @@ hard mask "keep where f >= log(lambda)", the loss integrates over all lambda (d 
     integral = cost exp(-f) + f + constant
 
 the expectation of which is least where exp(f) is the expected cost. One training so serves every target. Masks sampled
-with Gumbel noise have the same optimum, but the cost of single tokens is heavy-tailed: trained that way, the reference
-model's routers were worse at every fraction (`make bench-pruning` measures both).
+with Gumbel noise have the same optimum and add noise of their own (`benchmarks/mask_router_training.py` compares).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
