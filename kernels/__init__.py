@@ -28,7 +28,7 @@ def experts_class(backend: str) -> type[torch.nn.Module]:
 _PRUNING_MODULES = {
     "reference": "vllm_mcmoe.kernels.reference.pruning",
     "cpu": "vllm_mcmoe.kernels.cpu.pruning",
-    "triton": "vllm_mcmoe.kernels.reference.pruning",
+    "triton": "vllm_mcmoe.kernels.triton.pruning",
 }
 
 

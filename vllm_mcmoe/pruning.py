@@ -144,8 +144,8 @@ class LayerPruning(nn.Module):
     def forward(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> float32 weights and ids,
-        largest weight first, with -1 for dropped experts and the kept weights renormalised."""
+        """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> float32 weights and ids
+        in any order, with -1 for dropped experts and the kept weights renormalised."""
         weights, ids = self._prune_experts(
             features(x, self.projection),
             topk_weights,

@@ -76,7 +76,8 @@ def prune_experts(
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """topk_weights float and topk_ids integer [T, k] in any order -> float32 weights and ids, largest weight first,
-    -1 for dropped experts. thresholds float32 [k - 1], renormalize float32 [], counts int64 [2] is written."""
+    -1 for dropped experts; other backends return the pairs in any order. thresholds float32 [k - 1], renormalize
+    float32 [], counts int64 [2] is written."""
     weights, ids = by_weight(topk_weights, topk_ids)
     found = scores(
         features,
