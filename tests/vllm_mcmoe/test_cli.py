@@ -32,12 +32,16 @@ def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_fil
             "calibrate", reference_model, *calibration, "--out", factors, "--widths", "2,3", "--recipe", "paper-code"
         ),
         mcmoe("allocate", factors, "--bits-per-layer", 18, "--out", plan, "--recipe", "paper-code", "--widths", "2,3"),
-        mcmoe("quantize", reference_model, out, "--plan", plan, "--recipe", "uniform", *calibration, "--no-evaluate"),
-    ]
+        mcmoe("quantize", reference_model, out, "--plan", plan, "--recipe", "uniform", *calibration, "--no-evaluate",
+              "--prune", 0.25, "--prune-method", "odp"),
+        mcmoe("prune", out, *calibration, "--target", 0.1, "--method", "otp", "--evaluation-data", *evaluation_files),
+    ]  # fmt: skip
     for step in steps:
         assert step.returncode == 0, step.stderr
     widths = json.loads(plan.read_text())["layers"]["model.layers.0.block_sparse_moe.experts"]["gate_up"]
     assert sum(widths) <= 18
+
+    assert "KL to unpruned" in steps[-1].stdout
 
     inspected = mcmoe("inspect", out, "--json")
     summary = json.loads(inspected.stdout)
@@ -49,6 +53,10 @@ def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_fil
     assert set(scores["perplexity_by_file"]) == {file.name for file in evaluation_files}
     assert 0 < scores["mean_kl"] < 1
     assert scores["average_bits"]["experts"] == pytest.approx(summary["expert_bits"], abs=1e-3)
+    assert summary["quantization_config"]["pruning"]["method"] == "otp"
+    assert scores["pruned"] == pytest.approx(0.1, abs=0.05)
+    unpruned = mcmoe("evaluate", out, "--data", *evaluation_files, *SMALL, "--json", "--pruning", "off")
+    assert json.loads(unpruned.stdout)["pruned"] == 0
 
 
 def test_published_allocations_come_out_of_the_command(published_factors, published_allocations, tmp_path):
@@ -71,6 +79,7 @@ def test_published_allocations_come_out_of_the_command(published_factors, publis
         (["allocate", "missing.json", "--bits", "2.5"], 1, "missing.json"),
         (["allocate", "missing.json"], 2, "give one of --bits and --bits-per-layer"),
         (["allocate", "missing.json", "--bits", "2", "--widths", "2,7"], 2, "7 is not one of"),
+        (["prune", "missing", "--data", "x.txt"], 1, "missing: no config.json there"),
         (["quantize", "a", "b", "--data", "x"], 2, "give one of --bits, --bits-per-layer and --plan"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
 import vllm_mcmoe
-from vllm_mcmoe.quantization import McmoeConfig
+from vllm_mcmoe.quantization import McmoeConfig, _pruning_request
 
 
 def engine_config(model: Path, **options) -> VllmConfig:
@@ -67,3 +67,24 @@ def test_a_width_no_kernel_has_is_refused(checkpoint, tmp_path):
     other = with_config(checkpoint, tmp_path / "five", experts=layers)
     with pytest.raises(ValueError, match=f"{name}.down: expert 3 has bit-width 5"):
         engine_config(other)
+
+
+@pytest.mark.parametrize(
+    "overrides, variable, request_",
+    [
+        ({}, None, ("VLLM_MCMOE_PRUNING", "on")),
+        ({}, "off", ("VLLM_MCMOE_PRUNING", "off")),
+        ({"mcmoe_pruning": 0.1}, "off", ("--hf-overrides mcmoe_pruning", 0.1)),
+        ({"mcmoe_pruning": "off"}, None, ("--hf-overrides mcmoe_pruning", "off")),
+    ],
+    ids=["nothing", "environment", "both", "override"],
+)
+def test_what_to_prune_comes_from_vllms_option_then_from_the_environment(
+    checkpoint, monkeypatch, overrides, variable, request_
+):
+    if variable is None:
+        monkeypatch.delenv("VLLM_MCMOE_PRUNING", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_MCMOE_PRUNING", variable)
+    with set_current_vllm_config(engine_config(checkpoint, hf_overrides=overrides)):
+        assert _pruning_request() == request_
