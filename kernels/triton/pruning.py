@@ -60,15 +60,16 @@ def prune_kernel(
         score += feature * tl.load(expert_features_ptr + ids * RANK + i, mask=droppable, other=0.0)
     score += tl.load(slopes_ptr + rank - 1, mask=droppable, other=0.0) * tl.log(tl.maximum(weights, TINY))
     score += tl.load(slopes_ptr + TOP_K - 1 + rank - 1, mask=droppable, other=0.0) * log_first
-    keep = score >= tl.load(thresholds_ptr + rank - 1, mask=droppable, other=float("-inf"))
+    threshold = tl.load(thresholds_ptr + rank - 1, mask=droppable, other=0.0)
+    dropped = droppable & ~(score >= threshold)  # NaN, of a token whose hidden state has one, is not above
 
     total = tl.sum(weights, axis=1)[:, None]
-    kept = tl.sum(tl.where(keep, weights, 0.0), axis=1)[:, None]
+    kept = tl.sum(tl.where(dropped, 0.0, weights), axis=1)[:, None]
     share = tl.div_rn(total, tl.maximum(kept, TINY)) - 1.0  # rounded correctly: exactly 0 where nothing was dropped
     tl.store(out_weights_ptr + slot, weights * (1.0 + tl.load(renormalize_ptr) * share), mask=inside)
-    tl.store(out_ids_ptr + slot, tl.where(chosen & keep, ids, -1), mask=inside)
+    tl.store(out_ids_ptr + slot, tl.where(chosen & ~dropped, ids, -1), mask=inside)
     tl.atomic_add(counts_ptr, tl.sum(chosen.to(tl.int64)), sem="relaxed")
-    tl.atomic_add(counts_ptr + 1, tl.sum((chosen & ~keep).to(tl.int64)), sem="relaxed")
+    tl.atomic_add(counts_ptr + 1, tl.sum(dropped.to(tl.int64)), sem="relaxed")
 
 
 @torch.library.custom_op("mcmoe::triton_prune_experts", mutates_args=("counts",))

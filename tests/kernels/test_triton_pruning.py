@@ -107,6 +107,13 @@ def test_tokens_of_padding_stay_padding():
     assert torch.isfinite(pruned(call)[0]).all()
 
 
+def test_the_first_expert_stays_even_where_the_hidden_state_is_not_a_number():
+    """Rows of padding may hold anything."""
+    call = random_call(20, 4)
+    call[0][7:] = torch.nan
+    assert_agrees(call)
+
+
 def test_ids_beyond_the_last_expert_are_no_expert():
     """vLLM pads routings with such ids; they must not become addresses."""
     call = random_call(20, 4)
