@@ -98,10 +98,10 @@ class McmoeConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _layer_pruning(self, prefix: str, layer: "RoutedExperts") -> LayerPruning | None:
-        """The rule of a MoE layer at the target asked for, or None where the checkpoint has none.
+        """The rule of a MoE layer at the target asked for, or None where the checkpoint has none or it is switched off.
 
-        Switched off, the rule stays in the model and keeps everything: vLLM's compiled graphs, which it caches by the
-        model's config, do not depend on an environment variable.
+        Switched off by an environment variable, the rule stays in the model and keeps everything: vLLM's compiled
+        graphs, which it caches by the model's config, must not depend on the environment.
         """
         config = self.checkpoint.pruning
         source, request = _pruning_request()
@@ -113,9 +113,12 @@ class McmoeConfig(QuantizationConfig):
             return None
         if self._pruning_rules is None:
             self._pruning_rules = PruningRules.load(_model_directory(config.file_name), config)
+        target = resolve_target(config, request, source)
+        if target == 0 and source != PRUNING_VARIABLE:
+            return None
         return self._pruning_rules.layer(
             self.on_disk_names[prefix],
-            resolve_target(config, request, source),
+            target,
             top_k=layer.moe_config.experts_per_token,
             num_experts=layer.global_num_experts,
             hidden_size=layer.hidden_size,
