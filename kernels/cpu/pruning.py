@@ -45,17 +45,20 @@ class Field(IntEnum):
     COUNTS = 12  # int64 [2], increased
     OUT_WEIGHTS = 13  # like WEIGHTS, written
     OUT_IDS = 14  # like IDS, written
+    EXPERTS = 15  # value
+    BAD_ID = 16  # value, written: an expert id out of range, else -1
 
 
 (
     TOKENS, TOP_K, RANK, FEATURES, WEIGHTS, IDS, IDS_ARE_INT64, THRESHOLDS, SLOPES, BIAS, EXPERT_FEATURES, RENORMALIZE,
-    COUNTS, OUT_WEIGHTS, OUT_IDS,
+    COUNTS, OUT_WEIGHTS, OUT_IDS, EXPERTS, BAD_ID,
 ) = map(int, Field)  # fmt: skip
 
 
 @njit
 def _prune(p):
     counts = as_int64(p[COUNTS])
+    p[BAD_ID] = -1
     for token in range(p[TOKENS]):
         first = token * p[TOP_K]
         if p[IDS_ARE_INT64]:
@@ -86,6 +89,9 @@ def _prune_token(p, token, ids, out_ids, first):
     for j in range(1, top_k):
         weight, expert = out[first + j], out_ids[first + j]
         if expert < 0:
+            continue
+        if expert >= p[EXPERTS]:
+            p[BAD_ID] = expert
             continue
         seen += 1
         score = slopes[j - 1] * math.log(max(weight, TINY)) + slopes[top_k - 1 + j - 1] * first_log
@@ -141,7 +147,7 @@ def _cpu_prune_experts(
     out_weights, out_ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
     params = (ctypes.c_int64 * len(Field))()
     params[Field.TOKENS], params[Field.TOP_K], params[Field.RANK] = *topk_ids.shape, features.shape[1]
-    params[Field.IDS_ARE_INT64] = topk_ids.dtype == torch.int64
+    params[Field.IDS_ARE_INT64], params[Field.EXPERTS] = topk_ids.dtype == torch.int64, expert_bias.shape[0]
     for field, tensor in (
         (Field.FEATURES, features),
         (Field.WEIGHTS, topk_weights),
@@ -157,6 +163,8 @@ def _cpu_prune_experts(
     ):
         params[field] = tensor.data_ptr()
     compile_pruning()(ctypes.addressof(params))
+    if params[Field.BAD_ID] >= 0:
+        raise IndexError(f"topk_ids names expert {params[Field.BAD_ID]}, the pruning rule knows {expert_bias.shape[0]}")
     return out_weights, out_ids
 
 

@@ -134,6 +134,14 @@ def test_the_compiled_rule_agrees_with_the_reference_on_many_tokens(dtype):
     torch.testing.assert_close(found["cpu"][0][kept], found["reference"][0][kept])
 
 
+def test_an_expert_the_rule_does_not_know_is_an_error():
+    x, weights, ids = routed(2)
+    ids[7] = torch.tensor([0, EXPERTS])
+    weights[7] = torch.tensor([0.6, 0.4])
+    with pytest.raises(IndexError, match=f"names expert {EXPERTS}, the pruning rule knows {EXPERTS}"):
+        ratio([0.5], 0.0).on_device(torch.device("cpu"), "cpu")(x, weights, ids)
+
+
 def test_the_order_and_dtype_of_the_pairs_do_not_matter():
     x, weights, ids = routed(4)
     rule = ratio([0.5, 0.5, 0.5], 0.0)
