@@ -99,7 +99,7 @@ def resolve_target(config: PruningConfig, request: str | float, source: str = "p
         return config.target if request == "on" else 0.0
     try:
         target = float(request)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: --hf-overrides takes any JSON
         raise PruningError(f"{source} is {request!r}; expected off, on or a fraction such as 0.25.") from None
     check_target(target, config.top_k, source)
     return target
@@ -139,6 +139,9 @@ class LayerPruning(nn.Module):
         moved._prune_experts = prune_experts(backend)
         if device.type != "cpu":
             moved._pinned_counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        top_k = len(self.thresholds) + 1
+        nothing = torch.zeros(0, max(top_k, self.projection.shape[1]), device=device)
+        moved(nothing[:, : self.projection.shape[1]], nothing[:, :top_k], nothing[:, :top_k].int())  # compiles it now
         return moved
 
     def forward(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vllm_mcmoe.calibration.activations import Rows
 from vllm_mcmoe.calibration.experts import Activation, MoeInputs, intermediate
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.models import activation_function
@@ -26,14 +27,14 @@ from vllm_mcmoe.kernels.reference.pruning import TINY, by_weight, renormalized
 class RoutedTokens:
     """One MoE layer's N calibration tokens; experts of a token are ordered by routing weight, largest first.
 
-    x         float32 [N, hidden], what the experts are called with
+    x         float32 [N, hidden], what the experts are called with, a tensor or rows on disk
     weights   float32 [N, k], the routing weights that multiply the experts' outputs
     ids       int64   [N, k]
     products  float32 [N, k], g . E_j(x)
     """
 
     name: str
-    x: torch.Tensor
+    x: Rows
     weights: torch.Tensor
     ids: torch.Tensor
     products: torch.Tensor
@@ -54,9 +55,7 @@ def routed_tokens(model: LayerwiseModel, tokens: torch.Tensor, **options: Any) -
         yield RoutedTokens(trace.name, inputs.x, weights, ids, products)
 
 
-def _gradient_products(
-    layer: DecoderLayer, inputs: MoeInputs, gradients: torch.Tensor, activation: Activation
-) -> torch.Tensor:
+def _gradient_products(layer: DecoderLayer, inputs: MoeInputs, gradients: Rows, activation: Activation) -> torch.Tensor:
     """g . E_j(x) = (D^T g) . h, float32 [N, k]."""
     products = torch.zeros_like(inputs.topk_weights)
     for expert in range(len(layer.gate_up)):

@@ -41,7 +41,7 @@ class MaskRouter(nn.Module):
     def __init__(self, tokens: RoutedTokens, costs: torch.Tensor, num_experts: int, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        hidden, ranks = tokens.x.shape[1], costs.shape[1]
+        hidden, ranks = tokens.x[:1].shape[1], costs.shape[1]
         self.expert_bias = nn.Parameter(_mean_cost(tokens, costs, num_experts).log().float())
         self.weight_slopes = nn.Parameter(torch.stack((torch.full((ranks,), 2.0), torch.zeros(ranks))))
         self.projection = nn.Parameter(torch.randn(RANK, hidden, generator=generator) * hidden**-0.5)

@@ -240,7 +240,7 @@ def test_a_rule_is_written_replaced_and_switched_off(editable_checkpoint, evalua
 def test_a_killed_calibration_goes_on_from_its_finished_layers(
     editable_checkpoint, calibration_files, method, monkeypatch
 ):
-    """The rule is the same bytes, and no finished layer is done again."""
+    """The rule is the same bytes, wherever activations are kept, and no finished layer is done again."""
     budget = {"method": method, "sequences": 8, "length": LENGTH, "show_progress": False}
     calibrated, calibrate_layer = [], rules_module._calibrate_layer
 
@@ -261,7 +261,7 @@ def test_a_killed_calibration_goes_on_from_its_finished_layers(
     (resumed,) = editable_checkpoint.glob("pruning-*")
     monkeypatch.setattr(rules_module, "_calibrate_layer", calibrate_layer)
     resumed_bytes = resumed.read_bytes()
-    prune(editable_checkpoint, calibration_files, **budget)
+    prune(editable_checkpoint, calibration_files, activations="disk", **budget)
     assert [path.name for path in editable_checkpoint.glob("pruning-*")] == [resumed.name]
     assert resumed.read_bytes() == resumed_bytes
     assert not list(editable_checkpoint.parent.glob("*.partial"))
