@@ -23,6 +23,7 @@ from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightSource
 from vllm_mcmoe.calibration.models import activation_function
 from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.pruning.rules import layer_rules
+from vllm_mcmoe.calibration.sensitivity import kl_divergence
 from vllm_mcmoe.calibration.statistics import load_calibration_data
 from vllm_mcmoe.errors import PruningError, UnsupportedModelError
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, pruned_fraction, resolve_target
@@ -99,12 +100,47 @@ def evaluate(
     text = load_calibration_data(weights.model, data, sequences, length, log)
     subject = _FinalStates(weights, text.tokens, activations, show_progress, pruners)
     base = None if reference is None else _FinalStates(reference, text.tokens, activations, show_progress)
+    return _evaluation(subject, base, text, activations)
+
+
+def evaluate_pruning(
+    checkpoint: str | Path,
+    data: Sequence[str | Path],
+    targets: Sequence[float],
+    *,
+    activations: Activations = "int8",
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    log: Callable[[str], None] = lambda message: None,
+    show_progress: bool = True,
+) -> list[Evaluation]:
+    """evaluate(checkpoint, data, against=checkpoint, pruning=target) for every target, running the unpruned model once.
+
+    Raises as evaluate does.
+    """
+    weights = open_weights(checkpoint)
+    pruners = {target: _pruners(weights, target) for target in targets}
+    text = load_calibration_data(weights.model, data, sequences, length, log)
+    unpruned = _FinalStates(weights, text.tokens, activations, show_progress)
+    evaluations = []
+    for target in targets:
+        subject = (
+            _FinalStates(weights, text.tokens, activations, show_progress, pruners[target]) if target else unpruned
+        )
+        evaluations.append(_evaluation(subject, unpruned, text, activations))
+    return evaluations
+
+
+def _evaluation(
+    subject: "_FinalStates", base: "_FinalStates | None", text: TokenSequences, activations: Activations
+) -> Evaluation:
+    weights = subject.weights
     losses, mean_kl, agreement = _compare(subject, base, text.tokens)
     loss_by_file = _mean_loss_by_file(losses, text)
     expert_bytes, total_bytes, average_bits = _sizes(weights)
     return Evaluation(
-        model=Path(model),
-        against=None if against is None else Path(against),
+        model=weights.model.path,
+        against=None if base is None else base.weights.model.path,
         activations=activations if isinstance(weights, CheckpointWeights) else "float",
         tokens=losses.numel(),
         perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
@@ -115,7 +151,7 @@ def evaluate(
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         average_bits=average_bits,
-        pruned=pruned_fraction(pruners.values()),
+        pruned=pruned_fraction(subject.pruners.values()),
     )
 
 
@@ -143,7 +179,7 @@ class _FinalStates:
         show_progress: bool,
         pruners: Mapping[str, LayerPruning] | None = None,
     ):
-        self.model = LayerwiseModel(weights)
+        self.model, self.weights, self.pruners = LayerwiseModel(weights), weights, pruners or {}
         moe_layers, activation = weights.model.moe_layers, activation_function(weights.model)
         integer = activations == "int8" and isinstance(weights, CheckpointWeights)
         round_inputs = round_activations if integer else torch.Tensor.float
@@ -153,7 +189,7 @@ class _FinalStates:
                 range(self.model.num_layers), f"Running {weights.model.path.name}", show=show_progress
             ):
                 with self.model.loaded_layer(index) as layer:
-                    pruner = (pruners or {}).get(moe_layers.get(index))
+                    pruner = self.pruners.get(moe_layers.get(index))
                     with layer.experts_forward(experts_forward(layer, activation, round_inputs, pruner)):
                         self.batches = [layer(batch) for batch in self.batches]
 
@@ -175,7 +211,7 @@ def _compare(
             if base is not None:
                 expected = base.log_probs(number)
                 agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
-                kl += float((expected.exp() * (expected - log_probs)).sum(-1).double().sum())
+                kl += kl_divergence(expected, log_probs)
     if base is None:
         return torch.cat(losses), None, None
     return torch.cat(losses), kl / tokens.numel(), agreements / tokens.numel()

@@ -270,6 +270,11 @@ def _backward(
         yield batch.grad
 
 
+def kl_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Sum over all positions of KL(expected || found), nats. Both are log-probabilities [..., vocabulary]."""
+    return float((expected.exp() * (expected - found)).sum(-1).double().sum())
+
+
 def sample_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token per row, from softmax(logits). [n, vocabulary] -> int64 [n].
 

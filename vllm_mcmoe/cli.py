@@ -351,7 +351,7 @@ def prune(
         ),
     ] = None,
     evaluation: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result, which runs the model again.")
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result, two passes over the model.")
     ] = True,
     table: Annotated[bool, typer.Option("--table", help="Measure at 10, 20, ... 50% as well.")] = False,
     sequences: Sequences = 128,

@@ -12,6 +12,7 @@ import torch
 from vllm_mcmoe.calibration.experts_forward import pruned_layer
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.progress import progress
+from vllm_mcmoe.calibration.sensitivity import kl_divergence
 from vllm_mcmoe.pruning import LayerPruning
 
 # Every layer adds a copy of these tokens' hidden states: 2 GB for Mixtral-8x7B.
@@ -41,16 +42,12 @@ def measured_costs(
                     with pruned_layer(layer, model.description, pruners[names[index]]):
                         variants[names[index]] = [layer(batch) for batch in base]
                 base = [layer(batch) for batch in base]
-        return {name: _kl(model, base, batches) for name, batches in variants.items()}
-
-
-def _kl(model: LayerwiseModel, base: list[torch.Tensor], changed: list[torch.Tensor]) -> float:
-    total, count = 0.0, 0
-    for one, other in zip(base, changed, strict=True):
-        expected, found = model.logits(one).log_softmax(-1), model.logits(other).log_softmax(-1)
-        total += float((expected.exp() * (expected - found)).sum(-1).double().sum())
-        count += one.shape[0] * one.shape[1]
-    return total / count
+        costs = dict.fromkeys(variants, 0.0)
+        for number, batch in enumerate(base):
+            expected = model.logits(batch).log_softmax(-1)
+            for name, batches in variants.items():
+                costs[name] += kl_divergence(expected, model.logits(batches[number]).log_softmax(-1))
+        return {name: cost / tokens.numel() for name, cost in costs.items()}
 
 
 def layer_scales(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:

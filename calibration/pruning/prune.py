@@ -13,7 +13,7 @@ from typing import Any
 from vllm_mcmoe.calibration.activations import Storage
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, find_data_files
-from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate
+from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate_pruning
 from vllm_mcmoe.calibration.files import write_atomically
 from vllm_mcmoe.calibration.identity import identity_of_model, identity_of_program, identity_of_tokens
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
@@ -103,7 +103,8 @@ def prune(
     largest = (description.top_k - 1) / description.top_k
     targets = sorted({0.0, target, *(t for t in TABLE if table and t <= largest)})
     options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
-    return [_point(t, evaluate(checkpoint, evaluation_data, against=checkpoint, pruning=t, **options)) for t in targets]
+    found = evaluate_pruning(checkpoint, evaluation_data, targets, **options)
+    return [_point(target, evaluation) for target, evaluation in zip(targets, found, strict=True)]
 
 
 def _point(target: float, result: Evaluation) -> PrunedPoint:
