@@ -140,8 +140,8 @@ class LayerPruning(nn.Module):
         if device.type != "cpu":
             moved._pinned_counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         top_k = len(self.thresholds) + 1
-        nothing = torch.zeros(0, max(top_k, self.projection.shape[1]), device=device)
-        moved(nothing[:, : self.projection.shape[1]], nothing[:, :top_k], nothing[:, :top_k].int())  # compiles it now
+        nothing = torch.zeros(0, top_k, device=device)
+        moved(torch.zeros(0, self.projection.shape[1], device=device), nothing, nothing.int())  # compiles it now
         return moved
 
     def forward(
@@ -150,12 +150,13 @@ class LayerPruning(nn.Module):
         """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> float32 weights and ids
         in any order, with -1 for dropped experts and the kept weights renormalised."""
         weights, ids = self._prune_experts(
-            features(x, self.projection),
+            x,
             topk_weights,
             topk_ids,
             self.thresholds,
             self.weight_slopes,
             self.expert_bias,
+            self.projection,
             self.expert_features,
             self.renormalize,
             self.counts,
@@ -163,13 +164,6 @@ class LayerPruning(nn.Module):
         if self._pinned_counts is not None:
             self._pinned_counts.copy_(self.counts, non_blocking=True)
         return weights, ids
-
-
-def features(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """What a mask router looks at besides the routing weights: U x, float32 [T, rank]."""
-    if projection.shape[0] == 0:
-        return x.new_empty((x.shape[0], 0), dtype=torch.float32)
-    return x.float() @ projection.t()
 
 
 def ratio_pruning(ratios: torch.Tensor, renormalize: torch.Tensor, num_experts: int, hidden_size: int) -> LayerPruning:

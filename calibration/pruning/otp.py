@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from vllm_mcmoe.calibration.pruning.costs import RoutedTokens
-from vllm_mcmoe.kernels.reference.pruning import scores
-from vllm_mcmoe.pruning import ROUTER_TENSORS, features
+from vllm_mcmoe.kernels.reference.pruning import features, scores
+from vllm_mcmoe.pruning import ROUTER_TENSORS
 
 # On the reference model, predicted cost of held-out tokens after training on 8 to 120 thousand:
 RANK = 8  # 1 loses a third of what the hidden state adds to the routing weights, 16 adds nothing

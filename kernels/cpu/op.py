@@ -7,10 +7,9 @@ import torch
 
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
 from vllm_mcmoe.kernels.cpu.moe import CHUNK, GROUP_ROWS, ROWS, Field
-from vllm_mcmoe.kernels.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
+from vllm_mcmoe.kernels.cpu.vectors import DTYPES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 MAX_TOKENS = 2048  # tokens of one pass; longer inputs take several, so that the workspace stays below 100 MB or so
 TASKS_PER_THREAD = 8  # of the down projection: enough to even out cores of different speed
 DOWN_SUMS_BYTES = 1024 * 1024  # of a task of the down projection: [tokens, rows] float32 should stay in L2

@@ -6,7 +6,6 @@ more than skipping an expert gains.
 
 import ctypes
 import math
-from enum import IntEnum
 from functools import cache
 
 import numpy as np
@@ -15,44 +14,55 @@ from numba import cfunc, njit, types
 
 from vllm_mcmoe.kernels.cpu.compiled import source_digest
 from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64
+from vllm_mcmoe.kernels.cpu.vectors import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT32,
+    LANES,
+    dot_bfloat16,
+    dot_float16,
+    dot_float32,
+)
 from vllm_mcmoe.kernels.reference import pruning as reference
 
 TINY = float(reference.TINY)
+# More tokens than this are projected by torch, on all threads: one thread takes 1 to 2 us for each.
+PROJECTED_HERE = 64
 
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
-    "cpu_prune_experts(Tensor features, Tensor topk_weights, Tensor topk_ids, Tensor thresholds, Tensor weight_slopes, "
-    "Tensor expert_bias, Tensor expert_features, Tensor renormalize, Tensor(a!) counts) -> (Tensor, Tensor)",
+    "cpu_prune_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor thresholds, Tensor weight_slopes, "
+    "Tensor expert_bias, Tensor projection, Tensor expert_features, Tensor renormalize, Tensor(a!) counts) "
+    "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
-
-class Field(IntEnum):
-    """Positions in the int64 array a call passes to the compiled code. Addresses unless said otherwise."""
-
-    TOKENS = 0  # value
-    TOP_K = 1  # value
-    RANK = 2  # value, of the features
-    FEATURES = 3  # float32 [tokens, rank]
-    WEIGHTS = 4  # float32 [tokens, top_k]
-    IDS = 5  # [tokens, top_k]
-    IDS_ARE_INT64 = 6  # value: 1 for int64 ids, 0 for int32
-    THRESHOLDS = 7  # float32 [top_k - 1]
-    SLOPES = 8  # float32 [2, top_k - 1]
-    BIAS = 9  # float32 [experts]
-    EXPERT_FEATURES = 10  # float32 [experts, rank]
-    RENORMALIZE = 11  # float32 [1]
-    COUNTS = 12  # int64 [2], increased
-    OUT_WEIGHTS = 13  # like WEIGHTS, written
-    OUT_IDS = 14  # like IDS, written
-    EXPERTS = 15  # value
-    BAD_ID = 16  # value, written: an expert id out of range, else -1
-
-
+# The int64 array a call passes to the compiled code, in this order: plain integers, as a call fills it in microseconds.
+# Addresses unless said otherwise.
 (
-    TOKENS, TOP_K, RANK, FEATURES, WEIGHTS, IDS, IDS_ARE_INT64, THRESHOLDS, SLOPES, BIAS, EXPERT_FEATURES, RENORMALIZE,
-    COUNTS, OUT_WEIGHTS, OUT_IDS, EXPERTS, BAD_ID,
-) = map(int, Field)  # fmt: skip
+    TOKENS,  # value
+    TOP_K,  # value
+    EXPERTS,  # value
+    RANK,  # value, of the features
+    HIDDEN,  # value, 0 where X holds the features already
+    DTYPE,  # value, of X
+    IDS_ARE_INT64,  # value: 1 for int64 ids, 0 for int32
+    BAD_ID,  # value, written: an expert id out of range, else -1
+    X,  # DTYPE [tokens, hidden], or float32 [tokens, rank]
+    WEIGHTS,  # float32 [tokens, top_k]
+    IDS,  # [tokens, top_k]
+    THRESHOLDS,  # float32 [top_k - 1]
+    SLOPES,  # float32 [2, top_k - 1]
+    BIAS,  # float32 [experts]
+    PROJECTION,  # float32 [rank, hidden]
+    EXPERT_FEATURES,  # float32 [experts, rank]
+    RENORMALIZE,  # float32 [1]
+    COUNTS,  # int64 [2], increased
+    OUT_WEIGHTS,  # like WEIGHTS, written
+    OUT_IDS,  # like IDS, written
+    FEATURES,  # float32 [rank], written where HIDDEN is not 0: of the token at hand
+) = range(21)
+_Parameters = ctypes.c_int64 * 21
 
 
 @njit
@@ -61,16 +71,34 @@ def _prune(p):
     p[BAD_ID] = -1
     for token in range(p[TOKENS]):
         first = token * p[TOP_K]
+        _project(p, token)
         if p[IDS_ARE_INT64]:
-            seen, dropped = _prune_token(p, token, as_int64(p[IDS]), as_int64(p[OUT_IDS]), first)
+            seen, dropped = _prune_token(p, as_int64(p[IDS]), as_int64(p[OUT_IDS]), first)
         else:
-            seen, dropped = _prune_token(p, token, as_int32(p[IDS]), as_int32(p[OUT_IDS]), first)
+            seen, dropped = _prune_token(p, as_int32(p[IDS]), as_int32(p[OUT_IDS]), first)
         counts[0] += seen
         counts[1] += dropped
 
 
 @njit
-def _prune_token(p, token, ids, out_ids, first):
+def _project(p, token):
+    """FEATURES of this token."""
+    if p[HIDDEN] == 0:
+        p[FEATURES] = p[X] + 4 * token * p[RANK]
+        return
+    features, vectors = as_float32(p[FEATURES]), p[HIDDEN] // LANES
+    for i in range(p[RANK]):
+        row, first = p[PROJECTION] + 4 * i * p[HIDDEN], token * p[HIDDEN]
+        if p[DTYPE] == FLOAT32:
+            features[i] = dot_float32(p[X] + 4 * first, row, vectors)
+        elif p[DTYPE] == BFLOAT16:
+            features[i] = dot_bfloat16(p[X] + 2 * first, row, vectors)
+        else:
+            features[i] = dot_float16(p[X] + 2 * first, row, vectors)
+
+
+@njit
+def _prune_token(p, ids, out_ids, first):
     """Rank the pairs, drop, renormalise. Returns the experts seen and dropped."""
     top_k = p[TOP_K]
     weights, out = as_float32(p[WEIGHTS]), as_float32(p[OUT_WEIGHTS])
@@ -95,7 +123,7 @@ def _prune_token(p, token, ids, out_ids, first):
             continue
         seen += 1
         score = slopes[j - 1] * math.log(max(weight, TINY)) + slopes[top_k - 1 + j - 1] * first_log
-        if score + _expert_score(p, token, expert) >= thresholds[j - 1]:
+        if score + _expert_score(p, expert) >= thresholds[j - 1]:
             kept += weight
         else:
             out_ids[first + j] = -1
@@ -108,11 +136,11 @@ def _prune_token(p, token, ids, out_ids, first):
 
 
 @njit
-def _expert_score(p, token, expert):
+def _expert_score(p, expert):
     rank, score = p[RANK], as_float32(p[BIAS])[expert]
     features, expert_features = as_float32(p[FEATURES]), as_float32(p[EXPERT_FEATURES])
     for i in range(rank):
-        score += features[token * rank + i] * expert_features[expert * rank + i]
+        score += features[i] * expert_features[expert * rank + i]
     return score
 
 
@@ -130,41 +158,53 @@ def compile_pruning():
 
 
 def _cpu_prune_experts(
-    features,
+    x,
     topk_weights,
     topk_ids,
     thresholds,
     weight_slopes,
     expert_bias,
+    projection,
     expert_features,
     renormalize,
     counts,
 ):
-    features, topk_weights = features.float().contiguous(), topk_weights.float().contiguous()
-    topk_ids = topk_ids.contiguous()
+    (tokens, top_k), (rank, hidden) = topk_ids.shape, projection.shape
+    if rank and (tokens > PROJECTED_HERE or hidden % LANES):
+        x, hidden = reference.features(x, projection), 0
+    elif x.dtype not in DTYPES:
+        x = x.float()
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.float().contiguous(), topk_ids.contiguous()
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.to(torch.int64)
     out_weights, out_ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
-    params = (ctypes.c_int64 * len(Field))()
-    params[Field.TOKENS], params[Field.TOP_K], params[Field.RANK] = *topk_ids.shape, features.shape[1]
-    params[Field.IDS_ARE_INT64], params[Field.EXPERTS] = topk_ids.dtype == torch.int64, expert_bias.shape[0]
-    for field, tensor in (
-        (Field.FEATURES, features),
-        (Field.WEIGHTS, topk_weights),
-        (Field.IDS, topk_ids),
-        (Field.THRESHOLDS, thresholds),
-        (Field.SLOPES, weight_slopes),
-        (Field.BIAS, expert_bias),
-        (Field.EXPERT_FEATURES, expert_features),
-        (Field.RENORMALIZE, renormalize),
-        (Field.COUNTS, counts),
-        (Field.OUT_WEIGHTS, out_weights),
-        (Field.OUT_IDS, out_ids),
-    ):
-        params[field] = tensor.data_ptr()
+    features = (ctypes.c_float * rank)()
+    params = _Parameters(
+        tokens,
+        top_k,
+        expert_bias.shape[0],
+        rank,
+        hidden,
+        DTYPES[x.dtype],
+        topk_ids.dtype == torch.int64,
+        -1,
+        x.data_ptr(),
+        topk_weights.data_ptr(),
+        topk_ids.data_ptr(),
+        thresholds.data_ptr(),
+        weight_slopes.data_ptr(),
+        expert_bias.data_ptr(),
+        projection.data_ptr(),
+        expert_features.data_ptr(),
+        renormalize.data_ptr(),
+        counts.data_ptr(),
+        out_weights.data_ptr(),
+        out_ids.data_ptr(),
+        ctypes.addressof(features),
+    )
     compile_pruning()(ctypes.addressof(params))
-    if params[Field.BAD_ID] >= 0:
-        raise IndexError(f"topk_ids names expert {params[Field.BAD_ID]}, the pruning rule knows {expert_bias.shape[0]}")
+    if params[BAD_ID] >= 0:
+        raise IndexError(f"topk_ids names expert {params[BAD_ID]}, the pruning rule knows {expert_bias.shape[0]}")
     return out_weights, out_ids
 
 
@@ -172,17 +212,7 @@ _LIBRARY.impl("cpu_prune_experts", _cpu_prune_experts, "CPU")
 
 
 @torch.library.register_fake("vllm_mcmoe::cpu_prune_experts", lib=_LIBRARY)
-def _fake(
-    features,
-    topk_weights,
-    topk_ids,
-    thresholds,
-    weight_slopes,
-    expert_bias,
-    expert_features,
-    renormalize,
-    counts,
-):
+def _fake(x, topk_weights, topk_ids, *_):
     ids_dtype = topk_ids.dtype if topk_ids.dtype == torch.int32 else torch.int64
     return topk_weights.new_empty(topk_weights.shape, dtype=torch.float32), topk_ids.new_empty(
         topk_ids.shape, dtype=ids_dtype

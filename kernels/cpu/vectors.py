@@ -6,8 +6,9 @@ ones: one source for every CPU and, with the fused multiply-adds spelled out, th
 
 import math
 
+import torch
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import F16, F32, I8, I16, I32, I64
@@ -18,6 +19,7 @@ VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
 VI32, VI16, VI8 = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the compiled code names the dtype of activations and output
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 
 
@@ -225,3 +227,25 @@ def _write(dtype: int):
 
 
 write_float32, write_bfloat16, write_float16 = map(_write, (FLOAT32, BFLOAT16, FLOAT16))
+
+
+def _dot(dtype: int):
+    """dot(x, y, vectors): sum of products of 16 * vectors numbers, x of `dtype`, y float32, both addresses."""
+
+    @intrinsic
+    def dot(typing_context, x, y, vectors):
+        def emit(context, builder, signature, args):
+            total = cgutils.alloca_once_value(builder, constant(VF32, 0.0))
+            with cgutils.for_range(builder, args[2]) as loop:
+                x_address = builder.add(args[0], builder.mul(loop.index, I64(LANES * _BYTES[dtype])))
+                y_address = builder.add(args[1], builder.mul(loop.index, I64(LANES * _BYTES[FLOAT32])))
+                lanes = _widen(builder, dtype, x_address, 0)
+                builder.store(fma(builder, lanes, load(builder, VF32, y_address), builder.load(total)), total)
+            return call(builder, "llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), builder.load(total))
+
+        return types.float32(types.int64, types.int64, types.int64), emit
+
+    return dot
+
+
+dot_float32, dot_bfloat16, dot_float16 = map(_dot, (FLOAT32, BFLOAT16, FLOAT16))

@@ -2,7 +2,7 @@
 
 The experts of a token are ranked by routing weight. Rank 0 is kept; rank r > 0, expert e, is kept where
 
-    slope_r log w_r + slope'_r log w_0 + expert_bias_e + expert_features_e . features >= threshold_r
+    slope_r log w_r + slope'_r log w_0 + expert_bias_e + expert_features_e . (projection x) >= threshold_r
 
 and the kept weights take over the share `renormalize` of what was dropped.
 """
@@ -10,6 +10,14 @@ and the kept weights take over the share `renormalize` of what was dropped.
 import torch
 
 TINY = torch.finfo(torch.float32).tiny  # rows of padding may have routing weights of 0
+
+
+def features(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """What a score looks at besides the routing weights: projection x, float32 [T, rank]. x [T, hidden], projection
+    float32 [rank, hidden]."""
+    if projection.shape[0] == 0:
+        return x.new_empty((x.shape[0], 0), dtype=torch.float32)
+    return x.float() @ projection.t()
 
 
 def scores(
@@ -65,22 +73,23 @@ def drop(
 
 
 def prune_experts(
-    features: torch.Tensor,
+    x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     thresholds: torch.Tensor,
     weight_slopes: torch.Tensor,
     expert_bias: torch.Tensor,
+    projection: torch.Tensor,
     expert_features: torch.Tensor,
     renormalize: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """topk_weights float and topk_ids integer [T, k] in any order -> float32 weights and ids, largest weight first,
-    -1 for dropped experts; other backends return the pairs in any order. thresholds float32 [k - 1], renormalize
-    float32 [], counts int64 [2] is written."""
+    """x [T, hidden], topk_weights float and topk_ids integer [T, k] in any order -> float32 weights and ids, largest
+    weight first, -1 for dropped experts; other backends return the pairs in any order. thresholds float32 [k - 1],
+    projection float32 [rank, hidden], renormalize float32 [], counts int64 [2] is written."""
     weights, ids = by_weight(topk_weights, topk_ids)
     found = scores(
-        features,
+        features(x, projection),
         weights,
         ids,
         weight_slopes=weight_slopes,

@@ -74,12 +74,13 @@ def prune_kernel(
 
 @torch.library.custom_op("mcmoe::triton_prune_experts", mutates_args=("counts",))
 def prune_experts(
-    features: torch.Tensor,
+    x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     thresholds: torch.Tensor,
     weight_slopes: torch.Tensor,
     expert_bias: torch.Tensor,
+    projection: torch.Tensor,
     expert_features: torch.Tensor,
     renormalize: torch.Tensor,
     counts: torch.Tensor,
@@ -94,7 +95,7 @@ def prune_experts(
     block_tokens = max(1, COMPARISONS_PER_PROGRAM // lanes**2)
     out_weights, out_ids = _like_outputs(topk_weights, topk_ids)
     prune_kernel[(triton.cdiv(tokens, block_tokens),)](
-        features.contiguous(),
+        reference.features(x, projection).contiguous(),
         topk_weights.contiguous(),
         topk_ids.contiguous(),
         thresholds,
@@ -107,7 +108,7 @@ def prune_experts(
         out_ids,
         tokens,
         EXPERTS=expert_bias.shape[0],
-        RANK=features.shape[1],
+        RANK=projection.shape[0],
         TOP_K=top_k,
         LANES=lanes,
         BLOCK_TOKENS=block_tokens,
@@ -124,5 +125,5 @@ def _like_outputs(topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> tuple[t
 
 
 @prune_experts.register_fake
-def _(features, topk_weights, topk_ids, *_) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x, topk_weights, topk_ids, *_) -> tuple[torch.Tensor, torch.Tensor]:
     return _like_outputs(topk_weights, topk_ids)

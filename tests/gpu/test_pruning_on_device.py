@@ -57,8 +57,8 @@ def test_the_counts_of_many_programs_are_exact(prune_experts):
 
 
 def test_switched_off_every_weight_is_exactly_as_it_was(prune_experts):
-    features, weights, ids, thresholds, *rule = random_call(300, 8)
-    call = (features, weights, ids, torch.full_like(thresholds, -torch.inf), *rule)
+    x, weights, ids, thresholds, *rule = random_call(300, 8)
+    call = (x, weights, ids, torch.full_like(thresholds, -torch.inf), *rule)
     found_weights, found_ids = prune_experts(*on_device(call))
     assert torch.equal(found_ids.cpu(), ids)
     assert torch.equal(found_weights.cpu()[ids >= 0], weights[ids >= 0])

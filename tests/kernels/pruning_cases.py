@@ -3,6 +3,7 @@
 import torch
 
 EXPERTS = 12
+HIDDEN = 32
 
 
 def random_call(
@@ -16,12 +17,13 @@ def random_call(
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:top_k] for _ in range(tokens)])
     ids[torch.rand(tokens, top_k, generator=generator) < 0.1] = -1
     return (
-        torch.randn(tokens, rank, generator=generator),
+        torch.randn(tokens, HIDDEN, generator=generator),
         torch.rand(tokens, top_k, generator=generator),
         ids.to(ids_dtype),
         torch.randn(top_k - 1, generator=generator),
         torch.randn(2, top_k - 1, generator=generator),
         torch.randn(EXPERTS, generator=generator),
+        torch.randn(rank, HIDDEN, generator=generator) * HIDDEN**-0.5,
         torch.randn(EXPERTS, rank, generator=generator),
         torch.tensor(0.4),
         torch.tensor([1000, 100]),

@@ -35,7 +35,9 @@ def assert_agrees(call: tuple[torch.Tensor, ...]) -> None:
 
 
 def replaced(call: tuple[torch.Tensor, ...], **changes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    names = ["features", "weights", "ids", "thresholds", "slopes", "bias", "expert_features", "renormalize", "counts"]
+    names = [
+        "x", "weights", "ids", "thresholds", "slopes", "bias", "projection", "expert_features", "renormalize", "counts",
+    ]  # fmt: skip
     return tuple(changes.get(name, tensor) for name, tensor in zip(names, call, strict=True))
 
 
@@ -134,8 +136,8 @@ def test_arguments_need_not_be_contiguous():
 
 
 def test_no_tokens_are_pruned_to_no_tokens():
-    features, weights, ids, *rule = random_call(3, 4)
-    found_weights, found_ids, counts = pruned((features[:0], weights[:0], ids[:0], *rule))
+    x, weights, ids, *rule = random_call(3, 4)
+    found_weights, found_ids, counts = pruned((x[:0], weights[:0], ids[:0], *rule))
     assert found_weights.shape == found_ids.shape == (0, 4)
     assert counts.tolist() == rule[-1].tolist()
 

@@ -118,19 +118,29 @@ def test_padding_stays_padding_and_is_not_counted(backend):
     assert rule.counts.tolist() == [10, 5]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_compiled_rule_agrees_with_the_reference_on_many_tokens(dtype):
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [48, 36])  # 36 is no multiple of a vector's 16 lanes
+def test_the_compiled_rule_agrees_with_the_reference_for_few_tokens_and_many(ids_dtype, dtype, hidden):
+    """Few tokens are projected by the compiled code, many by torch."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(500, HIDDEN, generator=generator).bfloat16()
+    x = torch.randn(500, hidden, generator=generator).to(dtype)
     weights = torch.rand(500, 4, generator=generator)
-    ids = torch.randint(-1, EXPERTS, (500, 4), generator=generator).to(dtype)
-    found = {}
+    ids = torch.randint(-1, EXPERTS, (500, 4), generator=generator).to(ids_dtype)
+    tensors = learned_tensors(4) | {"projection": torch.randn(3, hidden, generator=generator)}
+    rules = {}
     for backend in ("reference", "cpu"):
-        rule = LayerPruning(torch.tensor([0.0, 0.5, 1.0]), torch.tensor(0.4), learned_tensors(4))
-        found[backend] = rule.on_device(torch.device("cpu"), backend)(x, weights, ids)
-    assert torch.equal(found["cpu"][1], found["reference"][1])
-    kept = found["reference"][1] >= 0
-    torch.testing.assert_close(found["cpu"][0][kept], found["reference"][0][kept])
+        rule = LayerPruning(torch.tensor([0.0, 0.5, 1.0]), torch.tensor(0.4), tensors)
+        rules[backend] = rule.on_device(torch.device("cpu"), backend)
+    for tokens in (slice(0, 1), slice(1, 65), slice(65, 500)):
+        call = x[tokens], weights[tokens], ids[tokens]
+        wanted_weights, wanted_ids = rules["reference"](*call)
+        found_weights, found_ids = rules["cpu"](*call)
+        assert torch.equal(found_ids, wanted_ids)
+        kept = wanted_ids >= 0
+        torch.testing.assert_close(found_weights[kept], wanted_weights[kept])
+    assert 0 < rules["cpu"].counts[1] < rules["cpu"].counts[0]
+    assert torch.equal(rules["cpu"].counts, rules["reference"].counts)
 
 
 def test_an_expert_the_rule_does_not_know_is_an_error():
