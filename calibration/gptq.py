@@ -125,7 +125,7 @@ def quantize_gptq(
 ) -> QuantizedMatrix:
     """Quantise so that the layer's output changes least.
 
-    weight   [out, in], any float dtype, in divisible by 128
+    weight   [out, in], any float dtype
     factor   HessianFactor of the matrix' inputs
     options  should be those the factor was built with
     name     what errors call the matrix
@@ -145,13 +145,12 @@ def quantize_gptq(
     codes = _gptq_codes(weight, grid, factor, options, static, name)
     if options.refinement_sweeps:
         codes = refine(weight, codes, grid, factor.hessian, options.refinement_sweeps)
-    return grid.matrix(codes.unflatten(-1, (-1, GROUP_SIZE)))
+    return grid.matrix(codes)
 
 
 def _search(weight: torch.Tensor, bits: int, factor: HessianFactor, options: GPTQOptions, name: str) -> Grid:
     search = "mse" if options.mse_search else "minmax"
-    groups = weight.unflatten(-1, (-1, GROUP_SIZE))
-    return search_grid(groups, bits, search, factor.hessian.diagonal(), name)
+    return search_grid(weight, bits, search, factor.hessian.diagonal(), name)
 
 
 def _gptq_codes(
@@ -187,9 +186,10 @@ def _gptq_codes(
 def _refit_group(
     grid: Grid, group: int, block: torch.Tensor, factor: HessianFactor, options: GPTQOptions, name: str
 ) -> None:
-    """Search a group's grid anew on its weights as compensation has left them. block: [out, 128]."""
+    """Search a group's grid anew on its weights as compensation has left them. block: [out, 128], fewer columns in
+    a last group that is not whole."""
     columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
     search = "mse" if options.mse_search else "minmax"
     importance = factor.hessian.diagonal()[columns]
-    fresh = search_grid(block[:, None], grid.bits, search, importance, name)
+    fresh = search_grid(block, grid.bits, search, importance, name)
     grid.scales[:, group], grid.zeros[:, group] = fresh.scales[:, 0], fresh.zeros[:, 0]

@@ -56,7 +56,7 @@ class _State:
 
     def loss(self) -> torch.Tensor:
         """float32 [out]. Error and gradient are computed anew, so that rounding does not accumulate over sweeps."""
-        self.error = self.grid.decode(self.codes.unflatten(-1, (-1, GROUP_SIZE))).flatten(-2) - self.weight
+        self.error = self.grid.decode(self.codes) - self.weight
         self.gradient = self.error @ self.hessian
         return (self.error * self.gradient).sum(1)
 
@@ -88,7 +88,8 @@ class _State:
             self._move(group, (codes - zeros) * scales[:, None] - self.weight[:, group])
 
 
-# Both fits: codes, without [out, 128]; block [128, 128]; scales, zeros [out, 1] and returned so, fp16-representable.
+# Both fits: codes, without [out, 128]; block [128, 128], smaller in a last group that is not whole; scales, zeros
+# [out, 1] and returned so, fp16-representable.
 
 
 def _fit_scale(

@@ -4,7 +4,8 @@ In tensor operations each step over 128 columns is a dozen tiny calls, which cos
 than in arithmetic (0.9 s for a 1024 x 256 matrix at 2 bits on a busy two-core machine; 0.03 s here). The products
 between blocks of 128 columns stay matrix multiplications in torch.
 
-Rows are shared out over threads of torch's count. All arrays are C-contiguous float32 unless said otherwise.
+Rows are shared out over threads of torch's count. All arrays are C-contiguous float32 unless said otherwise. Where a
+shape says 128, a last group that is not whole has fewer.
 """
 
 from collections.abc import Callable
@@ -85,9 +86,9 @@ def descend_block(codes, gradients, scales, hessian, step, largest):
 def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, iterations):
     """Best of several shrunken ranges per group, each improved by alternating nearest codes with the best grid.
 
-    groups         [rows, in/128, 128]
-    scales, zeros  [rows, in/128]: in, a grid over the whole range; out, the best found
-    column_weight  [in/128, 128], positive sums
+    groups         [rows, groups, 128]
+    scales, zeros  [rows, groups]: in, a grid over the whole range; out, the best found
+    column_weight  [groups, 128], positive sums
     shares         [starts], parts of the range's lower and of its upper half to start from, in all combinations
     """
     codes = np.empty(groups.shape[2], dtype=np.float32)

@@ -6,11 +6,15 @@ Codes of one group of 128 are contiguous, so slicing rows or whole groups (tenso
 A plane of b bits stores code k at bit b*k of the group's bytes, little-endian: byte i of a 2-bit plane holds codes
 4i .. 4i+3 from the low bits up. A 3-bit group is a 2-bit plane of the low bits (32 bytes), then a 1-bit plane of the
 high bit (16 bytes).
+
+Where `in` is no multiple of 128 the last group is filled up with codes 0. They stand for no weight: readers crop them,
+and kernels, which compute whole groups, meet activations of 0 there.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 GROUP_SIZE = 128
 WIDTHS = (1, 2, 3, 4, 8)
@@ -27,6 +31,27 @@ def planes(bits: int) -> tuple[int, ...]:
 def packed_bytes_per_group(bits: int) -> int:
     """Bytes of one group of 128 codes: 16 * bits."""
     return sum(planes(bits)) * GROUP_SIZE // 8
+
+
+def group_count(features: int) -> int:
+    """Groups of 128 that hold so many features, the last one possibly in part."""
+    return -(-features // GROUP_SIZE)
+
+
+def padded(features: int) -> int:
+    """Features rounded up to whole groups."""
+    return group_count(features) * GROUP_SIZE
+
+
+def to_groups(values: torch.Tensor) -> torch.Tensor:
+    """[..., in] -> [..., ceil(in/128), 128], the last group filled up with zeros; a view where nothing is missing."""
+    missing = -values.shape[-1] % GROUP_SIZE
+    return (F.pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, GROUP_SIZE))
+
+
+def from_groups(groups: torch.Tensor, features: int) -> torch.Tensor:
+    """Inverse of to_groups: [..., ceil(in/128), 128] -> contiguous [..., in]."""
+    return groups.flatten(-2)[..., :features].contiguous()
 
 
 def _pack_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -49,16 +74,13 @@ def _unpack_plane(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes into the checkpoint layout.
 
-    codes: uint8 [out, in], each below 2**bits, in divisible by 128 -> uint8 [out, in/128, 16*bits].
-    Raises ValueError for a wrong width, an indivisible in or a code out of range.
+    codes: uint8 [out, in], each below 2**bits -> uint8 [out, ceil(in/128), 16*bits].
+    Raises ValueError for a wrong width or a code out of range.
     """
     plane_bits = planes(bits)
-    out_features, in_features = codes.shape
-    if in_features % GROUP_SIZE:
-        raise ValueError(f"in_features {in_features} is not divisible by the group size {GROUP_SIZE}")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
-    groups = codes.reshape(out_features, in_features // GROUP_SIZE, GROUP_SIZE)
+    groups = to_groups(codes)
     parts, shift = [], 0
     for width in plane_bits:
         parts.append(_pack_plane((groups >> shift) & ((1 << width) - 1), width))
@@ -67,7 +89,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of pack_codes: uint8 [out, in/128, 16*bits] -> uint8 [out, in]."""
+    """Inverse of pack_codes, except that padding stays: uint8 [out, groups, 16*bits] -> uint8 [out, 128*groups]."""
     plane_bits = planes(bits)
     if qweight.shape[-1] != packed_bytes_per_group(bits):
         raise ValueError(
@@ -83,12 +105,12 @@ def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """One linear map of one expert, as the checkpoint stores it.
+    """One linear map of one expert, as the checkpoint stores it: whole groups, whose padding it does not know of.
 
     bits     1, 2, 3, 4 or 8
-    qweight  uint8   [out, in/128, 16*bits]  codes, see the module's text
-    scales   float16 [out, in/128]           > 0
-    zeros    float16 [out, in/128]           in units of codes, not rounded; None at 1 bit, where it is 0.5
+    qweight  uint8   [out, groups, 16*bits]  codes, see the module's text
+    scales   float16 [out, groups]           > 0; 0 in rows that a kernel's layout adds
+    zeros    float16 [out, groups]           in units of codes, not rounded; None at 1 bit, where it is 0.5
     """
 
     bits: int
@@ -102,25 +124,30 @@ class PackedMatrix:
 
     @property
     def in_features(self) -> int:
+        """Of whole groups."""
         return self.qweight.shape[1] * GROUP_SIZE
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the checkpoint, scales and zeros included."""
+        """Bytes in the checkpoint: scales, zeros and the last group's padding included."""
         return sum(t.nbytes for t in (self.qweight, self.scales, self.zeros) if t is not None)
 
     def codes(self) -> torch.Tensor:
-        """uint8 [out, in]."""
+        """uint8 [out, 128*groups]."""
         return unpack_codes(self.qweight, self.bits)
 
     def float_zeros(self) -> torch.Tensor:
-        """float32 [out, in/128], the constant 0.5 at 1 bit."""
+        """float32 [out, groups], the constant 0.5 at 1 bit."""
         if self.zeros is None:
             return torch.full_like(self.scales, ONE_BIT_ZERO, dtype=torch.float32)
         return self.zeros.float()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[out, in] weights; computed in float32, then cast."""
-        groups = self.codes().reshape(*self.scales.shape, GROUP_SIZE).float()
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:
+        """[out, in] weights; computed in float32, then cast.
+
+        in_features: the matrix' own, where its last group has padding; None if it has none. Padding has no meaning as
+        weights.
+        """
+        groups = to_groups(self.codes()).float()
         weight = self.scales.float().unsqueeze(-1) * (groups - self.float_zeros().unsqueeze(-1))
-        return weight.flatten(-2).to(dtype)
+        return from_groups(weight, in_features or self.in_features).to(dtype)

@@ -1,4 +1,9 @@
-"""The checkpoint tensors of one MoE layer while vLLM loads them: parameters, slicing for this rank, completeness."""
+"""The checkpoint tensors of one MoE layer while vLLM loads them: parameters, slicing for this rank, completeness.
+
+Kernels compute whole groups of 128. Parameters are therefore as large as whole groups are, and rows that the model does
+not have get scale 0, so that their output is exactly 0. Tensor parallelism shares out whole groups of the intermediate
+size, unevenly where they do not divide: 1408 = 11 groups over 2 ranks are 5 and 6.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +13,7 @@ from torch import nn
 
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS, tensor_suffixes
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
 
 # vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down.
 GATE, UP, DOWN = "w1", "w3", "w2"
@@ -29,6 +34,12 @@ class Shard:
     def local_expert(self, global_id: int) -> int | None:
         return self.expert_ids.index(global_id) if global_id in self.expert_ids else None
 
+    def groups(self, intermediate_size: int) -> range:
+        """This rank's groups of the whole layer's intermediate size; ranks differ by one at most."""
+        count = group_count(intermediate_size)
+        first, end = (count * rank // self.tp_size for rank in (self.tp_rank, self.tp_rank + 1))
+        return range(first, end)
+
 
 class ProjectionWeights(nn.Module):
     """One projection of every local expert in checkpoint layout; experts differ in width.
@@ -37,12 +48,15 @@ class ProjectionWeights(nn.Module):
     qweight  uint8   flat, experts one after the other, each [rows, groups, 16*bits]
     scales   float16 [experts, rows, groups]
     zeros    float16 [experts, rows, groups], unused where bits is 1
+
+    Rows are whole groups; those the model lacks are zeros in all three, which matrices() sees to.
     """
 
-    def __init__(self, bits: Sequence[int], rows: int, groups: int):
+    def __init__(self, bits: Sequence[int], rows: int, groups: int, padding: Sequence[slice]):
+        """padding: the rows that no tensor of the checkpoint fills."""
         super().__init__()
         self.bits = tuple(bits)
-        self.rows, self.groups = rows, groups
+        self.rows, self.groups, self.padding = rows, groups, padding
         self.sizes = [rows * groups * packed_bytes_per_group(width) for width in bits]
         self.qweight = _parameter((sum(self.sizes),), torch.uint8)
         self.scales = _parameter((len(bits), rows, groups), torch.float16)
@@ -57,8 +71,11 @@ class ProjectionWeights(nn.Module):
 
     def matrices(self) -> Iterator[PackedMatrix]:
         for expert, bits in enumerate(self.bits):
-            zeros = None if bits == 1 else self.view(expert, ZEROS)
-            yield PackedMatrix(bits, self.view(expert, QWEIGHT), self.view(expert, SCALES), zeros)
+            tensors = {suffix: self.view(expert, suffix) for suffix in tensor_suffixes(bits)}
+            for rows in self.padding:
+                for tensor in tensors.values():
+                    tensor[rows] = 0
+            yield PackedMatrix(bits, tensors[QWEIGHT], tensors[SCALES], tensors.get(ZEROS))
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -68,7 +85,9 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class LayerWeights:
     """Both projections of a layer, what has been loaded of them, and the loaders vLLM calls.
 
-    gate_up [2*intermediate, hidden], gate rows first; down [hidden, intermediate]; intermediate is this rank's.
+    hidden_size, intermediate_size   of this rank's kernels: whole groups
+    gate_up                          [2*intermediate_size, hidden_size], gate rows first
+    down                             [hidden_size, intermediate_size]
     """
 
     def __init__(
@@ -77,13 +96,30 @@ class LayerWeights:
         shard: Shard,
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
-        hidden_size: int,
-        intermediate_size: int,
+        model_hidden_size: int,
+        model_intermediate_size: int,
     ):
+        """model_hidden_size, model_intermediate_size: of the whole layer, over all ranks, as config.json has them."""
         self.layer_name = layer_name
         self.shard = shard
-        self.gate_up = ProjectionWeights(gate_up_bits, 2 * intermediate_size, hidden_size // GROUP_SIZE)
-        self.down = ProjectionWeights(down_bits, hidden_size, intermediate_size // GROUP_SIZE)
+        self._model_shape = {
+            GATE: (model_intermediate_size, group_count(model_hidden_size)),
+            DOWN: (model_hidden_size, group_count(model_intermediate_size)),
+        }
+        groups = shard.groups(model_intermediate_size)
+        rows = range(groups.start * GROUP_SIZE, min(groups.stop * GROUP_SIZE, model_intermediate_size))
+        self._part = {GATE: (rows, range(group_count(model_hidden_size))), DOWN: (range(model_hidden_size), groups)}
+        self.hidden_size, self.intermediate_size = padded(model_hidden_size), len(groups) * GROUP_SIZE
+        up = self.intermediate_size  # its first row in gate_up
+        self.gate_up = ProjectionWeights(
+            gate_up_bits,
+            2 * up,
+            self.hidden_size // GROUP_SIZE,
+            padding=[slice(len(rows), up), slice(up + len(rows), 2 * up)],
+        )
+        self.down = ProjectionWeights(
+            down_bits, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
+        )
         self._loaded: set[tuple[int, str, str]] = set()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -116,20 +152,17 @@ class LayerWeights:
         bits = projection.bits[expert]
         if suffix not in tensor_suffixes(bits):
             raise FormatError(f"{where}: present in the checkpoint, but a {bits}-bit matrix has none.")
-        target = projection.view(expert, suffix)
-        axis = 1 if shard_id == DOWN else 0  # tensor parallelism slices whole groups of down, rows of gate and up
-        if shard_id != DOWN:
-            half = target.shape[0] // 2
-            target = target.narrow(0, 0 if shard_id == GATE else half, half)
-        size = target.shape[axis]
-        expected = list(target.shape)
-        expected[axis] = size * self.shard.tp_size
+        which = DOWN if shard_id == DOWN else GATE
+        (rows, groups), first = self._part[which], self.intermediate_size if shard_id == UP else 0
+        target = projection.view(expert, suffix)[first : first + len(rows)]
+        expected = [*self._model_shape[which], *target.shape[2:]]
         if list(loaded.shape) != expected or loaded.dtype != target.dtype:
             raise FormatError(
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {target.dtype} {expected} for "
                 f"{bits} bits. config.json and the safetensors files do not belong together, or a file is damaged."
             )
-        target.copy_(loaded.narrow(axis, size * self.shard.tp_rank, size))
+        # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
+        target.copy_(loaded[rows.start : rows.stop, groups.start : groups.stop])
         self._loaded.add((expert, shard_id, suffix))
 
     def check_complete(self) -> None:

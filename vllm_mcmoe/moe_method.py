@@ -4,6 +4,7 @@ import functools
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -15,6 +16,7 @@ from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels import experts_class
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
 from vllm_mcmoe.support import check_layer
@@ -62,13 +64,15 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts."""
+        """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts.
+
+        intermediate_size_per_partition is not what this rank gets: groups of 128 stay whole (Shard.groups).
+        """
         check_layer(
             layer.layer_name,
             self.bits,
             num_experts=layer.global_num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size_per_partition,
+            intermediate_size=self.moe.intermediate_size,
             tp_size=self.moe.tp_size,
             activation=layer.activation.value,
             backend=self.backend,
@@ -85,8 +89,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             shard,
             gate_up_bits=[self.bits.gate_up[expert] for expert in shard.expert_ids],
             down_bits=[self.bits.down[expert] for expert in shard.expert_ids],
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size_per_partition,
+            model_hidden_size=hidden_size,
+            model_intermediate_size=self.moe.intermediate_size,
         )
         for name, parameter in self.weights.parameters():
             layer.register_parameter(name, parameter)
@@ -102,8 +106,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         layer.mcmoe_experts = experts_class(self.backend).prepare(
             self.weights.gate_up.matrices(),
             self.weights.down.matrices(),
-            hidden_size=layer.hidden_size,
-            intermediate_size=layer.intermediate_size_per_partition,
+            hidden_size=self.weights.hidden_size,
+            intermediate_size=self.weights.intermediate_size,
             gate_up_bits=self.weights.gate_up.bits,
             down_bits=self.weights.down.bits,
             activation=layer.activation.value,
@@ -132,7 +136,11 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0).long()]
             topk_ids = torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
-        return layer.mcmoe_experts(x, topk_weights, topk_ids)
+        hidden_size = x.shape[-1]
+        missing = -hidden_size % GROUP_SIZE
+        if not missing:
+            return layer.mcmoe_experts(x, topk_weights, topk_ids)
+        return layer.mcmoe_experts(F.pad(x, (0, missing)), topk_weights, topk_ids)[:, :hidden_size].contiguous()
 
 
 @functools.cache

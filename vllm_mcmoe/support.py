@@ -3,7 +3,7 @@
 from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels import supported_activations
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, group_count
 
 
 def check_layer(
@@ -11,7 +11,6 @@ def check_layer(
     bits: ExpertBits,
     *,
     num_experts: int,
-    hidden_size: int,
     intermediate_size: int,
     tp_size: int,
     activation: str,
@@ -22,22 +21,19 @@ def check_layer(
     """Raises FormatError or UnsupportedModelError naming the layer, what was found and what to do.
 
     num_experts        of the whole layer, over all ranks
-    intermediate_size  of this rank: the model's divided by tp_size
+    intermediate_size  of the whole layer, over all ranks
     weight_on_input    the model multiplies the routing weight into the experts' input, not their output
     """
     if num_experts != bits.num_experts:
         raise FormatError(
             f"{name}: the model has {num_experts} experts, quantization_config.experts lists {bits.num_experts}."
         )
-    if hidden_size % GROUP_SIZE:
+    groups = group_count(intermediate_size)
+    if groups < tp_size:
         raise UnsupportedModelError(
-            f"{name}: hidden size {hidden_size} is not divisible by the group size {GROUP_SIZE}."
-        )
-    if intermediate_size % GROUP_SIZE:
-        raise UnsupportedModelError(
-            f"{name}: the experts' intermediate size {intermediate_size * tp_size} over tensor parallel size {tp_size} "
-            f"gives {intermediate_size} per rank, not divisible by the group size {GROUP_SIZE}. Use a smaller tensor "
-            "parallel size, or --enable-expert-parallel, which keeps experts whole."
+            f"{name}: the experts' intermediate size {intermediate_size} has {groups} groups of {GROUP_SIZE}, fewer "
+            f"than the {tp_size} tensor parallel ranks that share them. Use a smaller tensor parallel size, or "
+            "--enable-expert-parallel, which keeps experts whole."
         )
     if activation not in supported_activations(backend):
         raise UnsupportedModelError(

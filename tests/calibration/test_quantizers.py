@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_mcmoe.calibration.quantizers import SMALLEST_SCALE, QuantizedMatrix, quantize_rtn
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, group_count
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def representable(bits: int, rows: int = 8, columns: int = 256, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     codes[:, 0::GROUP_SIZE], codes[:, 1::GROUP_SIZE] = 0, (1 << bits) - 1
-    shape = (rows, columns // GROUP_SIZE)
+    shape = (rows, group_count(columns))
     scales = (torch.rand(shape, generator=generator) + 0.5).half()
     zeros = None if bits == 1 else (torch.rand(shape, generator=generator) * (1 << bits)).half()
     return QuantizedMatrix(bits, codes, scales, zeros).dequantize()
@@ -45,11 +45,12 @@ def test_representable_weights_come_back(bits, search):
     torch.testing.assert_close(restored, weight, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("columns", [256, 192, 100])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_packing_keeps_every_weight(bits):
-    matrix = quantize_rtn(gaussian(), bits)
+def test_packing_keeps_every_weight(bits, columns):
+    matrix = quantize_rtn(gaussian(columns=columns), bits)
     packed = matrix.pack()
-    assert torch.equal(packed.dequantize(), matrix.dequantize())
+    assert torch.equal(packed.dequantize(in_features=columns), matrix.dequantize())
     assert (packed.zeros is None) == (bits == 1)
     assert (matrix.codes.dtype, matrix.scales.dtype) == (torch.uint8, torch.float16)
 
@@ -151,9 +152,32 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
         quantize_rtn(weight, 2, name="layer.3.down")
 
 
+@pytest.mark.parametrize("search", ["mse", "minmax"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_smaller_last_group_is_quantised_as_a_matrix_of_its_own(bits, search):
+    weight = gaussian(columns=320)
+    weight += 0.05  # a group away from zero, which filling it up with zeros would widen
+    importance = torch.rand(320, generator=torch.Generator().manual_seed(1))
+    matrix = quantize_rtn(weight, bits, search=search, importance=importance)
+    parts = [
+        quantize_rtn(weight[:, columns], bits, search=search, importance=importance[columns])
+        for columns in (slice(256), slice(256, 320))
+    ]
+    assert torch.equal(matrix.codes, torch.cat([part.codes for part in parts], dim=1))
+    assert torch.equal(matrix.scales, torch.cat([part.scales for part in parts], dim=1))
+    assert torch.equal(matrix.dequantize(), torch.cat([part.dequantize() for part in parts], dim=1))
+
+
+def test_a_negligible_smaller_last_group_keeps_a_normal_scale():
+    weight = gaussian(columns=192)
+    weight[:, GROUP_SIZE:] *= 1e-6
+    assert float(quantize_rtn(weight, 2).scales.min()) >= SMALLEST_SCALE
+
+
 @pytest.mark.parametrize(
-    ("columns", "bits", "message"), [(100, 2, "divisible by 128"), (128, 5, "bit-width 5 is not one of")]
+    ("shape", "bits", "message"),
+    [((2, 128), 5, "bit-width 5 is not one of"), ((2, 2, 128), 2, r"expected \[out, in\]")],
 )
-def test_shapes_and_widths_outside_the_format_are_refused(columns, bits, message):
+def test_shapes_and_widths_outside_the_format_are_refused(shape, bits, message):
     with pytest.raises(ValueError, match=message):
-        quantize_rtn(torch.ones(2, columns), bits)
+        quantize_rtn(torch.ones(shape), bits)

@@ -12,14 +12,16 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, pack_co
 matrix_sizes = {"bits": st.sampled_from(WIDTHS), "seed": st.integers(0, 2**31)}
 
 
-@given(rows=st.integers(1, 9), groups=st.integers(1, 4), **matrix_sizes)
-@settings(max_examples=60, deadline=None)
-def test_unpacking_gives_back_the_packed_codes(bits, rows, groups, seed):
+@given(rows=st.integers(1, 9), columns=st.integers(1, 4 * GROUP_SIZE), **matrix_sizes)
+@settings(max_examples=100, deadline=None)
+def test_unpacking_gives_back_the_packed_codes_and_zeros_in_the_padding(bits, rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (rows, groups * GROUP_SIZE), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     packed = pack_codes(codes, bits)
-    assert packed.shape == (rows, groups, 16 * bits)
-    assert torch.equal(unpack_codes(packed, bits), codes)
+    assert packed.shape == (rows, -(-columns // GROUP_SIZE), 16 * bits)
+    unpacked = unpack_codes(packed, bits)
+    assert torch.equal(unpacked[:, :columns], codes)
+    assert not unpacked[:, columns:].any()
 
 
 @pytest.mark.parametrize(
@@ -49,9 +51,10 @@ def test_a_width_the_format_lacks_is_refused():
         pack_codes(torch.zeros(1, GROUP_SIZE, dtype=torch.uint8), 5)
 
 
-def test_an_input_width_that_is_no_multiple_of_the_group_is_refused():
-    with pytest.raises(ValueError, match="in_features 100 is not divisible"):
-        pack_codes(torch.zeros(1, 100, dtype=torch.uint8), 2)
+def test_dequantizing_crops_the_padding_where_the_true_width_is_given():
+    matrix = PackedMatrix(2, pack_codes(torch.ones(1, 100, dtype=torch.uint8), 2), *torch.ones(2, 1, 1).half())
+    assert matrix.dequantize(in_features=100).tolist() == [[0.0] * 100]
+    assert matrix.dequantize().tolist() == [[0.0] * 100 + [-1.0] * 28]
 
 
 def test_dequantized_weight_is_scale_times_code_minus_zero():

@@ -6,7 +6,8 @@ import torch
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
+from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, pack_codes, padded
+from vllm_mcmoe.kernels.reference import fused_experts
 
 LAYER = "model.layers.0.mlp.experts"
 HIDDEN, INTERMEDIATE = 256, 512
@@ -16,7 +17,7 @@ GATE_UP_BITS, DOWN_BITS = (1, 2, 3, 4), (8, 1, 2, 3)
 def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    groups = columns // GROUP_SIZE
+    groups = group_count(columns)
     scales = torch.rand(rows, groups, generator=generator).half() + 0.5
     zeros = None if bits == 1 else torch.rand(rows, groups, generator=generator).half()
     return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
@@ -24,23 +25,27 @@ def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix
 
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[tuple[int, str], PackedMatrix]:
+    return random_checkpoint(HIDDEN, INTERMEDIATE)
+
+
+def random_checkpoint(hidden: int, intermediate: int) -> dict[tuple[int, str], PackedMatrix]:
     """(expert, shard id) -> matrix: w1 gate, w3 up, w2 down."""
     matrices = {}
     for expert, (gate_up, down) in enumerate(zip(GATE_UP_BITS, DOWN_BITS, strict=True)):
-        matrices[expert, "w1"] = random_matrix(gate_up, INTERMEDIATE, HIDDEN, seed=10 * expert)
-        matrices[expert, "w3"] = random_matrix(gate_up, INTERMEDIATE, HIDDEN, seed=10 * expert + 1)
-        matrices[expert, "w2"] = random_matrix(down, HIDDEN, INTERMEDIATE, seed=10 * expert + 2)
+        matrices[expert, "w1"] = random_matrix(gate_up, intermediate, hidden, seed=10 * expert)
+        matrices[expert, "w3"] = random_matrix(gate_up, intermediate, hidden, seed=10 * expert + 1)
+        matrices[expert, "w2"] = random_matrix(down, hidden, intermediate, seed=10 * expert + 2)
     return matrices
 
 
-def layer_weights(shard: Shard) -> LayerWeights:
+def layer_weights(shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> LayerWeights:
     return LayerWeights(
         LAYER,
         shard,
         gate_up_bits=[GATE_UP_BITS[e] for e in shard.expert_ids],
         down_bits=[DOWN_BITS[e] for e in shard.expert_ids],
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE // shard.tp_size,
+        model_hidden_size=hidden,
+        model_intermediate_size=intermediate,
     )
 
 
@@ -83,6 +88,63 @@ def test_tensor_parallel_ranks_slice_rows_of_gate_up_and_groups_of_down(checkpoi
         assert torch.equal(torch.cat([up for _, up in slices]), checkpoint[expert, "w3"].dequantize())
         columns = [list(weights.down.matrices())[expert].dequantize() for weights in ranks]
         assert torch.equal(torch.cat(columns, dim=1), checkpoint[expert, "w2"].dequantize())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tp_size"),
+    [(576, 352, 1), (192, 1408, 2), (192, 352, 2), (256, 360, 3), (192, 160, 2)],
+)
+def test_ranks_of_any_sizes_add_up_to_the_experts_without_padding(hidden, intermediate, tp_size):
+    """Against float weights of the model's own sizes; whole groups are shared out, evenly or not."""
+    checkpoint = random_checkpoint(hidden, intermediate)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, hidden, generator=generator)
+    topk_weights, topk_ids = (
+        torch.rand(5, 2, generator=generator),
+        torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2], [0, 3]]),
+    )
+
+    expected = torch.zeros(5, hidden)
+    for token, (ids, weights) in enumerate(zip(topk_ids.tolist(), topk_weights, strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            gate, up = (checkpoint[expert, w].dequantize(in_features=hidden) @ x[token] for w in ("w1", "w3"))
+            down = checkpoint[expert, "w2"].dequantize(in_features=intermediate)
+            expected[token] += weight * (down @ (torch.nn.functional.silu(gate) * up))
+
+    total, groups = torch.zeros(5, padded(hidden)), 0
+    for rank in range(tp_size):
+        weights = layer_weights(Shard((0, 1, 2, 3), rank, tp_size), hidden, intermediate)
+        for _, parameter in weights.parameters():
+            parameter.data.view(torch.uint8).fill_(255)  # NaN as fp16: what memory may hold before it is loaded
+        load(weights, checkpoint)
+        weights.check_complete()
+        gate_up, down = list(weights.gate_up.matrices()), list(weights.down.matrices())
+        x_padded = torch.nn.functional.pad(x, (0, padded(hidden) - hidden))
+        total += fused_experts(x_padded, topk_weights, topk_ids, gate_up, down, activations="float")
+        groups += weights.intermediate_size // 128
+    assert groups == group_count(intermediate)
+    # float32 sums in another order over at most 1408 products
+    torch.testing.assert_close(total[:, :hidden], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert not total[:, hidden:].any()
+
+
+def test_a_rank_copies_its_slice_alone(checkpoint):
+    """What the others keep is never read: vLLM hands over tensors mapped from files larger than memory."""
+    weights = layer_weights(Shard((0, 1, 2, 3), tp_rank=1, tp_size=2))
+    parameter = dict(weights.parameters())["w2_qweight"]
+    sliced = []
+
+    class Recording(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            result = super().__torch_function__(function, types, args, kwargs or {})
+            if function is torch.Tensor.copy_:
+                sliced.append(args[1].shape)
+            return result
+
+    loaded = checkpoint[0, "w2"].qweight.as_subclass(Recording)
+    parameter.weight_loader(param=parameter, loaded_weight=loaded, weight_name="", shard_id="w2", expert_id=0)
+    assert sliced == [(HIDDEN, 2, 128)]
 
 
 def test_expert_parallel_ranks_take_their_own_experts_and_decline_the_others(checkpoint):

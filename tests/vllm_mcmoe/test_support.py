@@ -7,8 +7,7 @@ from vllm_mcmoe.support import check_layer
 LAYER = "model.layers.0.block_sparse_moe.experts"
 MIXTRAL_OVER_TWO_RANKS = {
     "num_experts": 8,
-    "hidden_size": 4096,
-    "intermediate_size": 7168,
+    "intermediate_size": 14336,
     "tp_size": 2,
     "activation": "silu",
     "backend": "cpu",
@@ -25,20 +24,23 @@ def test_a_mixtral_layer_is_accepted():
     check()
 
 
+def test_groups_that_ranks_share_unevenly_are_accepted():
+    check(intermediate_size=1408, tp_size=4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_experts": 16}, "the model has 16 experts, quantization_config.experts lists 8"),
-        ({"hidden_size": 4000}, "hidden size 4000 is not divisible by the group size 128"),
         (
-            {"intermediate_size": 192, "tp_size": 4},
-            "intermediate size 768 over tensor parallel size 4 gives 192 per rank.*--enable-expert-parallel",
+            {"intermediate_size": 768, "tp_size": 8},
+            "768 has 6 groups of 128, fewer than the 8 tensor parallel ranks.*--enable-expert-parallel",
         ),
         ({"activation": "relu2"}, "activation 'relu2' is not supported; the cpu kernels have .*silu"),
         ({"weight_on_input": True}, "routing weights to the input"),
         ({"has_bias": True}, "experts with biases"),
     ],
-    ids=["experts", "hidden", "intermediate", "activation", "weight on input", "bias"],
+    ids=["experts", "fewer groups than ranks", "activation", "weight on input", "bias"],
 )
 def test_a_layer_that_cannot_be_served_is_refused_by_name(change, message):
     with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}"):
