@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_mcmoe.calibration.memory import release_freed_memory
-from vllm_mcmoe.calibration.models import LAYER_PREFIX, MoeModel, check_tensors, split_layer_name
+from vllm_mcmoe.calibration.models import LAYER_PREFIX, ModelFamily, MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
@@ -60,22 +61,55 @@ class WeightSource(Protocol):
 
 
 class WeightFiles:
-    """The WeightSource of a 16-bit model directory."""
+    """The WeightSource of a 16-bit model directory.
+
+    Experts have a name each, also those of families that keep them in one tensor per layer. Decoder layers beyond the
+    model's own (multi-token prediction) are left out: transformers does not run them, and a draft model could not be
+    served from experts of 16 bits beside quantised ones.
+    """
 
     def __init__(self, model: MoeModel):
         """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
         self.model = model
         self.files = TensorFiles(model.path)
+        self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         check_tensors(model, self.files.info)
+        self._slices = _expert_slices(model)
+        fused = {name for name, _ in self._slices.values()}
+        self._names = [name for name in self.files.info if name not in fused] + list(self._slices)
+
+    def _belongs(self, name: str) -> bool:
+        split = split_layer_name(name)
+        return split is None or split[0] < self.model.num_layers
 
     def names(self) -> list[str]:
-        return list(self.files.info)
+        return self._names
 
     def read(self, name: str) -> torch.Tensor:
-        return self.files.read(name)
+        if name not in self._slices:
+            return self.files.read(name)
+        stacked, part = self._slices[name]
+        return self.files.read(stacked, part).squeeze(0)
 
     def numel(self, name: str) -> int:
-        return self.files.info[name].numel
+        if name not in self._slices:
+            return self.files.info[name].numel
+        return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
+
+
+def _expert_slices(model: MoeModel) -> dict[str, tuple[str, tuple[slice, ...]]]:
+    """For a family with stacked experts: name of one matrix -> the tensor it is in, and where."""
+    slices = {}
+    for part in model.family.fused_experts:
+        for layer, layer_name in model.moe_layers.items():
+            for expert in range(model.num_experts):
+                start = 0
+                for projection in model.projections(part):
+                    rows = slice(start, start + model.projection_shape(projection)[0])
+                    name = f"{model.expert_tensor(layer_name, expert, projection)}.weight"
+                    slices[name] = (model.fused_tensor(layer, part), (slice(expert, expert + 1), rows))
+                    start = rows.stop
+    return slices
 
 
 @dataclass
@@ -84,6 +118,7 @@ class DecoderLayer:
 
     module: nn.Module
     kwargs: dict[str, Any]
+    family: ModelFamily
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: float32 [sequences, length, hidden] -> same shape."""
@@ -91,20 +126,25 @@ class DecoderLayer:
         return output[0] if isinstance(output, tuple) else output
 
     @property
+    def experts(self) -> nn.Module | None:
+        """Transformers' module of all routed experts; None in a dense layer."""
+        return getattr(self.module.get_submodule(self.family.moe_module), "experts", None)
+
+    @property
     def gate_up(self) -> torch.Tensor:
         """float32 [experts, 2*intermediate, hidden], gate rows first."""
-        return self.module.mlp.experts.gate_up_proj
+        return self.experts.gate_up_proj
 
     @property
     def down(self) -> torch.Tensor:
         """float32 [experts, hidden, intermediate]."""
-        return self.module.mlp.experts.down_proj
+        return self.experts.down_proj
 
     @contextmanager
     def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
         """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
         topk_weights [N, k]) -> [N, H]. A dense layer stays as it is."""
-        experts = getattr(self.module.mlp, "experts", None)
+        experts = self.experts
         if experts is None:
             yield
             return
@@ -115,9 +155,17 @@ class DecoderLayer:
             del experts.forward
 
     @contextmanager
-    def router_logits(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """Within the block receive([N, experts]) is called with the router's logits before each experts call."""
-        handle = self.module.mlp.gate.register_forward_hook(lambda module, args, output: receive(output[0]))
+    def router_scores(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Within the block receive(float32 [N, experts]) is called before each experts call with the scores of all
+        experts, from which the router selects."""
+        position = self.family.router_logits
+        score = torch.sigmoid if self.family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
+
+        def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
+            receive(score(output[position].detach().float()))
+
+        router = self.module.get_submodule(f"{self.family.moe_module}.{self.family.router}")
+        handle = router.register_forward_hook(hook)
         try:
             yield
         finally:
@@ -198,12 +246,13 @@ class LayerwiseModel:
         """Read a decoder layer's weights as float32. Raises FormatError naming tensors that are missing."""
         layer = self.module.model.layers[index]
         state = self._layer_state(index)
-        missing = [name for name, _ in layer.named_parameters() if name not in state]
-        if missing:
-            raise FormatError(
-                f"{self.description.path}: {LAYER_PREFIX}{index} lacks {', '.join(missing[:3])} "
-                "in its safetensors files."
-            )
+        expected = layer.state_dict()
+        for fault, names in (("lacks", expected.keys() - state), ("has unknown tensors", state.keys() - expected)):
+            if names:
+                raise FormatError(
+                    f"{self.description.path}: {LAYER_PREFIX}{index} {fault} {', '.join(sorted(names)[:3])} "
+                    "in its safetensors files."
+                )
         layer.load_state_dict(state, strict=True, assign=True)
         return layer.requires_grad_(False)
 
@@ -235,7 +284,7 @@ class LayerwiseModel:
         """The decoder layer with its weights, which are dropped at the end of the block."""
         module = self.load_layer(index)
         try:
-            yield DecoderLayer(module, self._kwargs[index])
+            yield DecoderLayer(module, self._kwargs[index], self.description.family)
         finally:
             module.to("meta")
             release_freed_memory()
@@ -252,8 +301,9 @@ class LayerwiseModel:
         """What embed returns, one batch at a time; the embeddings are in memory until the last."""
         embedding = self.module.get_input_embeddings()
         self._load_outer("model.embed_tokens", embedding)
+        multiplier = self._config_factor(self.description.family.embedding_multiplier)
         for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-            yield embedding(batch)
+            yield embedding(batch) * multiplier
         embedding.to("meta")
 
     def note_layer_arguments(self, length: int) -> None:
@@ -272,7 +322,11 @@ class LayerwiseModel:
         """Last layer's output [..., hidden] -> float32 logits [..., vocabulary]. lm_head stays in memory until
         release_head."""
         self._load_outer("lm_head", self.module.lm_head)
-        return self.module.lm_head(self.module.model.norm(hidden))
+        logits = self.module.lm_head(self.module.model.norm(hidden))
+        return logits / self._config_factor(self.description.family.logits_divisor)
+
+    def _config_factor(self, key: str | None) -> float:
+        return 1.0 if key is None else getattr(self.description.config, key)
 
     def release_head(self) -> None:
         self.module.lm_head.to("meta")
@@ -304,7 +358,8 @@ def _skeleton(description: MoeModel) -> PreTrainedModel:
             config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
         )
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    stored = model.state_dict().keys()  # buffers that files hold come with their layer
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
     if empty:  # torch multiplies by them without complaint and returns garbage
         raise UnsupportedModelError(
             f"{description.path}: no file holds {empty[0]}, and its adapter does not compute it."

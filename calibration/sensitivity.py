@@ -49,7 +49,7 @@ class MoeTrace:
     name            the layer's name
     layer           the loaded decoder layer, usable until the next trace is asked for
     inputs          what the experts are called with
-    router_probs    float32 [N, experts], softmax over all experts
+    router_probs    float32 [N, experts], the router's scores of all experts: softmax, or sigmoid in some families
     gradients       float32 [N, hidden], g_t above, a tensor or rows on disk; None in a forward-only sweep
     gradient_norms  float32 [N], |g_t|^2; None in a forward-only sweep
     output_peak     largest |value| of the decoder layer's output hidden states, and
@@ -90,9 +90,6 @@ class _Recording:
         self.peak = 0.0
         self.medians: list[float] = []
 
-    def receive_logits(self, logits: torch.Tensor) -> None:
-        self.router_probs.append(logits.detach().float().softmax(dim=-1))
-
     def receive_gradient(self, gradient: torch.Tensor) -> None:
         if self.gradients is None:
             self.gradients = self._store.create(f"{SCRATCH}moe-gradients", self._tokens)
@@ -119,7 +116,7 @@ class _Recording:
 
 def _run_recorded(layer: DecoderLayer, batch: torch.Tensor, recording: _Recording) -> torch.Tensor:
     """layer(batch), recording; with autograd on, a hook will record the gradient at the experts' output."""
-    experts = layer.module.mlp.experts
+    experts = layer.experts
     compute = type(experts).forward
 
     def record(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -129,7 +126,7 @@ def _run_recorded(layer: DecoderLayer, batch: torch.Tensor, recording: _Recordin
             output.register_hook(recording.receive_gradient)
         return output
 
-    with layer.router_logits(recording.receive_logits), layer.experts_forward(record):
+    with layer.router_scores(recording.router_probs.append), layer.experts_forward(record):
         output = layer(batch)
     recording.receive_output(output)
     return output

@@ -258,8 +258,8 @@ def _load_measured(work: WorkDirectory | None, name: str) -> _MeasuredLayer | No
 def routing_statistics(router_probs: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How often each expert was selected, and the sum of its routing weights where it was.
 
-    router_probs: float32 [N, E], softmax over all experts, before top-k renormalisation (docs/method.md, section 1: the
-    paper's w_i times N); topk_ids: int64 [N, k] -> int64 [E], float64 [E].
+    router_probs: float32 [N, E], scores of all experts, before top-k renormalisation (docs/method.md, section 1: with
+    softmax the paper's w_i times N); topk_ids: int64 [N, k] -> int64 [E], float64 [E].
     """
     num_experts = router_probs.shape[1]
     activation_count = torch.bincount(topk_ids.flatten(), minlength=num_experts)

@@ -59,14 +59,15 @@ class TensorFiles:
             if name not in self.info:
                 raise FormatError(f"{self.directory / INDEX_FILE}: tensor {name} is not in {file}, as it says.")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in memory of its own. Raises FormatError if there is none of that name."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The tensor as stored, or a part of it, in memory of its own. Raises FormatError if there is none of that
+        name."""
         info = self.info.get(name)
         if info is None:
             raise FormatError(f"{self.directory}: tensor {name} is missing from its safetensors files.")
         # safetensors maps the file; whatever was read would stay resident for as long as the handle is open.
         with _open(info.file) as handle:
-            return handle.get_tensor(name).clone()
+            return (handle.get_slice(name)[part] if part else handle.get_tensor(name)).clone()
 
 
 def _open(path: Path) -> safe_open:

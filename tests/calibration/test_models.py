@@ -6,15 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.calibration.conftest import layerwise
-from tests.tiny_models import make_qwen3
+from tests.tiny_models import edit_config, make_qwen3
 from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
-
-
-def edit_config(model, **changes) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_tensors(model, edit) -> None:
@@ -101,7 +96,9 @@ def test_a_sliding_window_is_respected(editable_model, tokens):
 
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(editable_model):
     edit_config(editable_model, architectures=["LlamaForCausalLM"], model_type="llama")
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*MixtralForCausalLM, Qwen3MoeForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM is not supported; supported: Mix.*, Granite"
+    ):
         describe_model(editable_model)
 
 
@@ -113,8 +110,6 @@ def test_a_path_without_a_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 192}, r"hidden_size is 192.*not divisible by the group size 128"),
-        ({"intermediate_size": 500}, r"intermediate_size is 500"),
         ({"hidden_act": "relu"}, r"hidden_act is 'relu'; supported: silu"),
         ({"model_type": "no-such-type"}, r"transformers cannot read it"),
     ],

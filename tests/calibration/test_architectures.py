@@ -1,0 +1,256 @@
+"""Every supported architecture, as a tiny random model of the real transformers class, below the engine."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.calibration.conftest import QUICK, layerwise
+from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
+from vllm_mcmoe.calibration.artifacts import Factors
+from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized, open_weights
+from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
+from vllm_mcmoe.calibration.models import FAMILIES, MoeModel, describe_model
+from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.checkpoint import read_checkpoint_config
+from vllm_mcmoe.errors import UnsupportedModelError
+
+SEQUENCES, LENGTH = 6, 64
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory, reference_model):
+    """make(kind, **changes): a tiny model's directory, made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str, **changes) -> Path:
+        key = f"{kind} {changes}"
+        if key not in made:
+            made[key] = make_tiny(kind, tmp_path_factory.mktemp(kind) / "model", reference_model, **changes)
+        return made[key]
+
+    return make
+
+
+@dataclass
+class Quantized:
+    """model: what the checkpoint was made of; factors: what was measured on the way."""
+
+    model: Path
+    checkpoint: Path
+    factors: Factors
+
+    @property
+    def description(self) -> MoeModel:
+        return describe_model(self.model)
+
+
+@pytest.fixture(scope="module")
+def quantized(make, tmp_path_factory, calibration_files):
+    """quantized(kind): a tiny model at 3 bits, linears at 4, made once."""
+    done: dict[str, Quantized] = {}
+
+    def quantized(kind: str) -> Quantized:
+        if kind not in done:
+            out = tmp_path_factory.mktemp(kind) / "checkpoint"
+            options = {"recipe": QUICK, "sequences": SEQUENCES, "length": LENGTH, "show_progress": False}
+            quantize(make(kind), out, calibration_files, bits=3.0, **options)
+            done[kind] = Quantized(make(kind), out, Factors.load(out / "factors.json"))
+        return done[kind]
+
+    return quantized
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Of transformers' own loading and forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def layer_by_layer_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = layerwise(path)
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+        for index in range(model.num_layers):
+            with model.loaded_layer(index) as layer:
+                hidden = [layer(batch) for batch in hidden]
+        return torch.cat([model.logits(batch) for batch in hidden])
+
+
+def test_every_family_has_a_tiny_model():
+    made = {tiny.architecture or tiny.config.__name__.replace("Config", "ForCausalLM") for tiny in TINY_MODELS.values()}
+    assert made == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_model_is_described_from_its_config_alone(kind, make, tmp_path):
+    shutil.copy2(make(kind) / "config.json", tmp_path)
+    model = describe_model(tmp_path)
+    assert tuple(model.moe_layers) == TINY_MODELS[kind].moe_layers
+    assert (model.hidden, model.intermediate) == (128, 128)
+    sizes = TINY_MODELS[kind].sizes
+    assert model.num_experts == next(sizes[key] for key in sizes if key.endswith("_experts") and "shared" not in key)
+    assert model.top_k == sizes.get("num_experts_per_tok", 2)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_layer_by_layer_logits_equal_transformers(kind, make, tokens):
+    # the same operations on the same numbers
+    assert torch.equal(layer_by_layer_logits(make(kind), tokens), transformers_logits(make(kind), tokens))
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_full_model_is_an_ordinary_transformers_model(kind, make, tokens):
+    full = load_full_model(WeightFiles(describe_model(make(kind))))
+    with torch.no_grad():
+        assert torch.equal(full(tokens).logits, transformers_logits(make(kind), tokens))
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_every_token_is_counted_for_the_experts_it_selects(kind, quantized):
+    model, factors = quantized(kind).description, quantized(kind).factors
+    assert list(factors.layers) == list(model.moe_layers.values())
+    for layer in factors.layers.values():
+        assert sum(layer.activation_count) == SEQUENCES * LENGTH * model.top_k
+        for count, weight in zip(layer.activation_count, layer.routing_weight_sum, strict=True):
+            assert (weight > 0) == (count > 0)
+            assert weight <= count  # every score is at most 1
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_two_bits_are_measured_to_cost_more_than_four(kind, quantized):
+    factors = quantized(kind).factors
+    for layer in factors.layers.values():
+        for expert, count in enumerate(layer.activation_count):
+            if count:
+                assert layer.quantization_error[2][expert] > layer.quantization_error[4][expert] > 0
+        for part in ("gate_up", "down"):
+            assert sum(layer.loss_increase[part][2]) > sum(layer.loss_increase[part][4]) > 0
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_checkpoint_is_read_back_as_the_original_with_quantised_weights(kind, quantized):
+    """Relative errors are up to 0.85 at 2 bits, with so little calibration; of another matrix it would be 1.4."""
+    original = load_full_model(WeightFiles(quantized(kind).description)).state_dict()
+    found = load_dequantized(quantized(kind).checkpoint).state_dict()
+    files = open_weights(quantized(kind).checkpoint).files.info
+    assert found.keys() == original.keys()
+    for name, weight in original.items():
+        is_expert_stack = weight.dim() == 3
+        matrices = weight if is_expert_stack else weight[None]
+        for matrix, expected in zip(found[name].view_as(matrices), matrices, strict=True):
+            if is_expert_stack or f"{name}_packed" in files:
+                assert 0 < (matrix - expected).norm() / expected.norm() < 1.1, name
+            else:
+                assert torch.equal(matrix, expected), name
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_checkpoint_holds_every_expert_by_itself_and_no_16_bit_one(kind, quantized):
+    model = quantized(kind).description
+    names = open_weights(quantized(kind).checkpoint).files.info
+    config = read_checkpoint_config(quantized(kind).checkpoint)
+    assert list(config.experts) == list(model.moe_layers.values())
+    for layer in model.moe_layers.values():
+        for expert in range(model.num_experts):
+            for projection in (model.family.gate, model.family.up, model.family.down):
+                assert f"{model.expert_tensor(layer, expert, projection)}.qweight" in names
+    assert not any(model.is_expert_tensor(name) and name.endswith(".weight") for name in names)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized):
+    """What stays in 16 bits, besides norms and biases, is listed for vLLM to leave alone, too."""
+    names = open_weights(quantized(kind).checkpoint).files.info
+    layers = {name for name in names if ".layers." in name and name.endswith(".weight") and "norm" not in name}
+    kept = {name.removesuffix(".weight").split(".", 3)[3] for name in layers}
+    assert kept <= {
+        "mlp.gate",
+        "mlp.shared_expert_gate",
+        "block_sparse_moe.gate",
+        "block_sparse_moe.router.layer",
+        "self_attn.kv_b_proj",
+    }
+    assert any(name.endswith("self_attn.o_proj.weight_packed") for name in names)
+
+
+def test_routing_weights_are_sigmoid_scores_where_the_router_uses_them(make, tokens):
+    model = layerwise(make("deepseek-v3"))
+    received = []
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+        with model.loaded_layer(0) as layer:
+            hidden = [layer(batch) for batch in hidden]
+        with model.loaded_layer(1) as layer, layer.router_scores(received.append):
+            layer(hidden[0])
+    assert received[0].shape == (tokens.numel(), 8)
+    assert (received[0].sum(-1) > 1.5).any()  # a softmax sums to 1
+
+
+def test_layers_beyond_the_model_are_left_out(make, tmp_path):
+    """Multi-token prediction: num_nextn_predict_layers more layers on disk, which calibration does not run."""
+    path = Path(shutil.copytree(make("deepseek-v3"), tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    extra = {name.replace(".layers.2.", ".layers.3."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | {name: t for name, t in extra.items() if ".layers.3." in name}, path / "model.safetensors")
+    source = WeightFiles(describe_model(path))
+    assert not any(".layers.3." in name for name in source.names())
+    assert sorted(source.names()) == sorted(tensors)
+
+
+def test_a_stacked_experts_matrix_is_read_without_the_others(make):
+    """Granite keeps all experts of a layer in one tensor, gate rows above up rows."""
+    path = make("granite")
+    source = WeightFiles(describe_model(path))
+    name = "model.layers.1.block_sparse_moe.experts.5.up_proj.weight"
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        stacked = file.get_tensor("model.layers.1.block_sparse_moe.input_linear.weight")
+    assert torch.equal(source.read(name), stacked[5, 128:])
+    assert source.numel(name) == 128 * 128
+
+
+def test_a_misshapen_stack_of_experts_is_named(make, tmp_path):
+    path = Path(shutil.copytree(make("granite"), tmp_path / "model"))
+    edit_config(path, num_local_experts=9)
+    with pytest.raises(UnsupportedModelError, match=r"input_linear\.weight has shape \[8, 256, 128\].*\[9, 256, 128\]"):
+        WeightFiles(describe_model(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob is true, which vLLM's OLMoE ignores"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob is true"),
+        ("deepseek-v2", {"topk_method": "greedy"}, "greedy with n_group 4"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("phi", {"router_jitter_noise": 0.1}, r"router_jitter_noise is 0\.1; vLLM's Phi-3\.5-MoE has 0\.01"),
+        ("phi", {"attention_bias": False}, "attention_bias is False"),
+        ("glm4", {"quantization_config": {"quant_method": "fp8"}}, r"quantised already \(fp8\)"),
+    ],
+)
+def test_a_setting_that_vllm_would_serve_differently_is_refused(kind, changes, message, make, tmp_path):
+    shutil.copy2(make(kind) / "config.json", tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        describe_model(tmp_path)
+
+
+def test_gpt_oss_is_refused_with_the_reason(tmp_path):
+    config = AutoConfig.for_model("gpt_oss").to_dict() | {"architectures": ["GptOssForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"GptOssForCausalLM is not supported; its experts have biases"):
+        describe_model(tmp_path)
