@@ -96,9 +96,7 @@ def test_a_sliding_window_is_respected(editable_model, tokens):
 
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(editable_model):
     edit_config(editable_model, architectures=["LlamaForCausalLM"], model_type="llama")
-    with pytest.raises(
-        UnsupportedModelError, match=r"LlamaForCausalLM is not supported; supported: Mix.*, Granite"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is not supported; supported: Mix.*, Granite"):
         describe_model(editable_model)
 
 
