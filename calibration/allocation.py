@@ -52,10 +52,10 @@ def average_bits(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors
     """Average bits per expert weight as written, scales and zeros included, weighted by the matrices' sizes."""
     eighths = numel = 0
     for name, widths in plan_layers.items():
+        layer = factors.layers[name]
         for projection in PROJECTIONS:
-            size = factors.layers[name].numel(projection)
-            eighths += size * sum(_written_eighths(w) for w in widths[projection])
-            numel += size * len(widths[projection])
+            eighths += layer.written_numel(projection) * sum(_written_eighths(w) for w in widths[projection])
+            numel += layer.numel(projection) * len(widths[projection])
     return eighths / numel / EIGHTHS
 
 
@@ -211,8 +211,10 @@ def _items(name: str, layer: LayerFactors, recipe: Recipe, as_written: bool) -> 
     items = []
     for expert in range(layer.num_experts):
         for projections in groups:
-            numel = sum(layer.numel(p) for p in projections)
-            sizes = [numel * (_written_eighths(w) if as_written else w) for w in recipe.widths]
+            if as_written:
+                sizes = [sum(map(layer.written_numel, projections)) * _written_eighths(w) for w in recipe.widths]
+            else:
+                sizes = [sum(map(layer.numel, projections)) * w for w in recipe.widths]
             items.append(_Item(name, expert, projections, costs[projections][expert], np.array(sizes)))
     return items
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm_mcmoe.errors import FormatError, PlanError
-from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.packing import WIDTHS, padded
 
 FORMAT_VERSION = 1
 PROJECTIONS = ("gate_up", "down")
@@ -68,6 +68,13 @@ class LayerFactors:
         if self.shapes is None:
             return {"gate_up": 2, "down": 1}[projection]
         return math.prod(self.shapes[projection])
+
+    def written_numel(self, projection: str) -> int:
+        """The same with the codes that fill up the last group of every row, which cost bytes as weights do."""
+        if self.shapes is None:
+            return self.numel(projection)
+        out_features, in_features = self.shapes[projection]
+        return out_features * padded(in_features)
 
     @property
     def expert_numel(self) -> int:

@@ -22,7 +22,7 @@ from vllm_mcmoe.checkpoint import (
     tensor_suffixes,
 )
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, packed_bytes_per_group
 
 
 class CheckpointWeights:
@@ -51,7 +51,7 @@ class CheckpointWeights:
         base = self.model.expert_tensor(layer_name, expert, projection)
         bits = self._bits(layer_name, expert, projection)
         rows, columns = self.model.projection_shape(projection)
-        groups = columns // GROUP_SIZE
+        groups = group_count(columns)
         expected = {
             QWEIGHT: ("U8", (rows, groups, packed_bytes_per_group(bits))),
             SCALES: ("F16", (rows, groups)),
@@ -83,7 +83,8 @@ class CheckpointWeights:
         """The tensor dequantised to float32, or as stored where it is not quantised."""
         base = name.removesuffix(".weight")
         if f"{base}.{QWEIGHT}" in self.files.info:
-            return self.read_matrix(base).dequantize()
+            _, in_features = self.model.projection_shape(base.rpartition(".")[2])
+            return self.read_matrix(base).dequantize(in_features=in_features)
         if f"{base}.{PACKED}" in self.files.info:
             tensors = {suffix: self.files.read(f"{base}.{suffix}") for suffix in SUFFIXES}
             return dequantize_linear(tensors, self.linear_bits)

@@ -8,7 +8,7 @@ import torch
 from vllm_mcmoe.calibration.experts import Activation, intermediate
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, ExpertsForward
 from vllm_mcmoe.calibration.models import MoeModel, activation_function
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.packing import from_groups, to_groups
 from vllm_mcmoe.kernels.reference import quantize_activations
 from vllm_mcmoe.pruning import LayerPruning
 
@@ -19,8 +19,8 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
     A kernel's exact integer sums, scaled, equal the float product of these values with the dequantised weights, so
     rounding the inputs is all it takes to compute what the kernels compute.
     """
-    codes, scales = quantize_activations(x)
-    return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales[..., None]).flatten(-2)
+    codes, scales = quantize_activations(to_groups(x).flatten(-2))
+    return from_groups(to_groups(codes) * scales[..., None], x.shape[-1])
 
 
 def pruned_layer(layer: DecoderLayer, model: MoeModel, pruner: LayerPruning) -> AbstractContextManager[None]:

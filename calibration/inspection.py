@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_mcmoe.calibration.tensors import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import packed_bytes_per_group
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
@@ -81,11 +81,12 @@ def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> 
             projections = found.pop((layer, expert), [])
             if len(projections) != 3:
                 warnings.append(f"{layer}, expert {expert}: {len(projections)} of 3 projections have a qweight")
+            rows = [headers[f"{layer}.{expert}.{projection}.{QWEIGHT}"].shape[0] for projection in projections]
+            # Gate and up have as many rows as the intermediate size, down as the hidden size: columns are padded.
+            parameters += len(rows) * min(rows, default=0) * max(rows, default=0)
             for projection in projections:
                 base = f"{layer}.{expert}.{projection}"
                 width = bits.down[expert] if projection in ("w2", "down_proj") else bits.gate_up[expert]
-                rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
-                parameters += rows * groups * GROUP_SIZE
                 warnings += _check_matrix(base, width, headers)
     warnings += [f"{layer}, expert {expert}: stored, but config.json does not list it" for layer, expert in found]
     return parameters, warnings

@@ -35,7 +35,7 @@ from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.calibration.report import ExpertReport
 from vllm_mcmoe.calibration.writer import Shard
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix
+from vllm_mcmoe.kernels.packing import PackedMatrix
 
 Log = Callable[[str], None]
 
@@ -48,12 +48,14 @@ class LayerOptions:
 
     bits            part -> width of each expert; None for a layer without experts
     linear_bits     4, 8 or 16
+    linear_group    inputs that share a scale in linears of 4 and 8 bits
     gradient_norms  float32 [tokens], for recipes that weight Hessians by them
     """
 
     recipe: Recipe
     bits: dict[str, list[int]] | None
     linear_bits: int
+    linear_group: int
     gradient_norms: torch.Tensor | None
 
 
@@ -137,8 +139,8 @@ class _LayerJob:
             if not modules:
                 continue
             in_features = next(iter(modules.values())).in_features
-            if in_features % GROUP_SIZE:
-                reason = f"in_features {in_features} is not divisible by {GROUP_SIZE}"
+            if in_features % self.options.linear_group:
+                reason = f"in_features {in_features} is not divisible by {self.options.linear_group}"
                 self.unquantized_linears.update(dict.fromkeys(modules, reason))
                 self.log(f"{', '.join(modules)}: left in 16 bits, {reason}")
                 continue
@@ -149,7 +151,8 @@ class _LayerJob:
 
     def _quantize_linear(self, name: str, module: nn.Linear, factor: HessianFactor) -> None:
         stored_dtype = self.model.source.read(f"{name}.weight").dtype
-        weight, tensors = quantize_linear(module.weight, factor, self.options.linear_bits, stored_dtype)
+        bits, group_size = self.options.linear_bits, self.options.linear_group
+        weight, tensors = quantize_linear(module.weight, factor, bits, group_size, stored_dtype)
         module.weight.data.copy_(weight)
         for suffix, tensor in tensors.items():
             self.shard.add(f"{name}.{suffix}", tensor)
@@ -216,7 +219,8 @@ def restore(
                 projections = description.projections(part)
                 for projection, rows in zip(projections, stack[expert].chunk(len(projections)), strict=True):
                     name = description.expert_tensor(description.moe_layers[index], expert, projection)
-                    rows.copy_(_read_matrix(file, name, getattr(report, part)).dequantize())
+                    matrix = _read_matrix(file, name, getattr(report, part))
+                    rows.copy_(matrix.dequantize(in_features=rows.shape[1]))
 
 
 def _read_matrix(file: safe_open, name: str, bits: int) -> PackedMatrix:

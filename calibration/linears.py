@@ -1,9 +1,11 @@
 """Attention, dense and shared-expert linears at 4 or 8 bits in compressed-tensors' pack-quantized form.
 
 vLLM serves that form with its own kernels (Marlin on a GPU, W4A16 on a CPU). Weights are symmetric integers in groups
-of 128, chosen by GPTQ; the bytes are packed and unpacked by the compressed-tensors library itself.
+of 128, or of 64 or 32 in a model whose linears have inputs that 128 does not divide, chosen by GPTQ; the bytes are
+packed and unpacked by the compressed-tensors library itself.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 LINEAR_BITS = (4, 8, 16)
+GROUP_SIZES = (GROUP_SIZE, 64, 32)  # that vLLM's kernels for GPUs and CPUs all have
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SUFFIXES = (PACKED, SCALE, SHAPE)
 
@@ -37,24 +40,31 @@ def check_linear_bits(bits: int) -> None:
         )
 
 
-def _scheme(bits: int) -> QuantizationScheme:
+def choose_group_size(in_features: Iterable[int]) -> int:
+    """The group size of a model's linears, one for all: the largest that divides the inputs of each. Linears whose
+    inputs are not even divisible by 32 do not count: they stay in 16 bits."""
+    divisible = [inputs for inputs in in_features if inputs % GROUP_SIZES[-1] == 0]
+    return next(size for size in GROUP_SIZES if all(inputs % size == 0 for inputs in divisible))
+
+
+def _scheme(bits: int, group_size: int) -> QuantizationScheme:
     weights = QuantizationArgs(
         num_bits=bits,
         type=QuantizationType.INT,
         symmetric=True,
         strategy=QuantizationStrategy.GROUP,
-        group_size=GROUP_SIZE,
+        group_size=group_size,
     )
     return QuantizationScheme(targets=["Linear"], weights=weights)
 
 
-def linear_config(bits: int, ignore: list[str]) -> dict[str, Any]:
+def linear_config(bits: int, group_size: int, ignore: list[str]) -> dict[str, Any]:
     """The `linear` entry of quantization_config, as vLLM's CompressedTensorsConfig.from_config reads it.
 
     ignore: names or "re:" patterns of linear layers that keep 16 bits.
     """
     config = QuantizationConfig(
-        config_groups={"group_0": _scheme(bits)},
+        config_groups={"group_0": _scheme(bits, group_size)},
         format=CompressionFormat.pack_quantized.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
@@ -73,11 +83,11 @@ def linear_bits(config: dict[str, Any]) -> int:
 
 
 def quantize_linear(
-    weight: torch.Tensor, factor: HessianFactor, bits: int, scale_dtype: torch.dtype
+    weight: torch.Tensor, factor: HessianFactor, bits: int, group_size: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """GPTQ to symmetric integers in groups of 128.
+    """GPTQ to symmetric integers in groups.
 
-    weight       float [out, in], in divisible by 128
+    weight       float [out, in], in divisible by group_size
     factor       HessianFactor of the layer's inputs, columns in the file's order
     scale_dtype  what scales are stored as: the model's dtype, since vLLM loads them so
 
@@ -90,8 +100,8 @@ def quantize_linear(
     inverse = factor.inverse_factor
     largest = 1 << (bits - 1)
     scales = []
-    for start in range(0, len(remaining), GROUP_SIZE):
-        stop = start + GROUP_SIZE
+    for start in range(0, len(remaining), group_size):
+        stop = start + group_size
         block = remaining[start:stop]
         scale = _symmetric_scale(block.t(), importance[start:stop], largest, scale_dtype)
         errors = torch.empty_like(block)
@@ -104,14 +114,14 @@ def quantize_linear(
         scales.append(scale)
     quantized = quantized.t().contiguous()
     stored = {"weight": quantized, SCALE: torch.stack(scales, dim=1)}
-    packed = PackedQuantizationCompressor.compress(stored, _scheme(bits))
+    packed = PackedQuantizationCompressor.compress(stored, _scheme(bits, group_size))
     packed[SCALE] = packed[SCALE].to(scale_dtype)
     return quantized, packed
 
 
 def _symmetric_scale(group: torch.Tensor, importance: torch.Tensor, largest: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scale per row of the least weighted squared error. group: float32 [out, 128] -> float32 [out], storable in
-    dtype; positive also for rows of zeros."""
+    """Scale per row of the least weighted squared error. group: float32 [out, group_size] -> float32 [out],
+    storable in dtype; positive also for rows of zeros."""
     full = group.abs().amax(-1) / (largest - 0.5)
     full = torch.where(full > 0, full, torch.ones_like(full))
     best = best_error = None
@@ -128,5 +138,6 @@ def _symmetric_scale(group: torch.Tensor, importance: torch.Tensor, largest: int
 
 def dequantize_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     """The exact weight of written tensors (suffix -> tensor), float32 [out, in]."""
-    state = {**tensors, SCALE: tensors[SCALE].float()}
-    return PackedQuantizationCompressor.decompress(state, _scheme(bits))["weight"]
+    scales = tensors[SCALE].float()
+    group_size = int(tensors[SHAPE][1]) // scales.shape[1]
+    return PackedQuantizationCompressor.decompress({**tensors, SCALE: scales}, _scheme(bits, group_size))["weight"]

@@ -31,10 +31,10 @@ from vllm_mcmoe.calibration.identity import (
 )
 from vllm_mcmoe.calibration.layer_quantization import LayerOptions, QuantizedLayer, quantize_layer, restore
 from vllm_mcmoe.calibration.layerwise import DecoderLayer, LayerwiseModel, WeightFiles
-from vllm_mcmoe.calibration.linears import check_linear_bits, linear_config
+from vllm_mcmoe.calibration.linears import check_linear_bits, choose_group_size, linear_config
 from vllm_mcmoe.calibration.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.model_card import model_card
-from vllm_mcmoe.calibration.models import MoeModel, describe_model
+from vllm_mcmoe.calibration.models import MoeModel, describe_model, split_layer_name
 from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
 from vllm_mcmoe.calibration.report import QuantizationReport
@@ -278,6 +278,7 @@ class _Run:
     ):
         self.model, self.work, self.store, self.plan, self.recipe = model, work, store, plan, recipe
         self.linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
+        self.linear_group = choose_group_size(_linear_inputs(model))
         self.gradient_norms = gradient_norms or {}
         self.factors = factors
         self.log = log
@@ -348,7 +349,13 @@ class _Run:
 
     def _quantize_layer(self, index: int, layer: DecoderLayer, hidden: Activations) -> QuantizedLayer:
         name = self.description.moe_layers.get(index)
-        options = LayerOptions(self.recipe, self.plan.layers.get(name), self.linear_bits, self.gradient_norms.get(name))
+        options = LayerOptions(
+            self.recipe,
+            self.plan.layers.get(name),
+            self.linear_bits,
+            self.linear_group,
+            self.gradient_norms.get(name),
+        )
         path = self._shard(index)
         quantized = quantize_layer(self.model, index, layer, hidden, self.store, options, path, self.log)
         self.work.save(_unit(index), quantized.to_document(), [path])
@@ -401,10 +408,17 @@ class _Run:
                 name: ExpertBits(tuple(e.gate_up for e in experts), tuple(e.down for e in experts))
                 for name, experts in report.layers.items()
             },
-            linear=None if self.linear_bits == 16 else linear_config(self.linear_bits, ignore),
+            linear=None if self.linear_bits == 16 else linear_config(self.linear_bits, self.linear_group, ignore),
             average_bits=report.average_bits,
         )
         return {**self.description.read_config(), "quantization_config": config.to_dict()}
+
+
+def _linear_inputs(model: LayerwiseModel) -> set[int]:
+    """in_features of the linears that are to be quantised, from the files' headers."""
+    linears = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
+    splits = {name: split_layer_name(name) for name in model.source.files.info}
+    return {model.source.files.info[name].shape[1] for name, split in splits.items() if split and split[1] in linears}
 
 
 def _unit(index: int) -> str:
