@@ -130,6 +130,15 @@ class LayerWeights:
                 parameter.weight_loader = self._loader(suffix)
                 yield f"{prefix}_{suffix}", parameter
 
+    def release(self) -> None:
+        """Give back the parameters' memory at once.
+
+        They refer to their loaders and those to this object: a cycle, which Python's collector may find late or, as
+        vLLM freezes what is there when a model has been loaded, never.
+        """
+        for _, parameter in self.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
     def _loader(self, suffix: str) -> Callable:
         def load(
             param: nn.Parameter,

@@ -119,6 +119,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
                 monitor().watch(layer.mcmoe_pruning)
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
+        self.weights.release()
         self.weights = None
 
     def apply(

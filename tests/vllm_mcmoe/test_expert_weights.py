@@ -188,3 +188,11 @@ def test_zeros_of_a_one_bit_matrix_are_refused(checkpoint):
             shard_id="w1",
             expert_id=0,
         )
+
+
+def test_release_gives_the_memory_back_while_something_still_refers_to_the_parameters():
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+    kept = [parameter for _, parameter in weights.parameters()]
+    assert all(parameter.untyped_storage().nbytes() for parameter in kept)
+    weights.release()
+    assert not any(parameter.untyped_storage().nbytes() for parameter in kept)
