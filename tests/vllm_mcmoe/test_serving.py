@@ -5,27 +5,21 @@ the rare activation that rounds to the neighbouring int8 code (a step of 1/127 o
 """
 
 import pytest
-import torch
 
+from tests.vllm_mcmoe.engines import engine_logprobs, start_engine, stop_engine
 from tests.vllm_mcmoe.serving import (
     TWO_RANKS,
-    engine_logprobs,
+    assert_close,
     environment,
     expected_logprobs,
     prompts_from,
     pruning_rules,
-    start_engine,
-    stop_engine,
     with_int8_activations,
 )
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
 from vllm_mcmoe.pruning import pruned_fraction
 
 pytestmark = pytest.mark.engine
-
-# Rounding in another order now and then moves an activation to its neighbouring int8 code, 1/127 of its group's
-# maximum, and that moves a logprob by hundredths; one wrong expert, width or scale moves all of them by tenths.
-LARGEST_DIFFERENCE, MEAN_DIFFERENCE = 0.1, 0.005
 
 
 def serve_and_score(checkpoint, prompts, **options):
@@ -34,13 +28,6 @@ def serve_and_score(checkpoint, prompts, **options):
         return engine_logprobs(engine, prompts)
     finally:
         stop_engine(engine)
-
-
-def assert_close(logprobs: torch.Tensor, expected: torch.Tensor) -> None:
-    difference = (logprobs - expected).abs()
-    print(f"difference: mean {difference.mean():.4f}, largest {difference.max():.4f}")
-    assert difference.max() < LARGEST_DIFFERENCE
-    assert difference.mean() < MEAN_DIFFERENCE
 
 
 def assert_agrees(results, checkpoint, pruning=()) -> None:
@@ -83,7 +70,3 @@ def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint_16bit
 
 def test_a_compiled_engine_answers_as_an_eager_one(single_process, pruned_checkpoint_16bit_linears, prompts):
     assert_same(serve_and_score(pruned_checkpoint_16bit_linears, prompts, enforce_eager=False), single_process)
-
-
-def test_qwen3_moe_logprobs_equal_transformers_with_dequantised_weights(qwen3_checkpoint, prompts):
-    assert_agrees(serve_and_score(qwen3_checkpoint, prompts), qwen3_checkpoint)
