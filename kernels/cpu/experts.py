@@ -1,6 +1,7 @@
 """The module that holds one layer's experts in the CPU's layout."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import torch
@@ -43,10 +44,10 @@ class CpuExperts(torch.nn.Module):
         down_bits: Sequence[int],
         activation: str = "silu",
     ) -> Self:
-        """Repack, expert by expert, and compile.
+        """Repack, experts side by side on torch's number of threads, and compile.
 
-        gate_up yields [2I, H] matrices, gate rows first, down yields [H, I]; each may be dropped once the next is asked
-        for. Raises ValueError for an activation, width or size the kernels lack, and for a matrix other than announced.
+        gate_up yields [2I, H] matrices, gate rows first, down yields [H, I]. Raises ValueError for an activation, width
+        or size the kernels lack, and for a matrix other than announced.
         """
         if activation not in GATES:
             raise ValueError(f"the cpu kernels have no activation {activation!r}; supported: {', '.join(GATES)}")
@@ -72,15 +73,18 @@ class CpuExperts(torch.nn.Module):
         sizes = [matrix_bytes(width, *shape) for width in bits]
         records = torch.empty(sum(sizes), dtype=torch.uint8)
         offset, iterator = 0, iter(matrices)
-        table = []
-        for expert, (width, size) in enumerate(zip(bits, sizes, strict=True)):
-            matrix = next(iterator, None)
-            if matrix is None:
-                raise ValueError(f"{name}: {len(bits)} widths were given, but only {expert} matrices")
-            check_matrix(f"{name} of expert {expert}", matrix, width, shape)
-            repack(matrix, row_blocks, records[offset : offset + size])
-            table.append((width, offset))
-            offset += size
+        table, repacked = [], []
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for expert, (width, size) in enumerate(zip(bits, sizes, strict=True)):
+                matrix = next(iterator, None)
+                if matrix is None:
+                    raise ValueError(f"{name}: {len(bits)} widths were given, but only {expert} matrices")
+                check_matrix(f"{name} of expert {expert}", matrix, width, shape)
+                repacked.append(pool.submit(repack, matrix, row_blocks, records[offset : offset + size]))
+                table.append((width, offset))
+                offset += size
+        for future in repacked:
+            future.result()
         self.register_buffer(name, records, persistent=False)
         self.register_buffer(f"{name}_table", torch.tensor(table, dtype=torch.int64), persistent=False)
 

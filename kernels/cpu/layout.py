@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, planes
 
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
@@ -48,25 +48,32 @@ def gate_up_row_blocks(intermediate_size: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(-1)
 
 
-@numba.njit("void(uint32[:,:,:], uint32, uint32, int64, int64[:], int64, uint32[:,:,:,:])", nogil=True, cache=True)
-def _repack_plane(words, bits, fields, source_start, row_blocks, target_start, out):
-    """Move one plane. words: [rows, groups, bytes/4] of the checkpoint; out: [row blocks, groups, vectors, 16].
+def _plane_mover(bits: int):
+    """A compiled function that moves a plane of so many bits: constants, so that LLVM unrolls the loops over fields.
 
-    Code 4*s + j of a 32-bit word, which the checkpoint has at bit bits*(4*s + j), goes to bit 8*j + bits*s.
+    words: [rows, groups, bytes/4] of the checkpoint, whose word `start` is the plane's first; out: [row blocks, groups,
+    vectors, 16], likewise. Code 4*s + j of a word, at bit bits*(4*s + j), goes to bit 8*j + bits*s.
     """
-    mask = np.uint32((1 << bits) - 1)
-    for block in range(row_blocks.shape[0]):
-        first_row = row_blocks[block] * ROWS
-        for group in range(out.shape[1]):
-            for vector in range(4 * bits):
-                for row in range(ROWS):
-                    word = words[first_row + row, group, source_start + vector]
-                    lane = np.uint32(0)
-                    for s in range(fields):
-                        for j in range(4):
-                            code = (word >> (bits * (4 * s + j))) & mask
-                            lane |= code << (8 * j + bits * s)
-                    out[block, group, target_start + vector, row] = lane
+    vectors, fields, mask = 4 * bits, 8 // bits, np.uint32((1 << bits) - 1)
+
+    @numba.njit("void(uint32[:,:,::1], int64[::1], int64, uint32[:,:,:,::1])", nogil=True, cache=True)
+    def move(words, row_blocks, start, out):
+        for block in range(row_blocks.shape[0]):
+            first_row = row_blocks[block] * ROWS
+            for group in range(out.shape[1]):
+                for vector in range(start, start + vectors):
+                    for row in range(ROWS):
+                        word = words[first_row + row, group, vector]
+                        lane = np.uint32(0)
+                        for s in range(fields):
+                            for j in range(4):
+                                lane |= ((word >> np.uint32(bits * (4 * s + j))) & mask) << np.uint32(8 * j + bits * s)
+                        out[block, group, vector, row] = lane
+
+    return move
+
+
+_move_plane = {bits: _plane_mover(bits) for bits in sorted({part for width in WIDTHS for part in planes(width)})}
 
 
 def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
@@ -78,7 +85,7 @@ def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> N
     codes = np.empty((rows // ROWS, groups, 4 * matrix.bits, ROWS), np.uint32)
     start = 0
     for bits in planes(matrix.bits):
-        _repack_plane(words, bits, 8 // bits, start, row_blocks, start, codes)
+        _move_plane[bits](words, row_blocks, start, codes)
         start += 4 * bits
     scales_start = code_bytes(matrix.bits)
     records[:, :, :scales_start] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)
