@@ -3,12 +3,14 @@
 A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the model's names with three suffixes
 (`kernels/packing.py` describes their bytes):
 
-    {layer}.{expert}.{projection}.qweight   uint8   [out, in/128, 16*bits]
-    {layer}.{expert}.{projection}.scales    float16 [out, in/128]
-    {layer}.{expert}.{projection}.zeros     float16 [out, in/128], absent at 1 bit
+    {layer}.{expert}.{projection}.qweight   uint8   [out, ceil(in/128), 16*bits]
+    {layer}.{expert}.{projection}.scales    float16 [out, ceil(in/128)]
+    {layer}.{expert}.{projection}.zeros     float16 [out, ceil(in/128)], absent at 1 bit
 
 where {layer} is the on-disk prefix of a layer's experts, for example `model.layers.0.block_sparse_moe.experts`;
-the same string names the layer in the config below, in factors.json and in plan.json.
+the same string names the layer in the config below, in factors.json and in plan.json. `out` and `in` are the model's
+own and need not be multiples of 128: a last group that is not whole has its scale and zero fitted on the columns there
+are, and is filled up with codes 0, which readers crop.
 """
 
 import json
