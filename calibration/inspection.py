@@ -1,11 +1,17 @@
-"""What a checkpoint directory holds, read from config.json and the safetensors headers alone (no tensor is loaded)."""
+"""What a model directory holds, without loading a tensor.
+
+A checkpoint is read from config.json and the safetensors headers; whether a 16-bit model can be quantised, and what it
+will take then, from its config.json alone, which may be all that has been downloaded.
+"""
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.resources import plan_resources
 from vllm_mcmoe.calibration.tensors import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
 from vllm_mcmoe.kernels.packing import packed_bytes_per_group
@@ -45,6 +51,62 @@ class CheckpointSummary:
             "expert_bits": self.expert_bits,
             "warnings": self.warnings,
         }
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A 16-bit model that can be quantised.
+
+    experts, top_k, hidden, intermediate   of each of the moe_layers
+    parameters, expert_parameters, active_parameters   the last: those a token is multiplied with
+    model_bytes        of its 16-bit files
+    checkpoint_bytes   at `bits` per expert weight, linears at the default recipe's width
+    notes              what to know of this architecture
+    """
+
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    parameters: int
+    expert_parameters: int
+    active_parameters: int
+    model_bytes: int
+    bits: float
+    checkpoint_bytes: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def inspect_model(model: Path, bits: float) -> ModelSummary:
+    """Summarise a 16-bit model from its config.json. bits: of expert weights in the checkpoint whose size is wanted.
+
+    Raises UnsupportedModelError, with the reason, for a model that cannot be quantised.
+    """
+    description = describe_model(model)
+    resources = plan_resources(model, bits=bits)
+    return ModelSummary(
+        architecture=description.architecture,
+        layers=description.num_layers,
+        moe_layers=len(description.moe_layers),
+        experts=description.num_experts,
+        top_k=description.top_k,
+        hidden=description.hidden,
+        intermediate=description.intermediate,
+        parameters=resources.parameters.total,
+        expert_parameters=resources.parameters.experts,
+        active_parameters=resources.parameters.active,
+        model_bytes=resources.quantization.model_bytes,
+        bits=bits,
+        checkpoint_bytes=resources.serving.checkpoint_bytes,
+        notes=list(description.family.notes),
+    )
 
 
 def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:

@@ -54,6 +54,7 @@ class ModelFamily:
     router_scores       what the router makes of its logits before it selects: "softmax" or "sigmoid"
     embedding_multiplier, logits_divisor   keys of config.json, for architectures that scale the two
     refuse              why a config of this architecture cannot be served as transformers computes it, or None
+    notes               what a user should know before quantising such a model
     """
 
     num_experts: str
@@ -74,6 +75,7 @@ class ModelFamily:
     embedding_multiplier: str | None = None
     logits_divisor: str | None = None
     refuse: Callable[[PretrainedConfig], str | None] = _nothing_to_refuse
+    notes: tuple[str, ...] = ()
 
 
 ATTENTION: Stages = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -84,6 +86,13 @@ MLA: Stages = (
     ("self_attn.q_b_proj",),
     ("self_attn.o_proj",),
 )
+
+MLA_NOTES = (
+    "vLLM on CPUs with AMX serves it in float32 with --attention-backend CPU_MLA only.",
+    "vLLM 0.32 on CPUs computes a rotation without rope scaling wrongly, in 16 bits, too; the yarn of the released "
+    "models is right.",
+)
+PREDICTION_NOTE = "Layers for multi-token prediction are left out of the checkpoint: no speculative decoding with them."
 
 
 def _mlp(prefix: str) -> Stages:
@@ -181,6 +190,7 @@ FAMILIES: dict[str, ModelFamily] = {
         linears=ATTENTION + _mlp("mlp") + _mlp("mlp.shared_experts"),
         linear_ignore=("lm_head", r"re:.*\.mlp\.gate$"),
         router_scores="sigmoid",
+        notes=(PREDICTION_NOTE,),
     ),
     "DeepseekV2ForCausalLM": ModelFamily(
         num_experts="n_routed_experts",
@@ -189,6 +199,7 @@ FAMILIES: dict[str, ModelFamily] = {
         linears=MLA + _mlp("mlp") + _mlp("mlp.shared_experts"),
         linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
         refuse=_refuse_deepseek_v2,
+        notes=MLA_NOTES,
     ),
     "DeepseekV3ForCausalLM": ModelFamily(
         num_experts="n_routed_experts",
@@ -198,6 +209,7 @@ FAMILIES: dict[str, ModelFamily] = {
         linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
         router_scores="sigmoid",
         refuse=_refuse_deepseek_v3,
+        notes=(*MLA_NOTES, PREDICTION_NOTE),
     ),
     "PhiMoEForCausalLM": ModelFamily(
         num_experts="num_local_experts",
@@ -211,6 +223,10 @@ FAMILIES: dict[str, ModelFamily] = {
         module_names={"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.": "mlp."},
         router="router",
         refuse=_refuse_phi,
+        notes=(
+            "vLLM 0.32 loads lm_head.bias and leaves it out of the logits, in 16 bits, too; evaluation does not.",
+            "With longrope, vLLM chooses its factors by --max-model-len, transformers by the length of the text.",
+        ),
     ),
     "GraniteMoeForCausalLM": ModelFamily(
         num_experts="num_local_experts",
@@ -234,9 +250,9 @@ FAMILIES: dict[str, ModelFamily] = {
 # Architectures that were looked at and cannot be done from outside vLLM, and why.
 REFUSED: dict[str, str] = {
     "GptOssForCausalLM": (
-        "its experts have biases and a clamped activation, (up + 1) * gate * sigmoid(1.702 * gate), which the kernels "
-        "do not compute, and vLLM's loader takes its experts as whole stacked tensors of fixed names, which cannot "
-        "hold experts of different widths; its released weights have 4 bits already"
+        "its experts have biases and a clamped activation, (up + 1) * gate * sigmoid(1.702 * gate) with gate and up in "
+        "alternating rows, which the kernels do not compute; vLLM's loader takes its experts under a fixed table of "
+        "names, without room for codes, scales and zeros; and its released weights have 4 bits already"
     ),
 }
 

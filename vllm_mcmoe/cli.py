@@ -436,23 +436,71 @@ def evaluate(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A quantised checkpoint.", show_default=False)
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A quantised checkpoint, or a 16-bit model, of which config.json is enough.",
+            show_default=False,
+        ),
     ],
+    bits: Annotated[
+        float, typer.Option(help="Of a 16-bit model: bits of an expert weight to estimate the checkpoint's size for.")
+    ] = 2.5,
     as_json: AsJson = False,
 ) -> None:
-    """Show the bit-width of every expert, bytes by kind of tensor, and anything wrong with the files.
+    """Show what a model directory holds.
+
+    Of a checkpoint: the bit-width of every expert, bytes by kind of tensor, and anything wrong with the files. Of a
+    16-bit model: whether it can be quantised, its sizes and the checkpoint's; with exit code 1 and the reason where it
+    cannot. Nothing but its config.json need be downloaded for that.
 
     Example: `mcmoe inspect mixtral-2.5bit/`
     """
-    from vllm_mcmoe.calibration.inspection import inspect_checkpoint
-    from vllm_mcmoe.reporting import print_summary
+    from vllm_mcmoe.calibration.inspection import inspect_checkpoint, inspect_model
+    from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
+    from vllm_mcmoe.reporting import print_model, print_summary
 
-    summary = inspect_checkpoint(checkpoint)
+    quantised = is_mcmoe_checkpoint(model)
+    summary = inspect_checkpoint(model) if quantised else inspect_model(model, bits)
     if as_json:
         print_json(summary.to_dict())
+    elif quantised:
+        print_summary(model, summary)
     else:
-        print_summary(checkpoint, summary)
+        print_model(model, summary)
+
+
+@app.command()
+def plan_resources(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A directory with the 16-bit model's config.json.", show_default=False),
+    ],
+    bits: Annotated[float, typer.Option(help="Average bits of an expert weight, scales and zeros included.")] = 2.5,
+    linear_bits: Annotated[
+        int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
+    ] = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    kv_tokens: Annotated[
+        int, typer.Option(help="Tokens in the KV cache while serving, of all requests together.", min=1)
+    ] = 65536,
+    as_json: AsJson = False,
+) -> None:
+    """Say what quantising and serving a model take: memory, disk, time, GPUs, vLLM's options. Reads only config.json.
+
+    Example: `mcmoe plan-resources deepseek-v3/ --bits 2.5`
+    """
+    from vllm_mcmoe.calibration.resources import flops_per_second
+    from vllm_mcmoe.calibration.resources import plan_resources as plan
+    from vllm_mcmoe.reporting import print_resources
+
+    result = plan(model, bits=bits, linear_bits=linear_bits, sequences=sequences, length=length, kv_tokens=kv_tokens)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_resources(result, flops_per_second())
 
 
 @app.command()

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_mcmoe.calibration.evaluate import Evaluation
-from vllm_mcmoe.calibration.inspection import CheckpointSummary
+from vllm_mcmoe.calibration.inspection import CheckpointSummary, ModelSummary
 from vllm_mcmoe.calibration.pruning.prune import PrunedPoint
+from vllm_mcmoe.calibration.resources import ResourcePlan
 
 console = Console()
 
@@ -61,6 +62,23 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
         console.print(f"[bold yellow]Warning:[/] {escape(warning)}", highlight=False)
 
 
+def print_model(model: Path, summary: ModelSummary) -> None:
+    table = Table(title=f"{model}: {summary.architecture}, supported", box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("layers, with experts", f"{summary.layers}, {summary.moe_layers}")
+    table.add_row("experts per layer, per token", f"{summary.experts}, {summary.top_k}")
+    table.add_row("hidden, intermediate size of an expert", f"{summary.hidden}, {summary.intermediate}")
+    table.add_row("parameters", f"{summary.parameters:,}")
+    table.add_row("of them in experts", f"{summary.expert_parameters / summary.parameters:.1%}")
+    table.add_row("active per token", f"{summary.active_parameters:,}")
+    table.add_row("bytes in 16 bits", f"{summary.model_bytes:,}")
+    table.add_row(f"bytes at {summary.bits:g} bits, about", f"{summary.checkpoint_bytes:,}", style="bold")
+    console.print(table)
+    for note in summary.notes:
+        console.print(f"[bold]Note:[/] {escape(note)}", highlight=False)
+
+
 def print_evaluation(result: Evaluation) -> None:
     table = Table(title=str(result.model), box=None, pad_edge=False)
     table.add_column("text")
@@ -96,3 +114,39 @@ def print_pruning(points: Sequence[PrunedPoint]) -> None:
             f"{point.mean_kl:.5f}",
         )
     console.print(table)
+
+
+def print_resources(plan: ResourcePlan, flops: float) -> None:
+    """flops: float32 operations per second of this machine."""
+    weights, quantization, serving = plan.parameters, plan.quantization, plan.serving
+    table = Table(title=f"{plan.architecture} at {plan.bits:g} bits", box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("parameters", f"{weights.total / 1e9:.1f} B", f"{weights.experts / weights.total:.1%} in experts")
+    table.add_row("active per token", f"{weights.active / 1e9:.1f} B")
+    table.add_section()
+    table.add_row("16-bit model", _gigabytes(quantization.model_bytes), "read layer by layer")
+    table.add_row("memory to quantise", _gigabytes(quantization.memory_bytes), "two layers in float32, and 2 GiB")
+    table.add_row("activations", _gigabytes(quantization.activation_bytes), "in memory where they fit, else on disk")
+    table.add_row("disk beside the model", _gigabytes(quantization.disk_bytes), "checkpoint and activations")
+    hours = quantization.seconds(flops) / 3600
+    table.add_row("time to quantise", f"{hours:.1f} h", f"at this machine's {flops / 1e9:.0f} GFLOP/s; resumable")
+    table.add_section()
+    table.add_row("checkpoint", _gigabytes(serving.checkpoint_bytes))
+    table.add_row("KV cache", _gigabytes(serving.kv_bytes), f"of {serving.kv_tokens} tokens")
+    table.add_row(
+        "read per token", _gigabytes(serving.step_bytes), "one stream; bandwidth / this bounds tokens per second"
+    )
+    console.print(table)
+    devices = Table(title="Serving with vLLM", box=None, pad_edge=False)
+    for heading in ("devices", "weights and KV cache on each", "vllm serve CHECKPOINT ..."):
+        devices.add_column(heading)
+    for placement in serving.placements:
+        count = f"{placement.devices} x {placement.device}"
+        devices.add_row(count, _gigabytes(placement.per_device_bytes), placement.options)
+    console.print(devices)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"

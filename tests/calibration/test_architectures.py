@@ -15,6 +15,7 @@ from tests.calibration.conftest import QUICK, layerwise
 from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
 from vllm_mcmoe.calibration.artifacts import Factors
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized, open_weights
+from vllm_mcmoe.calibration.inspection import inspect_model
 from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
 from vllm_mcmoe.calibration.models import FAMILIES, MoeModel, describe_model
 from vllm_mcmoe.calibration.pipeline import quantize
@@ -254,3 +255,17 @@ def test_gpt_oss_is_refused_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=r"GptOssForCausalLM is not supported; its experts have biases"):
         describe_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_sizes_are_known_from_the_config_alone(kind, quantized, tmp_path):
+    """To the byte in 16 bits. The estimate at the bits written leaves out a few bytes of metadata per packed linear."""
+    shutil.copy2(quantized(kind).model / "config.json", tmp_path)
+    written = open_weights(quantized(kind).checkpoint)
+    summary = inspect_model(tmp_path, bits=written.config.average_bits["experts"])
+    files = WeightFiles(quantized(kind).description).files.info
+    buffers = sum(info.nbytes for name, info in files.items() if name.endswith("e_score_correction_bias"))
+    assert summary.model_bytes + buffers == sum(info.nbytes for info in files.values())
+    total = sum(info.nbytes for info in written.files.info.values())
+    assert summary.checkpoint_bytes == pytest.approx(total, rel=0.001)
+    assert summary.active_parameters < summary.parameters - summary.expert_parameters / 3

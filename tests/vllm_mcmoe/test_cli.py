@@ -1,6 +1,7 @@
 """The command line as a user types it, in its own process, on the embedded reference model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_published_allocations_come_out_of_the_command(published_factors, publis
     ("arguments", "exit_code", "message"),
     [
         (["quantize", "missing", "out", "--bits", "2.5", "--data", "x.txt"], 1, "missing: no config.json there"),
-        (["inspect", "missing"], 1, "config.json does not exist"),
+        (["inspect", "missing"], 1, "missing: no config.json there"),
         (["allocate", "missing.json", "--bits", "2.5"], 1, "missing.json"),
         (["allocate", "missing.json"], 2, "give one of --bits and --bits-per-layer"),
         (["allocate", "missing.json", "--bits", "2", "--widths", "2,7"], 2, "7 is not one of"),
@@ -89,3 +90,20 @@ def test_errors_are_explained_and_have_an_exit_code(arguments, exit_code, messag
     assert result.returncode == exit_code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_inspect_says_from_the_config_alone_that_a_model_is_supported(reference_model, tmp_path):
+    shutil.copy2(reference_model / "config.json", tmp_path)
+    result = mcmoe("inspect", tmp_path, "--bits", 2.5, "--json")
+    summary = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert (summary["architecture"], summary["experts"], summary["top_k"]) == ("MixtralForCausalLM", 8, 2)
+    assert summary["checkpoint_bytes"] < summary["model_bytes"] / 3
+
+
+def test_inspect_fails_with_the_reason_where_a_model_is_not_supported(tmp_path):
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = mcmoe("inspect", tmp_path)
+    assert result.returncode == 1
+    assert "GptOssForCausalLM is not supported; its experts have biases" in result.stderr
