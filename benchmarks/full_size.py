@@ -32,7 +32,7 @@ from vllm_mcmoe.local_server import serve
 CONCURRENCY = (1, 4)
 DECODE_PROMPT, NEW_TOKENS = 16, 32
 PREFILL_PROMPT = 512
-MAX_LENGTH, KV_CACHE_BYTES = 1024, 1 << 30
+MAX_LENGTH, KV_CACHE_BYTES = 1024, 1 << 29
 GB = 1e9
 
 

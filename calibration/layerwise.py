@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_mcmoe.calibration.memory import release_freed_memory
 from vllm_mcmoe.calibration.models import LAYER_PREFIX, ModelFamily, MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+from vllm_mcmoe.memory import release_freed_memory
 
 # Tokens per forward call: enough for full matrix multiplications, few enough for the [tokens, vocabulary] logits.
 BATCH_TOKENS = 2048

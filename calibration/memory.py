@@ -1,6 +1,5 @@
-"""How much memory there is, how much this process has used, and giving back what it has freed."""
+"""How much memory there is, and how much this process has used."""
 
-import ctypes
 import os
 import resource
 import sys
@@ -32,14 +31,3 @@ def peak_resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     # Not getrusage: its figure is inherited from the parent process and may be the parent's.
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def release_freed_memory() -> None:
-    """Hand freed blocks back to the system, where the C library has a call for it (glibc).
-
-    glibc keeps freed blocks below 32 MB, and the gaps between them grew by 6 MB with every layer of 100 MB in bf16
-    that was loaded and dropped; so they do not grow at all.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -17,6 +17,7 @@ from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels import experts_class
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.memory import release_freed_memory
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
 from vllm_mcmoe.support import check_layer
@@ -121,6 +122,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             delattr(layer, name)
         self.weights.release()
         self.weights = None
+        release_freed_memory()
 
     def apply(
         self,

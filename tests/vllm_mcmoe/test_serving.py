@@ -59,12 +59,18 @@ def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_pro
     assert 0.15 < pruned_fraction(rules) < 0.35
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP", "EP"])
-def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint_16bit_linears, prompts, expert_parallel):
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"pipeline_parallel_size": 2},
+    ],
+    ids=["TP", "EP", "PP"],
+)
+def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint_16bit_linears, prompts, parallelism):
     with environment(TWO_RANKS):
-        results = serve_and_score(
-            pruned_checkpoint_16bit_linears, prompts, tensor_parallel_size=2, enable_expert_parallel=expert_parallel
-        )
+        results = serve_and_score(pruned_checkpoint_16bit_linears, prompts, **parallelism)
     assert_same(results, single_process)
 
 
