@@ -1,19 +1,23 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
+    python benchmarks/quality.py --bits 2 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
 Every method quantises the same model from the same calibration text; all are evaluated on the same other text with
 the kernels' int8 activations. Bits and bytes are those of the experts' tensors as written, scales and zeros included.
 Methods other than ours get the requested budget; with few experts per layer they cannot always spend all of it, and
 mcmoe then gets what the thriftier of uniform and paper-code really used, never more. (Below 1.54 bits the authors'
-minimum counts leave no plan for 8 experts per layer.) Attention stays in 16 bits unless --linear-bits says otherwise,
-so that differences are the experts'.
+minimum counts leave no plan for 8 experts per layer. Budgets that paper-code cannot spend, having no width above 3, go
+without it.) With --work, measurements, checkpoints and finished rows are kept, and the same command goes on from there.
+Attention stays in 16 bits unless --linear-bits says otherwise, so that differences are the experts'.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +32,7 @@ from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 from vllm_mcmoe.calibration.statistics import Calibration, load_calibration_data, measure
+from vllm_mcmoe.calibration.workdir import WorkDirectory, working_on
 
 REFERENCE = Path(__file__).parent / "reference_model"
 ROUND_TO_NEAREST = replace(RECIPES["uniform"], gptq=GPTQOptions(compensate=False))
@@ -58,59 +63,91 @@ def main() -> None:
     description = describe_model(options.model)
     model = LayerwiseModel(WeightFiles(description))
     sequences = load_calibration_data(description, options.calibration, options.sequences, options.length, print)
-    measured = {
-        method: measure(model, sequences, recipe=recipe, log=print, show_progress=False)
-        for method, recipe in RECIPE_OF.items()
-        if recipe.objective != "uniform"
-    }
-    # A uniform plan needs no measurements, only the shapes that any factors have.
-    for method in ("uniform RTN", "uniform GPTQ"):
-        measured[method] = Calibration(measured["paper-code"].factors, {})
-    rows = [_evaluate(options, "bf16", None, options.model)]
-    _show(rows[0], header=True)
-    for bits in options.bits:
-        for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
-            rows.append(_quantise_and_evaluate(options, model, sequences, method, plan, bits, measured[method]))
-            _show(rows[-1])
-            if options.json:
-                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        working_on((options.work or Path(temporary)) / "table", _identity(options), log=print) as work,
+    ):
+        work.save("begun", {})  # so that the measurements in directories of their own are those of a run to continue
+        _Table(options, model, sequences, work).make()
+
+
+def _identity(options: argparse.Namespace) -> dict[str, str]:
+    """What rows depend on; which of them are asked for may change."""
+    kept = ("model", "calibration", "evaluation", "sequences", "evaluation_sequences", "length", "linear_bits")
+    return {key: str(getattr(options, key)) for key in kept}
+
+
+class _Table:
+    """The benchmark's state: rows are shown as they are made and written to --json after each."""
+
+    def __init__(
+        self, options: argparse.Namespace, model: LayerwiseModel, sequences: TokenSequences, work: WorkDirectory
+    ):
+        self.options, self.model, self.sequences, self.work = options, model, sequences, work
+        self.rows: list[Row] = []
+
+    def make(self) -> None:
+        measured = {
+            method: self._measured(recipe) for method, recipe in RECIPE_OF.items() if recipe.objective != "uniform"
+        }
+        # A uniform plan needs no measurements, only the shapes that any factors have.
+        for method in ("uniform RTN", "uniform GPTQ"):
+            measured[method] = Calibration(measured["paper-code"].factors, {})
+        self._add("16 bits", None, lambda: _evaluate(self.options, "16 bits", None, self.options.model))
+        for bits in self.options.bits:
+            for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
+                if method in self.options.methods:
+                    self._add(method, bits, partial(self._quantise_and_evaluate, method, plan, bits, measured[method]))
+
+    def _measured(self, recipe: Recipe) -> Calibration:
+        with working_on(self.work.path / f"measured-{recipe.name}", {}, log=print) as work:
+            calibration = measure(self.model, self.sequences, recipe=recipe, work=work, log=print, show_progress=False)
+        calibration.factors.save(self.work.path / f"factors-{recipe.name}.json")
+        return calibration
+
+    def _add(self, method: str, bits: float | None, make: Callable[[], Row]) -> None:
+        unit = f"row-{method}-{bits}".replace(" ", "-")
+        document = self.work.load(unit)
+        row = Row(**document) if document else make()
+        self.work.save(unit, asdict(row))
+        _show(row, header=not self.rows)
+        self.rows.append(row)
+        if self.options.json:
+            self.options.json.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")
+
+    def _quantise_and_evaluate(self, method: str, plan: Plan, bits: float, calibration: Calibration) -> Row:
+        out = self.work.path / f"{method}-{bits}".replace(" ", "-")
+        if not out.exists():
+            quantize_model(
+                self.model,
+                out,
+                plan=plan,
+                sequences=self.sequences,
+                recipe=RECIPE_OF[method],
+                linear_bits=self.options.linear_bits,
+                gradient_norms=calibration.gradient_norms,
+                show_progress=False,
+            )
+        return _evaluate(self.options, method, bits, out)
 
 
 def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
-    """Method -> plan: the baselines at the budget, ours at the smaller of what they use."""
+    """Method -> plan: the baselines at the budget, ours at the smaller of what they use. Without paper-code where its
+    largest width everywhere leaves some of the budget."""
     result = {
         method: allocate(factors[method], recipe=recipe, bits=bits)
         for method, recipe in RECIPE_OF.items()
         if method != "mcmoe"
     }
-    used = min(result["uniform GPTQ"].average_bits, result["paper-code"].average_bits)
+    if _widths(result["paper-code"]) == {max(RECIPE_OF["paper-code"].widths)}:
+        del result["paper-code"]
+    used = min(plan.average_bits for plan in result.values())
     result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
     return result
 
 
-def _quantise_and_evaluate(
-    options: argparse.Namespace,
-    model: LayerwiseModel,
-    sequences: TokenSequences,
-    method: str,
-    plan: Plan,
-    bits: float,
-    calibration: Calibration,
-) -> Row:
-    recipe: Recipe = RECIPE_OF[method]
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "checkpoint"
-        quantize_model(
-            model,
-            out,
-            plan=plan,
-            sequences=sequences,
-            recipe=recipe,
-            linear_bits=options.linear_bits,
-            gradient_norms=calibration.gradient_norms,
-            show_progress=False,
-        )
-        return _evaluate(options, method, bits, out)
+def _widths(plan: Plan) -> set[int]:
+    return {width for layer in plan.layers.values() for widths in layer.values() for width in widths}
 
 
 def _evaluate(options: argparse.Namespace, method: str, bits: float | None, path: Path) -> Row:
@@ -150,6 +187,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bits", type=float, nargs="+", default=[1.55, 2.0, 2.5], help="written bits per expert weight"
     )
+    parser.add_argument("--methods", nargs="+", choices=RECIPE_OF, default=list(RECIPE_OF))
     parser.add_argument("--model", type=Path, default=REFERENCE / "tiny-mixtral")
     parser.add_argument("--calibration", type=Path, nargs="+", default=_corpus("calibration"))
     parser.add_argument("--evaluation", type=Path, nargs="+", default=_corpus("evaluation"))
@@ -159,6 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--linear-bits", type=int, choices=(4, 8, 16), default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 is faster on a busy machine")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--work", type=Path, help="keep what is finished in this directory, and go on from it")
     return parser.parse_args()
 
 
