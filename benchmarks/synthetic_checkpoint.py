@@ -1,4 +1,4 @@
-"""Write a quantised checkpoint of a published model's full shape, without ever having the model.
+"""Write a quantised checkpoint of a published model's shape, without ever having the model.
 
     python benchmarks/synthetic_checkpoint.py mixtral-8x7b OUT [--bits 2.5] [--linear-bits 4] [--layers N]
 
@@ -106,11 +106,11 @@ def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
 
 
 class Writer:
-    """The tensors of one synthetic model."""
+    """The tensors of one synthetic model. bits: of the experts, None for bfloat16."""
 
-    def __init__(self, shape: Shape, layers: int, bits: float, linear_bits: int, seed: int = 0):
+    def __init__(self, shape: Shape, layers: int, bits: float | None, linear_bits: int, seed: int = 0):
         self.shape, self.layers = shape, layers
-        self.widths = mixed_widths(bits, shape.num_experts)
+        self.widths = None if bits is None else mixed_widths(bits, shape.num_experts)
         self.linear_bits = linear_bits
         self.random = np.random.default_rng(seed)
 
@@ -136,10 +136,14 @@ class Writer:
                 shard.add(f"{base}.self_attn.{norm}.weight", torch.ones(shape.head_size, dtype=torch.bfloat16))
         shard.add(f"{base}.{shape.router}.weight", self._matrix(shape.num_experts, hidden))
         gate, up, down = shape.gate_up_down
-        for expert, bits in enumerate(self.widths):
-            for name in (gate, up, down):
-                rows, columns = (hidden, shape.intermediate) if name == down else (shape.intermediate, hidden)
-                shard.add_matrix(f"{base}.{shape.experts}.{expert}.{name}", self._packed(bits, rows, columns))
+        for expert in range(shape.num_experts):
+            for projection in (gate, up, down):
+                rows, columns = (hidden, shape.intermediate) if projection == down else (shape.intermediate, hidden)
+                name = f"{base}.{shape.experts}.{expert}.{projection}"
+                if self.widths is None:
+                    shard.add(f"{name}.weight", self._matrix(rows, columns))
+                else:
+                    shard.add_matrix(name, self._packed(self.widths[expert], rows, columns))
         return shard
 
     def rest(self) -> Shard:
@@ -204,9 +208,9 @@ class Writer:
 
 
 def write_checkpoint(
-    out: Path, shape: Shape, *, layers: int | None = None, bits: float = 2.5, linear_bits: int = 4
+    out: Path, shape: Shape, *, layers: int | None = None, bits: float | None = 2.5, linear_bits: int = 4
 ) -> None:
-    """config.json comes last: a directory without one is unfinished."""
+    """config.json comes last: a directory without one is unfinished. bits None writes the experts in bfloat16."""
     layers = shape.config["num_hidden_layers"] if layers is None else layers
     writer = Writer(shape, layers, bits, linear_bits)
     out.mkdir(parents=True, exist_ok=True)
@@ -222,23 +226,23 @@ def write_checkpoint(
     write(layers, writer.rest())
     write_index(out, sizes)
     _word_tokenizer(shape.config["vocab_size"]).save_pretrained(out)
-    rules = writer.pruning_rules()
-    (out / rules.config.file_name).write_bytes(rules.serialize())
-    quantization = CheckpointConfig(
-        {name: ExpertBits(writer.widths, writer.widths) for name in writer.expert_layers()},
-        linear=None
-        if linear_bits == 16
-        else linear_config(linear_bits, GROUP_SIZE, ["lm_head", rf"re:.*\.{shape.router}$"]),
-        pruning=rules.config,
-        average_bits=_average_bits(shape, sizes.values()),
-    )
     config = {
         "max_position_embeddings": 4096,
         "torch_dtype": "bfloat16",
         **shape.config,
         "num_hidden_layers": layers,
-        "quantization_config": quantization.to_dict(),
     }
+    if writer.widths is not None:
+        rules = writer.pruning_rules()
+        (out / rules.config.file_name).write_bytes(rules.serialize())
+        unquantised = ["lm_head", rf"re:.*\.{shape.router}$"]
+        quantization = CheckpointConfig(
+            {name: ExpertBits(writer.widths, writer.widths) for name in writer.expert_layers()},
+            linear=None if linear_bits == 16 else linear_config(linear_bits, GROUP_SIZE, unquantised),
+            pruning=rules.config,
+            average_bits=_average_bits(shape, sizes.values()),
+        )
+        config["quantization_config"] = quantization.to_dict()
     write_document(out / "config.json", config)
 
 
