@@ -22,9 +22,14 @@ pytestmark = pytest.mark.engine
 QUICK = dataclasses.replace(RECIPES["uniform"], name="quick", gptq=GPTQOptions(mse_search=False))
 GATE_UP_BITS, DOWN_BITS = [2, 3, 1, 4, 2, 8, 2, 3], [3, 2, 2, 1, 4, 2, 8, 2]
 
+# Neither size a multiple of the group size, 128, and heads of a size that vLLM's CPU attention has.
+ODD = "mixtral-odd"
+ODD_SIZES = {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
+KINDS = {**{kind: (kind, {}) for kind in TINY_MODELS}, ODD: ("mixtral", ODD_SIZES)}
+
 # Linears of 4 bits are computed in bfloat16 only. One model for each set of linears an adapter names: with a shared
-# expert and biases, and with multi-head latent attention and shared experts.
-WITH_PACKED_LINEARS = ("qwen2", "deepseek-v3")
+# expert and biases, and with multi-head latent attention and shared experts; and one whose groups are of 64.
+WITH_PACKED_LINEARS = ("qwen2", "deepseek-v3", ODD)
 
 # Of multi-head latent attention in vLLM's CPU backends, the one that needs no AMX and computes in float32, too.
 ATTENTION = {"deepseek-v2": {"attention_backend": "CPU_MLA"}, "deepseek-v3": {"attention_backend": "CPU_MLA"}}
@@ -41,8 +46,8 @@ def checkpoints(tmp_path_factory, reference_model, calibration_files) -> dict[st
     """Of every tiny model, linears in 16 bits; and "... packed", linears of 4 bits."""
     directory = tmp_path_factory.mktemp("architectures")
     made = {}
-    for kind in TINY_MODELS:
-        model = make_tiny(kind, directory / kind, reference_model)
+    for kind, (tiny, changes) in KINDS.items():
+        model = make_tiny(tiny, directory / kind, reference_model, **changes)
         for name, linear_bits in ((kind, 16), (f"{kind} packed", 4)):
             if linear_bits == 16 or kind in WITH_PACKED_LINEARS:
                 made[name] = directory / f"{kind}-{linear_bits}"
@@ -69,7 +74,7 @@ def expected_of(checkpoint: Path, results: list[Scored]) -> torch.Tensor:
     return torch.cat([expected_logprobs(model, tokens) for tokens, _ in results])
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_equal_transformers_with_dequantised_weights(kind, checkpoints, served):
     expected = expected_of(checkpoints[kind], served[kind])
     assert expected.std() > 0.4  # else any model would agree
