@@ -23,13 +23,14 @@ from vllm_mcmoe.calibration.linears import choose_group_size
 from vllm_mcmoe.calibration.models import MoeModel, describe_model
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
 from vllm_mcmoe.calibration.sensitivity import FLOAT_BYTES, OTHER_ARRAYS
+from vllm_mcmoe.calibration.statistics import needs_gradients
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
 SCALE_BITS = 16  # of a group of a linear in pack-quantized form
-# Forward through all layers, each layer again with its gradient (recomputation and twice a forward), and twice more
-# while quantising: the inputs of every linear, the output of what was quantised.
-FORWARD_PASSES = 6
+# Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
+# of what was quantised. A loss gradient costs a forward again and twice as much backward.
+FORWARD_PASSES, GRADIENT_PASSES = 3, 3
 # Multiply-adds per weight and input of a sweep of refinement: loss, grids and codes each update a product with the
 # Hessian. GPTQ itself updates what lies right of a column, half the matrix.
 SWEEP_PRODUCTS, GPTQ_PRODUCTS = 3, 0.5
@@ -157,9 +158,11 @@ def plan_resources(
         + parameters.rest * BITS_16
     )
     tokens = sequences * length
-    arrays = OTHER_ARRAYS + len(layer_weights) + 1
+    with_gradients = needs_gradients(recipe)
+    arrays = OTHER_ARRAYS + (len(layer_weights) + 1 if with_gradients else 0)
     activation_bytes = arrays * tokens * description.hidden * FLOAT_BYTES
     layer_bytes = FLOAT_BYTES * max(layer_weights)
+    passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
     quantization = QuantizationNeeds(
         model_bytes=BITS_16 * parameters.total,
         layer_bytes=layer_bytes,
@@ -167,7 +170,7 @@ def plan_resources(
         memory_bytes=2 * layer_bytes + OTHER_BYTES,
         disk_bytes=checkpoint_bytes + activation_bytes,
         expert_products=_expert_products(description, recipe),
-        forward_products=float(FORWARD_PASSES * parameters.active * tokens),
+        forward_products=float(passes * parameters.active * tokens),
     )
     step_bytes = checkpoint_bytes - round(
         (parameters.total - parameters.active - _looked_up_weights(model)) * bits / 8
@@ -227,12 +230,13 @@ def _bytes_per_linear_weight(linears: Sequence[torch.nn.Linear], bits: int) -> f
 
 
 def _expert_products(description: MoeModel, recipe: Recipe) -> float:
-    """Multiply-adds of quantising every expert at each of the recipe's widths, then once more at its own."""
+    """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets."""
+    measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
+    weight_products = GPTQ_PRODUCTS + SWEEP_PRODUCTS * recipe.gptq.refinement_sweeps
     per_expert = 0.0
     for out_features, in_features in description.part_shapes().values():
-        weight_products = GPTQ_PRODUCTS + SWEEP_PRODUCTS * recipe.gptq.refinement_sweeps
-        per_expert += (len(recipe.widths) + 1) * weight_products * out_features * in_features**2
-        per_expert += 2 * FACTOR_PRODUCTS * in_features**3
+        per_expert += (measured + 1) * weight_products * out_features * in_features**2
+        per_expert += (bool(measured) + 1) * FACTOR_PRODUCTS * in_features**3
     return per_expert * description.num_experts * len(description.moe_layers)
 
 

@@ -481,6 +481,7 @@ def plan_resources(
     linear_bits: Annotated[
         int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
     ] = None,
+    recipe: Recipe = RecipeName.mcmoe,
     sequences: Sequences = 128,
     length: Length = 2048,
     kv_tokens: Annotated[
@@ -496,7 +497,15 @@ def plan_resources(
     from vllm_mcmoe.calibration.resources import plan_resources as plan
     from vllm_mcmoe.reporting import print_resources
 
-    result = plan(model, bits=bits, linear_bits=linear_bits, sequences=sequences, length=length, kv_tokens=kv_tokens)
+    result = plan(
+        model,
+        bits=bits,
+        linear_bits=linear_bits,
+        recipe=recipe.value,
+        sequences=sequences,
+        length=length,
+        kv_tokens=kv_tokens,
+    )
     if as_json:
         print_json(result.to_dict())
     else:
