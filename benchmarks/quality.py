@@ -31,10 +31,12 @@ from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
-from vllm_mcmoe.calibration.statistics import Calibration, load_calibration_data, measure
+from vllm_mcmoe.calibration.sensitivity import choose_store
+from vllm_mcmoe.calibration.statistics import Calibration, load_calibration_data, measure, needs_gradients
 from vllm_mcmoe.calibration.workdir import WorkDirectory, working_on
 
 REFERENCE = Path(__file__).parent / "reference_model"
+MORE_THAN_ENOUGH = 16.0  # bits per weight; no width costs as much
 ROUND_TO_NEAREST = replace(RECIPES["uniform"], gptq=GPTQOptions(compensate=False))
 RECIPE_OF = {
     "uniform RTN": ROUND_TO_NEAREST,
@@ -101,7 +103,13 @@ class _Table:
 
     def _measured(self, recipe: Recipe) -> Calibration:
         with working_on(self.work.path / f"measured-{recipe.name}", {}, log=print) as work:
-            calibration = measure(self.model, self.sequences, recipe=recipe, work=work, log=print, show_progress=False)
+            # On disk where work is kept: a run that is continued then need not repeat the forward and backward pass.
+            storage, tokens = "disk" if self.options.work else "auto", self.sequences.tokens.numel()
+            gradients = needs_gradients(recipe)
+            store = choose_store(storage, self.model, tokens, gradients, work.activations, print)
+            calibration = measure(
+                self.model, self.sequences, recipe=recipe, store=store, work=work, log=print, show_progress=False
+            )
         calibration.factors.save(self.work.path / f"factors-{recipe.name}.json")
         return calibration
 
@@ -132,22 +140,19 @@ class _Table:
 
 
 def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
-    """Method -> plan: the baselines at the budget, ours at the smaller of what they use. Without paper-code where its
-    largest width everywhere leaves some of the budget."""
+    """Method -> plan: the baselines at the budget, ours at the smaller of what they use. Without paper-code where more
+    bits would not give it a larger plan."""
     result = {
         method: allocate(factors[method], recipe=recipe, bits=bits)
         for method, recipe in RECIPE_OF.items()
         if method != "mcmoe"
     }
-    if _widths(result["paper-code"]) == {max(RECIPE_OF["paper-code"].widths)}:
+    largest = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=MORE_THAN_ENOUGH)
+    if result["paper-code"].average_bits == largest.average_bits:
         del result["paper-code"]
     used = min(plan.average_bits for plan in result.values())
     result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
     return result
-
-
-def _widths(plan: Plan) -> set[int]:
-    return {width for layer in plan.layers.values() for widths in layer.values() for width in widths}
 
 
 def _evaluate(options: argparse.Namespace, method: str, bits: float | None, path: Path) -> Row:
