@@ -1,9 +1,9 @@
 """Refinement of a quantised matrix: exact least-squares grids and coordinate descent over codes, in turn.
 
 Both steps minimise the same proxy loss tr(E H E^T), E = Q - W, as GPTQ, which decides each column once and
-each grid before it has seen any code. Here nothing is final: each sweep
-    1. solves scale and zero of every row and group exactly, given the codes (a 2 x 2 system under the full H),
-    2. moves every code to its optimum, given all others (QuantEase, arXiv 2309.01885),
+each grid before it has seen any code. Here nothing is final: a sweep goes from group to group and
+    1. solves the group's scale and zero in every row exactly, given all codes (a 2 x 2 system under the full H),
+    2. moves each of its codes to its optimum, given all others (QuantEase, arXiv 2309.01885),
 and a row's iterate is kept only if its loss has fallen.
 """
 
@@ -27,8 +27,7 @@ def refine(weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch
     best_loss, best_codes = state.loss(), codes
     best_scales, best_zeros = grid.scales.clone(), grid.zeros.clone()
     for _ in range(sweeps):
-        state.refit_grids()
-        state.descend_codes()
+        state.sweep()
         loss = state.loss()
         better = loss < best_loss
         gain = float((best_loss - loss).clamp_min(0).sum())
@@ -53,39 +52,33 @@ class _State:
     def __init__(self, weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor):
         self.weight, self.codes, self.grid, self.hessian = weight, codes, grid, hessian
         self.groups = [slice(i, i + GROUP_SIZE) for i in range(0, codes.shape[1], GROUP_SIZE)]
+        self.error = grid.decode(codes) - weight
+        self.gradient = self.error @ hessian
 
     def loss(self) -> torch.Tensor:
-        """float32 [out]. Error and gradient are computed anew, so that rounding does not accumulate over sweeps."""
-        self.error = self.grid.decode(self.codes) - self.weight
-        self.gradient = self.error @ self.hessian
+        """float32 [out]. Rounding of the gradient's updates, 1e-6 of it each, is far below what a sweep gains."""
         return (self.error * self.gradient).sum(1)
 
-    def _move(self, group: slice, new_error: torch.Tensor) -> None:
-        self.gradient.addmm_(new_error - self.error[:, group], self.hessian[group])
-        self.error[:, group] = new_error
-
-    def refit_grids(self) -> None:
-        """Gauss-Seidel over groups: the loss-minimising scale and zero of each, given everything else."""
+    def sweep(self) -> None:
+        """Group by group, given everything else as it is by then: the loss-minimising scale and zero, then every code
+        to its optimum. The other groups hear of both at once, which is the sweep's one product with the Hessian."""
         fit = _fit_scale if self.grid.bits == 1 else _fit_scale_and_zero
+        largest = np.float32((1 << self.grid.bits) - 1)
         for index, group in enumerate(self.groups):
-            codes, block = self.codes[:, group], self.hessian[group, group]
+            block = self.hessian[group, group].contiguous()
+            codes = self.codes[:, group].contiguous()
             scales, zeros = self.grid.scales[:, index, None], self.grid.zeros[:, index, None]
             # The gradient as it would be with this group's Q = 0: what the new values are fitted against.
             without = self.gradient[:, group] - ((codes - zeros) * scales) @ block
             scales, zeros = fit(codes, without, block, scales, zeros)
-            self.grid.scales[:, index], self.grid.zeros[:, index] = scales[:, 0], zeros[:, 0]
-            self._move(group, (codes - zeros) * scales - self.weight[:, group])
-
-    def descend_codes(self) -> None:
-        """One pass: every code to its optimum, given all others as they are by then."""
-        largest = np.float32((1 << self.grid.bits) - 1)
-        for index, group in enumerate(self.groups):
-            block = self.hessian[group, group].contiguous()
-            codes, gradients = self.codes[:, group].contiguous(), self.gradient[:, group].contiguous()
-            scales, zeros = self.grid.scales[:, index].contiguous(), self.grid.zeros[:, index, None]
-            over_rows(descend_block, (codes, gradients, scales), block, block.diagonal().reciprocal(), largest)
+            gradients = without.addmm_((codes - zeros) * scales, block)
+            rows_scales = scales[:, 0].contiguous()
+            over_rows(descend_block, (codes, gradients, rows_scales), block, block.diagonal().reciprocal(), largest)
             self.codes[:, group] = codes
-            self._move(group, (codes - zeros) * scales[:, None] - self.weight[:, group])
+            self.grid.scales[:, index], self.grid.zeros[:, index] = scales[:, 0], zeros[:, 0]
+            new_error = (codes - zeros) * scales - self.weight[:, group]
+            self.gradient.addmm_(new_error - self.error[:, group], self.hessian[group])
+            self.error[:, group] = new_error
 
 
 # Both fits: codes, without [out, 128]; block [128, 128], smaller in a last group that is not whole; scales, zeros

