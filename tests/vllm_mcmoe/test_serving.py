@@ -64,7 +64,8 @@ def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_pro
     [
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-        {"pipeline_parallel_size": 2},
+        # Eager, vLLM 0.32 leaves out the warm-up on CPUs that makes the buffers between stages.
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
     ],
     ids=["TP", "EP", "PP"],
 )
