@@ -24,9 +24,10 @@ import psutil
 import torch
 from cpu_moe import Bandwidth
 from openai import OpenAI
-from safetensors import safe_open
 from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 
+from vllm_mcmoe.calibration.layerwise import EMBEDDING
+from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.local_server import serve
 
 CONCURRENCY = (1, 4)
@@ -76,20 +77,15 @@ def resident_bytes(field: str) -> int:
 def step_bytes(checkpoint: Path, shape: Shape, tokens: int, pruned: float) -> float:
     """Bytes of weights that a decode step of `tokens` tokens reads."""
     always = experts = 0
-    for file in checkpoint.glob("model-*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 -- no mapping
-                part = tensors.get_slice(name)
-                size = torch.Size(part.get_shape()).numel() * _ITEM_BYTES[part.get_dtype()]
-                if f".{shape.experts}." in name:
-                    experts += size
-                elif not name.startswith("model.embed_tokens"):
-                    always += size
+    for name, info in TensorFiles(checkpoint).info.items():
+        if f".{shape.experts}." in name:
+            experts += info.nbytes
+        elif name != EMBEDDING:
+            always += info.nbytes
     chosen = shape.config["num_experts_per_tok"] * (1 - pruned) / shape.num_experts
     return always + experts * (1 - (1 - chosen) ** tokens)
 
 
-_ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _PROMPTS = itertools.count()
 
 

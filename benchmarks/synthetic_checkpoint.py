@@ -24,6 +24,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vllm_mcmoe.calibration.allocation import written_bits
 from vllm_mcmoe.calibration.linears import PACKED, SCALE, SHAPE, linear_config
 from vllm_mcmoe.calibration.progress import progress
 from vllm_mcmoe.calibration.writer import Shard, shard_name, write_document, write_index
@@ -83,13 +84,9 @@ def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
 
     An eighth of the experts has 4 bits and an eighth has 1, where that can be afforded; the others are widened in turn.
     """
-    # float16 scales, and zeros above 1 bit, per group of 128 weights
-    written_bits = {
-        width: (8 * packed_bytes_per_group(width) + (16 if width == 1 else 32)) / GROUP_SIZE for width in (1, 2, 3, 4)
-    }
 
     def affordable(widths: list[int]) -> bool:
-        return sum(map(written_bits.get, widths)) <= bits * experts
+        return sum(map(written_bits, widths)) <= bits * experts
 
     eighth = experts // 8
     widths = [4] * eighth + [2] * (experts - 2 * eighth) + [1] * eighth

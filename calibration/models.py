@@ -8,7 +8,7 @@ random model of it to tests/calibration.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,18 +150,28 @@ def _refuse_phi(config: PretrainedConfig) -> str | None:
     return None
 
 
+MIXTRAL = ModelFamily(
+    num_experts="num_local_experts",
+    intermediate_size="intermediate_size",
+    experts="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+    linears=ATTENTION,
+    linear_ignore=("lm_head", r"re:.*\.block_sparse_moe\.gate$"),
+    module_names={"block_sparse_moe.": "mlp."},
+)
+
+DEEPSEEK = ModelFamily(
+    num_experts="n_routed_experts",
+    intermediate_size="moe_intermediate_size",
+    is_moe_layer=_after_dense_layers,
+    linears=MLA + _mlp("mlp") + _mlp("mlp.shared_experts"),
+    linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
+)
+
 FAMILIES: dict[str, ModelFamily] = {
-    "MixtralForCausalLM": ModelFamily(
-        num_experts="num_local_experts",
-        intermediate_size="intermediate_size",
-        experts="block_sparse_moe.experts",
-        gate="w1",
-        up="w3",
-        down="w2",
-        linears=ATTENTION,
-        linear_ignore=("lm_head", r"re:.*\.block_sparse_moe\.gate$"),
-        module_names={"block_sparse_moe.": "mlp."},
-    ),
+    "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": ModelFamily(
         num_experts="num_experts",
         intermediate_size="moe_intermediate_size",
@@ -192,34 +202,12 @@ FAMILIES: dict[str, ModelFamily] = {
         router_scores="sigmoid",
         notes=(PREDICTION_NOTE,),
     ),
-    "DeepseekV2ForCausalLM": ModelFamily(
-        num_experts="n_routed_experts",
-        intermediate_size="moe_intermediate_size",
-        is_moe_layer=_after_dense_layers,
-        linears=MLA + _mlp("mlp") + _mlp("mlp.shared_experts"),
-        linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
-        refuse=_refuse_deepseek_v2,
-        notes=MLA_NOTES,
+    "DeepseekV2ForCausalLM": replace(DEEPSEEK, refuse=_refuse_deepseek_v2, notes=MLA_NOTES),
+    "DeepseekV3ForCausalLM": replace(
+        DEEPSEEK, router_scores="sigmoid", refuse=_refuse_deepseek_v3, notes=(*MLA_NOTES, PREDICTION_NOTE)
     ),
-    "DeepseekV3ForCausalLM": ModelFamily(
-        num_experts="n_routed_experts",
-        intermediate_size="moe_intermediate_size",
-        is_moe_layer=_after_dense_layers,
-        linears=MLA + _mlp("mlp") + _mlp("mlp.shared_experts"),
-        linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
-        router_scores="sigmoid",
-        refuse=_refuse_deepseek_v3,
-        notes=(*MLA_NOTES, PREDICTION_NOTE),
-    ),
-    "PhiMoEForCausalLM": ModelFamily(
-        num_experts="num_local_experts",
-        intermediate_size="intermediate_size",
-        experts="block_sparse_moe.experts",
-        gate="w1",
-        up="w3",
-        down="w2",
-        linears=ATTENTION,
-        linear_ignore=("lm_head", r"re:.*\.block_sparse_moe\.gate$"),
+    "PhiMoEForCausalLM": replace(
+        MIXTRAL,
         module_names={"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.": "mlp."},
         router="router",
         refuse=_refuse_phi,

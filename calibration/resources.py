@@ -22,7 +22,7 @@ from vllm_mcmoe.calibration.layerwise import skeleton
 from vllm_mcmoe.calibration.linears import choose_group_size
 from vllm_mcmoe.calibration.models import MoeModel, describe_model
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe
-from vllm_mcmoe.calibration.sensitivity import FLOAT_BYTES, OTHER_ARRAYS
+from vllm_mcmoe.calibration.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.statistics import needs_gradients
 from vllm_mcmoe.kernels.packing import group_count
 
@@ -159,16 +159,15 @@ def plan_resources(
     )
     tokens = sequences * length
     with_gradients = needs_gradients(recipe)
-    arrays = OTHER_ARRAYS + (len(layer_weights) + 1 if with_gradients else 0)
-    activation_bytes = arrays * tokens * description.hidden * FLOAT_BYTES
+    kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
     layer_bytes = FLOAT_BYTES * max(layer_weights)
     passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
     quantization = QuantizationNeeds(
         model_bytes=BITS_16 * parameters.total,
         layer_bytes=layer_bytes,
-        activation_bytes=activation_bytes,
+        activation_bytes=kept_bytes,
         memory_bytes=2 * layer_bytes + OTHER_BYTES,
-        disk_bytes=checkpoint_bytes + activation_bytes,
+        disk_bytes=checkpoint_bytes + kept_bytes,
         expert_products=_expert_products(description, recipe),
         forward_products=float(passes * parameters.active * tokens),
     )

@@ -66,12 +66,17 @@ class MoeTrace:
     output_median: float
 
 
+def activation_bytes(layers: int, tokens: int, hidden: int, with_gradients: bool) -> int:
+    """The most that a run keeps at once of float32 [tokens, hidden] arrays."""
+    arrays = OTHER_ARRAYS + (layers + 1 if with_gradients else 0)
+    return arrays * tokens * hidden * FLOAT_BYTES
+
+
 def choose_store(
     storage: Storage, model: LayerwiseModel, tokens: int, with_gradients: bool, directory: Path, log: Log
 ) -> ActivationStore:
     """A store in memory or in the directory; "auto" takes memory if the sweeps' activations fit there."""
-    arrays = OTHER_ARRAYS + (model.num_layers + 1 if with_gradients else 0)
-    size = arrays * tokens * model.description.hidden * FLOAT_BYTES
+    size = activation_bytes(model.num_layers, tokens, model.description.hidden, with_gradients)
     if storage == "memory" or (storage == "auto" and fits_in_memory(size, model.layer_bytes())):
         return ActivationStore()
     log(f"Activations are kept on disk: up to {size / 1e9:.1f} GB in {directory}.")

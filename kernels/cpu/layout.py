@@ -13,11 +13,13 @@ tile. Inside a row block records follow in the order of groups. Row blocks follo
 8 blocks (128 rows) of gate with the 8 of up that they multiply.
 """
 
+from functools import cache
+
 import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, planes
 
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
@@ -48,6 +50,7 @@ def gate_up_row_blocks(intermediate_size: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(-1)
 
 
+@cache
 def _plane_mover(bits: int):
     """A compiled function that moves a plane of so many bits: constants, so that LLVM unrolls the loops over fields.
 
@@ -73,9 +76,6 @@ def _plane_mover(bits: int):
     return move
 
 
-_move_plane = {bits: _plane_mover(bits) for bits in sorted({part for width in WIDTHS for part in planes(width)})}
-
-
 def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
     """Write a matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
     rows, groups = matrix.scales.shape
@@ -85,7 +85,7 @@ def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> N
     codes = np.empty((rows // ROWS, groups, 4 * matrix.bits, ROWS), np.uint32)
     start = 0
     for bits in planes(matrix.bits):
-        _move_plane[bits](words, row_blocks, start, codes)
+        _plane_mover(bits)(words, row_blocks, start, codes)
         start += 4 * bits
     scales_start = code_bytes(matrix.bits)
     records[:, :, :scales_start] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)

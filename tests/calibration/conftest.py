@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.artifacts import Plan
@@ -32,6 +34,23 @@ def qwen3_model(tmp_path_factory, reference_model) -> Path:
 
 def layerwise(path: Path) -> LayerwiseModel:
     return LayerwiseModel(WeightFiles(describe_model(path)))
+
+
+def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Of transformers' own loading and forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def layer_by_layer_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = layerwise(path)
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+        for index in range(model.num_layers):
+            with model.loaded_layer(index) as layer:
+                hidden = [layer(batch) for batch in hidden]
+        return torch.cat([model.logits(batch) for batch in hidden])
 
 
 def mixed_plan(path: Path) -> Plan:

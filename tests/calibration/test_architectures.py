@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from tests.calibration.conftest import QUICK, layerwise
+from tests.calibration.conftest import QUICK, layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
 from vllm_mcmoe.calibration.artifacts import Factors
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized, open_weights
@@ -71,23 +71,6 @@ def quantized(make, tmp_path_factory, calibration_files):
 @pytest.fixture
 def tokens():
     return torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
-
-
-def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Of transformers' own loading and forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def layer_by_layer_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = layerwise(path)
-    with torch.no_grad():
-        hidden = model.embed(tokens)
-        for index in range(model.num_layers):
-            with model.loaded_layer(index) as layer:
-                hidden = [layer(batch) for batch in hidden]
-        return torch.cat([model.logits(batch) for batch in hidden])
 
 
 def test_every_family_has_a_tiny_model():

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.calibration.conftest import layerwise
+from tests.calibration.conftest import layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import edit_config, make_qwen3
 from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
 from vllm_mcmoe.calibration.models import describe_model
@@ -51,16 +51,8 @@ def test_qwen3_sparse_step_selects_every_second_layer(tmp_path, reference_model)
 
 
 def test_layer_by_layer_logits_equal_transformers(model_path, tokens):
-    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, experts_implementation="eager")
-    model = layerwise(model_path)
-    with torch.no_grad():
-        hidden = model.embed(tokens)
-        for index in range(model.num_layers):
-            with model.loaded_layer(index) as layer:
-                hidden = [layer(batch) for batch in hidden]
-        logits = torch.cat([model.logits(batch) for batch in hidden])
-        # the same operations on the same numbers
-        assert torch.equal(logits, reference(tokens).logits)
+    # the same operations on the same numbers
+    assert torch.equal(layer_by_layer_logits(model_path, tokens), transformers_logits(model_path, tokens))
 
 
 def test_a_full_model_is_an_ordinary_transformers_model(model_path, tokens):
