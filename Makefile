@@ -12,7 +12,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not engine" --numprocesses 2 --dist loadfile  # two single threads outrun two together
+	$(BIN)/pytest -m engine  # an engine takes every core
 
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)

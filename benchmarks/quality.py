@@ -1,14 +1,14 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
-    python benchmarks/quality.py --bits 2 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
+    python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
 Every method quantises the same model from the same calibration text; all are evaluated on the same other text with
 the kernels' int8 activations. Bits and bytes are those of the experts' tensors as written, scales and zeros included.
 Methods other than ours get the requested budget; with few experts per layer they cannot always spend all of it, and
-mcmoe then gets what the thriftier of uniform and paper-code really used, never more. (Below 1.54 bits the authors'
-minimum counts leave no plan for 8 experts per layer. Budgets that paper-code cannot spend, having no width above 3, go
-without it.) With --work, measurements, checkpoints and finished rows are kept, and the same command goes on from there.
+mcmoe then gets what the thriftier of uniform and paper-code really used, never more. Budgets below the authors' least
+counts (1.54 bits with 8 experts per layer) go without paper-code; so do those it cannot spend, having no width above
+3. With --work, measurements, checkpoints and finished rows are kept, and the same command goes on from there.
 Attention stays in 16 bits unless --linear-bits says otherwise, so that differences are the experts'.
 """
 
@@ -34,6 +34,7 @@ from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 from vllm_mcmoe.calibration.sensitivity import choose_store
 from vllm_mcmoe.calibration.statistics import Calibration, load_calibration_data, measure, needs_gradients
 from vllm_mcmoe.calibration.workdir import WorkDirectory, working_on
+from vllm_mcmoe.errors import PlanError
 
 REFERENCE = Path(__file__).parent / "reference_model"
 MORE_THAN_ENOUGH = 16.0  # bits per weight; no width costs as much
@@ -140,16 +141,20 @@ class _Table:
 
 
 def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
-    """Method -> plan: the baselines at the budget, ours at the smaller of what they use. Without paper-code where more
-    bits would not give it a larger plan."""
+    """Method -> plan: the baselines at the budget, ours at the smallest of what they use. Without paper-code where its
+    least counts of 2 and 3 bits cost more than the budget, or where more bits would not give it a larger plan."""
     result = {
-        method: allocate(factors[method], recipe=recipe, bits=bits)
-        for method, recipe in RECIPE_OF.items()
-        if method != "mcmoe"
+        method: allocate(factors[method], recipe=RECIPE_OF[method], bits=bits)
+        for method in ("uniform RTN", "uniform GPTQ")
     }
-    largest = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=MORE_THAN_ENOUGH)
-    if result["paper-code"].average_bits == largest.average_bits:
-        del result["paper-code"]
+    try:
+        published = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=bits)
+    except PlanError as error:
+        print(f"No paper-code at {bits} bits: {error}")
+    else:
+        largest = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=MORE_THAN_ENOUGH)
+        if published.average_bits < largest.average_bits:
+            result["paper-code"] = published
     used = min(plan.average_bits for plan in result.values())
     result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
     return result
