@@ -15,7 +15,9 @@ SMALL = ("--sequences", "5", "--length", "128")
 
 def mcmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("mcmoe")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"})
+    # one thread: another test may run beside this one
+    environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_several_files_may_follow_one_data_option():
