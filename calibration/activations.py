@@ -1,7 +1,8 @@
 """Activations of all calibration tokens, in memory or on disk.
 
-Every array is float32 [tokens, width], written once, batch by batch, then read batch by batch or row by row. One of
-them is tokens x width x 4 bytes: 4.3 GB for 128 x 2048 tokens of Mixtral-8x7B, and measuring keeps one per layer.
+Every array is float32 [tokens, width], written once, batch by batch, then read batch by batch or row by row. Batches
+may come from any device; arrays are in host memory or files, and what is read from them is in host memory. One of them
+is tokens x width x 4 bytes: 4.3 GB for 128 x 2048 tokens of Mixtral-8x7B, and measuring keeps one per layer.
 
     store = ActivationStore(directory)                       # or ActivationStore() for memory
     hidden = store.collect("hidden-1", (layer(batch) for batch in hidden))
@@ -97,7 +98,7 @@ class ArrayWriter(Protocol):
     """Takes an array batch by batch."""
 
     def append(self, batch: torch.Tensor) -> None:
-        """batch: float32 [..., width], of any length."""
+        """batch: float32 [..., width], of any length, on any device."""
 
     def finish(self) -> Activations: ...
 
@@ -111,7 +112,7 @@ class _MemoryWriter:
     def append(self, batch: torch.Tensor) -> None:
         if self._rows is None:
             self._rows = torch.empty(self._tokens, batch.shape[-1])
-        rows = batch.reshape(-1, batch.shape[-1])
+        rows = batch.cpu().reshape(-1, batch.shape[-1])
         self._rows[self._filled : self._filled + len(rows)] = rows
         self._filled += len(rows)
         self._shapes.append(tuple(batch.shape))
@@ -131,7 +132,7 @@ class _DiskWriter:
             self._file = path.open("wb", buffering=0)
 
     def append(self, batch: torch.Tensor) -> None:
-        data = memoryview(batch.contiguous().numpy()).cast("B")
+        data = memoryview(batch.cpu().contiguous().numpy()).cast("B")
         if self._durable:
             self._digest.update(data)
         with naming(self._path):

@@ -18,6 +18,7 @@ import torch
 
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences
+from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.experts_forward import experts_forward, round_activations
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightSource
 from vllm_mcmoe.calibration.models import activation_function
@@ -76,6 +77,7 @@ def evaluate(
     pruning: str | float | Mapping[str, LayerPruning] = "on",
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
+    device: str | torch.device = "auto",
     log: Callable[[str], None] = lambda message: None,
     show_progress: bool = True,
 ) -> Evaluation:
@@ -85,10 +87,12 @@ def evaluate(
     against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
     activations  of the quantised experts, here and in `against`
     pruning      of model, never of `against`: "on" as it would be served, "off", a fraction of the expert activations
-                 by the checkpoint's own rule, or a rule for every MoE layer by its name
+                 by the checkpoint's own rule, or a rule for every MoE layer by its name, which is moved to the device
+    device       what computes, as choose_device takes it; hidden states of the text stay in host memory
 
-    Raises UnsupportedModelError, FormatError, PruningError or DataError before any long work.
+    Raises DeviceError, UnsupportedModelError, FormatError, PruningError or DataError before any long work.
     """
+    device = choose_device(device, log)
     weights = open_weights(model)
     pruners = _pruners(weights, pruning)
     reference = None if against is None else open_weights(against)
@@ -98,8 +102,8 @@ def evaluate(
             f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
         )
     text = load_calibration_data(weights.model, data, sequences, length, log)
-    subject = _FinalStates(weights, text.tokens, activations, show_progress, pruners)
-    base = None if reference is None else _FinalStates(reference, text.tokens, activations, show_progress)
+    subject = _FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
+    base = None if reference is None else _FinalStates(reference, device, text.tokens, activations, show_progress)
     return _evaluation(subject, base, text, activations)
 
 
@@ -111,6 +115,7 @@ def evaluate_pruning(
     activations: Activations = "int8",
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
+    device: str | torch.device = "auto",
     log: Callable[[str], None] = lambda message: None,
     show_progress: bool = True,
 ) -> list[Evaluation]:
@@ -118,15 +123,15 @@ def evaluate_pruning(
 
     Raises as evaluate does.
     """
+    device = choose_device(device, log)
     weights = open_weights(checkpoint)
     pruners = {target: _pruners(weights, target) for target in targets}
     text = load_calibration_data(weights.model, data, sequences, length, log)
-    unpruned = _FinalStates(weights, text.tokens, activations, show_progress)
+    options = (weights, device, text.tokens, activations, show_progress)
+    unpruned = _FinalStates(*options)
     evaluations = []
     for target in targets:
-        subject = (
-            _FinalStates(weights, text.tokens, activations, show_progress, pruners[target]) if target else unpruned
-        )
+        subject = _FinalStates(*options, pruners[target]) if target else unpruned
         evaluations.append(_evaluation(subject, unpruned, text, activations))
     return evaluations
 
@@ -169,17 +174,18 @@ def _pruners(weights: WeightSource, request: str | float | Mapping[str, LayerPru
 
 
 class _FinalStates:
-    """Last hidden states of a model on all sequences, and its logits from them, batch by batch."""
+    """Last hidden states of a model on all sequences, in host memory, and its logits from them, batch by batch."""
 
     def __init__(
         self,
         weights: WeightSource,
+        device: torch.device,
         tokens: torch.Tensor,
         activations: Activations,
         show_progress: bool,
         pruners: Mapping[str, LayerPruning] | None = None,
     ):
-        self.model, self.weights, self.pruners = LayerwiseModel(weights), weights, pruners or {}
+        self.model, self.weights, self.pruners = LayerwiseModel(weights, device), weights, pruners or {}
         moe_layers, activation = weights.model.moe_layers, activation_function(weights.model)
         integer = activations == "int8" and isinstance(weights, CheckpointWeights)
         round_inputs = round_activations if integer else torch.Tensor.float
@@ -191,10 +197,10 @@ class _FinalStates:
                 with self.model.loaded_layer(index) as layer:
                     pruner = self.pruners.get(moe_layers.get(index))
                     with layer.experts_forward(experts_forward(layer, activation, round_inputs, pruner)):
-                        self.batches = [layer(batch) for batch in self.batches]
+                        self.batches = [layer(batch).cpu() for batch in self.batches]
 
     def log_probs(self, batch: int) -> torch.Tensor:
-        """float32 [sequences, length, vocabulary]."""
+        """float32 [sequences, length, vocabulary], on the device."""
         return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
 
 
@@ -207,7 +213,8 @@ def _compare(
     with torch.no_grad():
         for number, labels in enumerate(batch_tokens):
             log_probs = subject.log_probs(number)
-            losses.append(-log_probs[:, :-1].gather(2, labels[:, 1:, None]).squeeze(2))
+            next_tokens = labels[:, 1:, None].to(log_probs.device)
+            losses.append(-log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu())
             if base is not None:
                 expected = base.log_probs(number)
                 agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())

@@ -23,16 +23,18 @@ CHUNK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class MoeInputs:
-    """What a layer's experts are called with, for all N calibration tokens.
+    """What a layer's experts are called with, for all N calibration tokens, in host memory.
 
     x             float32 [N, hidden], a tensor or rows on disk
     topk_ids      int64   [N, top_k]
     topk_weights  float32 [N, top_k], the routing weights that multiply the experts' outputs
+    device        the layer's, where an expert's tokens are wanted
     """
 
     x: Rows
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
+    device: torch.device
 
     @property
     def num_tokens(self) -> int:
@@ -40,18 +42,20 @@ class MoeInputs:
 
 
 class MoeInputsRecorder:
-    """Collects, batch by batch, what a layer's experts are called with. tokens: rows in all."""
+    """Collects, batch by batch, what a layer's experts are called with. tokens: rows in all; device: the layer's."""
 
-    def __init__(self, store: ActivationStore, tokens: int):
+    def __init__(self, store: ActivationStore, tokens: int, device: torch.device):
         self._x = store.create(f"{SCRATCH}moe-inputs", tokens)
+        self._device = device
         self._routing: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._x.append(x.detach())
-        self._routing.append((topk_ids, topk_weights.detach().float()))
+        self._routing.append((topk_ids.cpu(), topk_weights.detach().float().cpu()))
 
     def finish(self) -> MoeInputs:
-        return MoeInputs(self._x.finish().rows, *(torch.cat(parts) for parts in zip(*self._routing, strict=True)))
+        topk_ids, topk_weights = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
+        return MoeInputs(self._x.finish().rows, topk_ids, topk_weights, self._device)
 
 
 def moe_inputs(
@@ -60,7 +64,7 @@ def moe_inputs(
     """Run a decoder layer up to its experts. hidden: the layer's input batches, [sequences, length, hidden] each;
     store: where the experts' inputs are kept, memory if not given."""
     tokens = len(hidden.rows) if isinstance(hidden, Activations) else sum(batch[..., 0].numel() for batch in hidden)
-    recorder = MoeInputsRecorder(store or ActivationStore(), tokens)
+    recorder = MoeInputsRecorder(store or ActivationStore(), tokens, layer.device)
 
     def record(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         recorder.record(x, topk_ids, topk_weights)
@@ -76,9 +80,9 @@ def moe_inputs(
 class ExpertTokens:
     """The tokens of one expert.
 
-    index           int64   [n], positions among the layer's N tokens
-    routing_weight  float32 [n]
-    rows            the experts' inputs of all N tokens, float32 [N, hidden]
+    index           int64   [n], positions among the layer's N tokens, in host memory
+    routing_weight  float32 [n], on the layer's device
+    rows            the experts' inputs of all N tokens, float32 [N, hidden], in host memory
     pooled          these are tokens of the whole layer, because the expert has too few of its own
     """
 
@@ -92,13 +96,16 @@ class ExpertTokens:
 
     @property
     def x(self) -> torch.Tensor:
-        """The expert's inputs, float32 [n, hidden], fetched anew each time."""
-        return self.rows[self.index]
+        """The expert's inputs, float32 [n, hidden], fetched anew to the layer's device each time."""
+        return self._fetch(self.index)
+
+    def _fetch(self, index: torch.Tensor) -> torch.Tensor:
+        return self.rows[index].to(self.routing_weight.device)
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """x in pieces of at most CHUNK_TOKENS."""
         for index in self.index.split(CHUNK_TOKENS):
-            yield self.rows[index]
+            yield self._fetch(index)
 
     def at_most(self, count: int) -> "ExpertTokens":
         """count of the tokens, evenly spaced, or all if there are no more."""
@@ -115,7 +122,7 @@ def _evenly_spaced(total: int, count: int) -> torch.Tensor:
 def tokens_of(inputs: MoeInputs, expert: int) -> ExpertTokens:
     """The tokens routed to an expert."""
     index, slot = (inputs.topk_ids == expert).nonzero(as_tuple=True)
-    return ExpertTokens(index, inputs.topk_weights[index, slot], inputs.x)
+    return ExpertTokens(index, inputs.topk_weights[index, slot].to(inputs.device), inputs.x)
 
 
 def calibration_tokens(inputs: MoeInputs, expert: int) -> ExpertTokens:
@@ -129,20 +136,20 @@ def calibration_tokens(inputs: MoeInputs, expert: int) -> ExpertTokens:
     if len(own) >= MIN_EXPERT_TOKENS:
         return own
     index = _evenly_spaced(inputs.num_tokens, min(POOL_TOKENS, inputs.num_tokens))
-    return ExpertTokens(index, torch.ones(len(index)), inputs.x, pooled=True)
+    return ExpertTokens(index, torch.ones(len(index), device=inputs.device), inputs.x, pooled=True)
 
 
 def hessian_weights(tokens: ExpertTokens, weighting: str, gradient_norms: torch.Tensor | None) -> torch.Tensor | None:
     """Weight of each token in its expert's Hessians, float32 [n], None for all alike.
 
     weighting: as Recipe.hessian_weighting. gradient_norms: float32 [N], squared norms of the loss gradient at the
-    layer's output, needed for "gradient".
+    layer's output, in host memory, needed for "gradient".
     """
     if weighting == "none":
         return None
     weights = tokens.routing_weight.square()
     if weighting == "gradient":
-        weights = weights * gradient_norms[tokens.index]
+        weights = weights * gradient_norms[tokens.index].to(weights.device)
     return weights
 
 

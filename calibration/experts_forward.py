@@ -34,7 +34,10 @@ def experts_forward(
     round_inputs: Callable[[torch.Tensor], torch.Tensor],
     pruner: LayerPruning | None,
 ) -> ExpertsForward:
-    """The experts of a layer as the kernels compute them: inputs rounded, dropped pairs left out."""
+    """The experts of a layer as the kernels compute them: inputs rounded, dropped pairs left out. The pruner is moved
+    to the layer's device."""
+    if pruner is not None:
+        pruner.to(layer.device)
 
     def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         if pruner is not None:

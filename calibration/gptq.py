@@ -175,9 +175,8 @@ def _gptq_codes(
         scales, zeros = grid.scales[:, group_of], grid.zeros[:, group_of]
         block_codes, errors = torch.empty_like(block), torch.empty_like(block)
         triangle = inverse[start:stop, start:stop].contiguous()
-        over_rows(
-            gptq_block, (block, block_codes, errors, scales, zeros), triangle, largest, options.compensate_within_block
-        )
+        rows, written = (block, block_codes, errors, scales, zeros), (block_codes, errors)
+        over_rows(gptq_block, rows, triangle, largest, options.compensate_within_block, written=written)
         codes[:, factor.order[start:stop]] = block_codes
         remaining[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
     return codes

@@ -1,6 +1,6 @@
 """What a run depends on, as short values under readable keys: two runs with equal ones write the same bytes.
 
-Bytes are equal on one machine with one number of threads; another machine's matrix products round differently.
+Bytes are equal on one machine's CPU with one number of threads; another machine's matrix products round differently.
 """
 
 import dataclasses
@@ -27,6 +27,12 @@ SHOWN_DIGITS = 16  # of a SHA-256: enough to tell any two files apart, short eno
 
 def identity_of_program() -> dict[str, str]:
     return {"vllm-mcmoe": __version__, "torch": torch.__version__}
+
+
+def identity_of_device(device: torch.device) -> dict[str, str]:
+    """The kind of device: its last bits differ from another's, so work begun on one is not finished on the other. CPUs
+    have no entry, so that unfinished work from before there was a choice is continued on them."""
+    return {} if device.type == "cpu" else {"device other than the CPU": device.type}
 
 
 def identity_of_model(description: MoeModel, files: TensorFiles) -> dict[str, str]:

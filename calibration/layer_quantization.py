@@ -239,7 +239,7 @@ def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:
 
 def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activations) -> torch.Tensor:
     """Second moment of a linear's input over all tokens, float32 [in, in]; the experts are not computed."""
-    moment = torch.zeros(linear.in_features, linear.in_features)
+    moment = torch.zeros(linear.in_features, linear.in_features, device=layer.device)
 
     def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].flatten(0, -2)

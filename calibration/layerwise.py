@@ -2,7 +2,8 @@
 
 The model's own modules and its own forward code are used; only the loop over layers is ours, so calibration sees
 every layer's input and the memory needed is one layer's weights in float32 plus the hidden states of all sequences.
-Embeddings are in memory while tokens are embedded, lm_head while logits are asked for.
+Embeddings are in memory while tokens are embedded, lm_head while logits are asked for. Weights are in the memory of the
+model's device, and what the model computes is there; hidden states may be given to it from anywhere.
 
     model = LayerwiseModel(WeightFiles(describe_model(path)))
     hidden = model.embed(tokens)                    # list of [sequences, length, hidden], one per batch
@@ -114,15 +115,17 @@ def _expert_slices(model: MoeModel) -> dict[str, tuple[str, tuple[slice, ...]]]:
 
 @dataclass
 class DecoderLayer:
-    """One loaded decoder layer with the arguments transformers passes it besides the hidden states."""
+    """One loaded decoder layer with the arguments transformers passes it besides the hidden states, and the device both
+    are on."""
 
     module: nn.Module
     kwargs: dict[str, Any]
     family: ModelFamily
+    device: torch.device
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: float32 [sequences, length, hidden] -> same shape."""
-        output = self.module(hidden, **self.kwargs)
+        """hidden: float32 [sequences, length, hidden], on any device -> same shape, on the layer's."""
+        output = self.module(hidden.to(self.device), **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @property
@@ -156,13 +159,13 @@ class DecoderLayer:
 
     @contextmanager
     def router_scores(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """Within the block receive(float32 [N, experts]) is called before each experts call with the scores of all
-        experts, from which the router selects."""
+        """Within the block receive(float32 [N, experts], in host memory) is called before each experts call with the
+        scores of all experts, from which the router selects."""
         position = self.family.router_logits
         score = torch.sigmoid if self.family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
 
         def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
-            receive(score(output[position].detach().float()))
+            receive(score(output[position].detach().float()).cpu())
 
         router = self.module.get_submodule(f"{self.family.moe_module}.{self.family.router}")
         handle = router.register_forward_hook(hook)
@@ -176,8 +179,9 @@ class LayerwiseModel:
     """See the module's text. Parameters of decoder layers, embeddings and lm_head live on the meta device until they
     are used."""
 
-    def __init__(self, source: WeightSource):
+    def __init__(self, source: WeightSource, device: torch.device | str = "cpu"):
         self.source = source
+        self.device = torch.device(device)
         self.description = source.model
         self._layer_names: dict[int, list[str]] = {}
         self._outer_names: list[str] = []
@@ -188,6 +192,7 @@ class LayerwiseModel:
             else:
                 self._layer_names.setdefault(split[0], []).append(name)
         self.module = skeleton(self.description)
+        self.module.model.rotary_emb.to(self.device)
         self._check_outer()
         for name, module in self.module.model.named_children():
             if name not in ("embed_tokens", "layers"):
@@ -216,8 +221,8 @@ class LayerwiseModel:
         self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
-        """As float32. Raises as check_weight does."""
-        tensor = self.source.read(name)
+        """As float32 on the model's device. Raises as check_weight does."""
+        tensor = self.source.read(name).to(self.device)
         if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is both minimum and maximum
             raise UnsupportedModelError(
                 f"{self.description.path}: {name} has NaN or infinite values; repair the model first."
@@ -272,7 +277,7 @@ class LayerwiseModel:
         """float32 [experts, out, in] of "gate_up" (gate rows first) or "down"."""
         model = self.description
         out_features, in_features = model.part_shapes()[part]
-        weights = torch.empty(model.num_experts, out_features, in_features)
+        weights = torch.empty(model.num_experts, out_features, in_features, device=self.device)
         for expert in range(model.num_experts):
             projections = model.projections(part)
             for projection, rows in zip(projections, weights[expert].chunk(len(projections)), strict=True):
@@ -284,26 +289,28 @@ class LayerwiseModel:
         """The decoder layer with its weights, which are dropped at the end of the block."""
         module = self.load_layer(index)
         try:
-            yield DecoderLayer(module, self._kwargs[index], self.description.family)
+            yield DecoderLayer(module, self._kwargs[index], self.description.family, self.device)
         finally:
             module.to("meta")
             release_freed_memory()
 
     def embed(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """tokens: int64 [sequences, length] -> float32 hidden states in batches of about BATCH_TOKENS tokens.
+        """tokens: int64 [sequences, length] -> float32 hidden states in batches of about BATCH_TOKENS tokens, in host
+        memory.
 
         Also notes the arguments every decoder layer is to be called with; they hold for this length only.
         """
         self.note_layer_arguments(tokens.shape[1])
-        return list(self.embedded_batches(tokens))
+        return [batch.cpu() for batch in self.embedded_batches(tokens)]
 
     def embedded_batches(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What embed returns, one batch at a time; the embeddings are in memory until the last."""
+        """What embed returns, one batch at a time, on the model's device; the embeddings are in memory until the
+        last."""
         embedding = self.module.get_input_embeddings()
         self._load_outer("model.embed_tokens", embedding)
         multiplier = self._config_factor(self.description.family.embedding_multiplier)
         for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-            yield embedding(batch) * multiplier
+            yield embedding(batch.to(self.device)) * multiplier
         embedding.to("meta")
 
     def note_layer_arguments(self, length: int) -> None:
@@ -313,16 +320,17 @@ class LayerwiseModel:
         decoder.layers = recorders
         try:
             with torch.no_grad():
-                decoder(inputs_embeds=torch.zeros(1, length, self.description.hidden), use_cache=False)
+                nothing = torch.zeros(1, length, self.description.hidden, device=self.device)
+                decoder(inputs_embeds=nothing, use_cache=False)
         finally:
             decoder.layers = layers
         self._kwargs = {index: recorder.kwargs for index, recorder in enumerate(recorders)}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last layer's output [..., hidden] -> float32 logits [..., vocabulary]. lm_head stays in memory until
-        release_head."""
+        """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
+        stays in memory until release_head."""
         self._load_outer("lm_head", self.module.lm_head)
-        logits = self.module.lm_head(self.module.model.norm(hidden))
+        logits = self.module.lm_head(self.module.model.norm(hidden.to(self.device)))
         return logits / self._config_factor(self.description.family.logits_divisor)
 
     def _config_factor(self, key: str | None) -> float:

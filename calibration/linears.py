@@ -91,7 +91,8 @@ def quantize_linear(
     factor       HessianFactor of the layer's inputs, columns in the file's order
     scale_dtype  what scales are stored as: the model's dtype, since vLLM loads them so
 
-    Returns the weight as it will be served, float32 [out, in], and the tensors to write, suffix -> tensor.
+    Returns the weight as it will be served, float32 [out, in], and the tensors to write, suffix -> tensor;
+    those in host memory.
     """
     # Columns as rows of a transposed copy: every step reads and writes contiguous memory.
     remaining = weight.float().t().contiguous()
@@ -113,7 +114,7 @@ def quantize_linear(
         remaining[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
         scales.append(scale)
     quantized = quantized.t().contiguous()
-    stored = {"weight": quantized, SCALE: torch.stack(scales, dim=1)}
+    stored = {"weight": quantized.cpu(), SCALE: torch.stack(scales, dim=1).cpu()}
     packed = PackedQuantizationCompressor.compress(stored, _scheme(bits, group_size))
     packed[SCALE] = packed[SCALE].to(scale_dtype)
     return quantized, packed

@@ -19,8 +19,10 @@ from vllm_mcmoe.calibration.activations import Activations, ActivationStore, Sto
 from vllm_mcmoe.calibration.allocation import allocate
 from vllm_mcmoe.calibration.artifacts import Factors, Plan
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, find_data_files
+from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.identity import (
+    identity_of_device,
     identity_of_document,
     identity_of_files,
     identity_of_model,
@@ -75,6 +77,7 @@ def quantize(
     seed: int = 0,
     evaluation_data: Sequence[str | Path] | None = None,
     activations: Storage = "auto",
+    device: str | torch.device = "auto",
     restart: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
@@ -90,15 +93,18 @@ def quantize(
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
     activations      where hidden states and gradients of the calibration tokens are kept while the run needs them:
                      "memory", "disk" (beside the output), or "auto", memory if they fit; the result is the same
+    device           what computes: "cpu", "cuda", "cuda:N" or "auto", a GPU if there is one; see device.py
     restart          forget what an earlier run has left
 
     Finished layers are kept in OUT.partial until out_dir is complete: a run that was killed is continued by the same
-    call, and the checkpoint is byte for byte that of a run that was not.
+    call, and the checkpoint is byte for byte that of a run that was not. (GPUs sum in varying order: on one of them the
+    last bits, and with them a few codes, may differ from run to run.)
 
-    Raises UnsupportedModelError, FormatError, DataError or PlanError before any long work where possible, and
-    WorkDirectoryError where OUT.partial holds the work of other arguments.
+    Raises DeviceError, UnsupportedModelError, FormatError, DataError or PlanError before any long work where possible,
+    and WorkDirectoryError where OUT.partial holds the work of other arguments.
     """
     started = time.monotonic()
+    device = choose_device(device, log)
     recipe = find_recipe(recipe)
     if (plan is not None) + (bits is not None) + (bits_per_layer is not None) != 1:
         raise PlanError("give exactly one of plan, bits and bits_per_layer.")
@@ -113,6 +119,7 @@ def quantize(
     tokens = load_calibration_data(description, data, sequences, length, log)
     identity = {
         **identity_of_program(),
+        **identity_of_device(device),
         **identity_of_model(description, source.files),
         **identity_of_tokens(tokens),
         **identity_of_recipe(recipe),
@@ -131,7 +138,7 @@ def quantize(
     with working_on(out_dir, identity, restart=restart, log=log) as work:
         if (report := _finished(work)) is not None:
             return report
-        model = LayerwiseModel(source)
+        model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
         with_gradients = needs_gradients(recipe) and (needs_factors or needs_norms)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
@@ -158,7 +165,8 @@ def quantize(
         report = job.write_checkpoint(tokens.tokens, show_progress)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
-            options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
+            options = {"sequences": sequences, "length": length, "device": device}
+            options |= {"log": log, "show_progress": show_progress}
             before = evaluate(model_dir, evaluation_data, **options)
             after = evaluate(work.checkpoint, evaluation_data, against=model_dir, **options)
             card = model_card(description, report, (before, after), held_out)
@@ -183,7 +191,7 @@ def quantize_model(
 ) -> QuantizationReport:
     """Write a checkpoint of the model at the plan's bit-widths.
 
-    model                 LayerwiseModel(WeightFiles(describe_model(path)))
+    model                 LayerwiseModel(WeightFiles(describe_model(path)), device)
     linear_bits           4, 8 or 16; None takes the recipe's
     gradient_norms        layer name -> float32 [tokens] of the same sequences, as calibrate returns them; needed by
                           recipes whose hessian_weighting is "gradient"
@@ -202,6 +210,7 @@ def quantize_model(
         raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass calibrate's gradient_norms.")
     identity = {
         **identity_of_program(),
+        **identity_of_device(model.device),
         **identity_of_model(model.description, model.source.files),
         **identity_of_tokens(sequences),
         **identity_of_recipe(recipe),

@@ -207,6 +207,7 @@ def _least_squares_grid(
             np.float32((1 << spanning.bits) - 1),
             _RANGE_SHARES,
             _FIT_STEPS,
+            written=(scales, zeros),
         )
         found.append((scales, zeros))
     scales, zeros = (torch.cat(values, dim=1) for values in zip(*found, strict=True))

@@ -73,7 +73,8 @@ class _State:
             scales, zeros = fit(codes, without, block, scales, zeros)
             gradients = without.addmm_((codes - zeros) * scales, block)
             rows_scales = scales[:, 0].contiguous()
-            over_rows(descend_block, (codes, gradients, rows_scales), block, block.diagonal().reciprocal(), largest)
+            step, rows = block.diagonal().reciprocal(), (codes, gradients, rows_scales)
+            over_rows(descend_block, rows, block, step, largest, written=(codes,))
             self.codes[:, group] = codes
             self.grid.scales[:, index], self.grid.zeros[:, index] = scales[:, 0], zeros[:, 0]
             new_error = (codes - zeros) * scales - self.weight[:, group]

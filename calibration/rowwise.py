@@ -4,8 +4,8 @@ In tensor operations each step over 128 columns is a dozen tiny calls, which cos
 than in arithmetic (0.9 s for a 1024 x 256 matrix at 2 bits on a busy two-core machine; 0.03 s here). The products
 between blocks of 128 columns stay matrix multiplications in torch.
 
-Rows are shared out over threads of torch's count. All arrays are C-contiguous float32 unless said otherwise. Where a
-shape says 128, a last group that is not whole has fewer.
+The loops run on the CPU wherever the matrices are. Rows are shared out over threads of torch's count. All arrays are
+C-contiguous float32 unless said otherwise. Where a shape says 128, a last group that is not whole has fewer.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,23 @@ _FAST = {"reassoc", "contract", "arcp", "nsz"}
 _ROWS_PER_TASK = 64  # a task must outlast the handing over of it, about 50 us
 
 
-def over_rows(kernel: Callable[..., None], by_row: tuple[torch.Tensor, ...], *shared: object) -> None:
-    """Call kernel(*rows of by_row, *shared) on chunks of rows. Tensors are passed as numpy views, so kernels write
-    into them."""
-    arrays = [tensor.numpy() for tensor in by_row]
-    common = [value.numpy() if isinstance(value, torch.Tensor) else value for value in shared]
+def over_rows(
+    kernel: Callable[..., None], by_row: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]
+) -> None:
+    """Call kernel(*rows of by_row, *shared) on chunks of rows.
+
+    written: those of by_row whose new values the caller wants. Kernels write into the memory of tensors on the CPU;
+    others are copied to it, and only what is wanted is copied back.
+    """
+    host = [tensor.cpu() for tensor in by_row]
+    _run_on_rows(kernel, [tensor.numpy() for tensor in host], shared)
+    for tensor, changed in zip(by_row, host, strict=True):
+        if tensor is not changed and any(tensor is wanted for wanted in written):
+            tensor.copy_(changed)
+
+
+def _run_on_rows(kernel: Callable[..., None], arrays: list[np.ndarray], shared: tuple[object, ...]) -> None:
+    common = [value.cpu().numpy() if isinstance(value, torch.Tensor) else value for value in shared]
     rows, threads = len(arrays[0]), torch.get_num_threads()
     chunk = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
     starts = range(0, rows, chunk)

@@ -44,7 +44,8 @@ LOGITS_AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class MoeTrace:
-    """One MoE layer while its weights are loaded, seen on all N calibration tokens.
+    """One MoE layer while its weights are loaded, seen on all N calibration tokens; all of it but the layer in host
+    memory.
 
     name            the layer's name
     layer           the loaded decoder layer, usable until the next trace is asked for
@@ -84,11 +85,11 @@ def choose_store(
 
 
 class _Recording:
-    """Collects, batch by batch, what goes through a layer's experts. tokens: in all batches."""
+    """Collects, batch by batch, what goes through a layer's experts. tokens: in all batches; device: the layer's."""
 
-    def __init__(self, store: ActivationStore, tokens: int):
+    def __init__(self, store: ActivationStore, tokens: int, device: torch.device):
         self._store, self._tokens = store, tokens
-        self.inputs = MoeInputsRecorder(store, tokens)
+        self.inputs = MoeInputsRecorder(store, tokens, device)
         self.router_probs: list[torch.Tensor] = []
         self.gradients: ArrayWriter | None = None
         self.gradient_norms: list[torch.Tensor] = []
@@ -99,7 +100,7 @@ class _Recording:
         if self.gradients is None:
             self.gradients = self._store.create(f"{SCRATCH}moe-gradients", self._tokens)
         self.gradients.append(gradient.detach())
-        self.gradient_norms.append(gradient.detach().square().sum(-1))
+        self.gradient_norms.append(gradient.detach().square().sum(-1).cpu())
 
     def receive_output(self, output: torch.Tensor) -> None:
         magnitude = output.detach().abs()
@@ -168,7 +169,7 @@ def forward_traces(
             if name is None or name in measured:
                 outputs = store.collect(_inputs(index + 1), map(layer, hidden), count)
             else:
-                recording = _Recording(store, count)
+                recording = _Recording(store, count, layer.device)
                 outputs = store.collect(
                     _inputs(index + 1), (_run_recorded(layer, batch, recording) for batch in hidden), count
                 )
@@ -205,7 +206,7 @@ def backward_traces(
         with model.loaded_layer(index) as layer:
             name = model.description.moe_layers.get(index)
             wanted = name is not None and name not in measured
-            recording = _Recording(store, tokens.numel()) if wanted else None
+            recording = _Recording(store, tokens.numel(), layer.device) if wanted else None
             batches = _backward(layer, inputs.pop(), gradients, recording)
             gradients = store.collect(_gradients(index), batches, tokens.numel())
             if recording is not None:
@@ -268,7 +269,7 @@ def _backward(
         batch = batch.detach().requires_grad_()
         with torch.enable_grad():
             output = layer(batch) if recording is None else _run_recorded(layer, batch, recording)
-        output.backward(gradient)
+        output.backward(gradient.to(layer.device))
         yield batch.grad
 
 
@@ -281,10 +282,10 @@ def sample_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Ten
     """One token per row, from softmax(logits). [n, vocabulary] -> int64 [n].
 
     By inverting the distribution function: torch.multinomial draws a random number per vocabulary entry and took ten
-    times as long.
+    times as long. The random numbers are drawn on the CPU, the same ones for every device.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn).squeeze(1)
 
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from vllm_mcmoe.calibration.activations import ActivationStore, Storage
 from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_sequences
+from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.experts import (
     Activation,
     ExpertTokens,
@@ -32,6 +33,7 @@ from vllm_mcmoe.calibration.experts import (
 from vllm_mcmoe.calibration.files import write_atomically
 from vllm_mcmoe.calibration.gptq import quantize_gptq
 from vllm_mcmoe.calibration.identity import (
+    identity_of_device,
     identity_of_model,
     identity_of_program,
     identity_of_recipe,
@@ -101,6 +103,7 @@ def calibrate(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     activations: Storage = "auto",
+    device: str | torch.device = "auto",
     restart: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
@@ -113,16 +116,19 @@ def calibrate(
     widths       bit-widths to measure; None takes the recipe's
     seed         of the labels sampled for the loss gradient
     activations  "memory", "disk" (beside out, or in the system's temporary directory) or "auto", memory if they fit
+    device       what computes, as choose_device takes it
     restart      forget what an earlier run has left
 
-    Raises UnsupportedModelError, FormatError or DataError before any long work, WorkDirectoryError where there is
-    unfinished work of other arguments.
+    Raises DeviceError, UnsupportedModelError, FormatError or DataError before any long work, WorkDirectoryError where
+    there is unfinished work of other arguments.
     """
+    device = choose_device(device, log)
     recipe = find_recipe(recipe)
     source = WeightFiles(describe_model(model_dir))
     tokens = load_calibration_data(source.model, data, sequences, length, log)
     identity = {
         **identity_of_program(),
+        **identity_of_device(device),
         **identity_of_model(source.model, source.files),
         **identity_of_tokens(tokens),
         **identity_of_recipe(recipe),
@@ -132,7 +138,7 @@ def calibrate(
     with ExitStack() as stack:
         target = Path(stack.enter_context(TemporaryDirectory())) / "factors.json" if out is None else Path(out)
         work = stack.enter_context(working_on(target, identity, restart=restart, log=log))
-        model = LayerwiseModel(source)
+        model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
         options = {"store": store, "work": work, "log": log, "show_progress": show_progress}
@@ -332,7 +338,7 @@ def _measure_expert(
     output = h @ down.t()
     weight = sample.routing_weight[:, None]
     if trace.gradients is not None:
-        gradients = trace.gradients[sample.index] * weight
+        gradients = trace.gradients[sample.index].to(weight.device) * weight
         gradients_at_h = gradients @ down
     quantizers = _part_quantizers(trace, expert, activation, recipe, gradient_norms)
     for width in widths:

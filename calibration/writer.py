@@ -27,7 +27,7 @@ def shard_name(number: int, shards: int) -> str:
 
 
 class Shard:
-    """Tensors of one file, in memory until write()."""
+    """Tensors of one file, in host memory until write()."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
@@ -38,10 +38,10 @@ class Shard:
         return {name: tensor.nbytes for name, tensor in self._tensors.items()}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Raises FormatError for a name added twice."""
+        """tensor: on any device. Raises FormatError for a name added twice."""
         if name in self._tensors:
             raise FormatError(f"tensor {name} would be written twice.")
-        self._tensors[name] = tensor.contiguous()
+        self._tensors[name] = tensor.cpu().contiguous()
 
     def add_matrix(self, name: str, matrix: PackedMatrix) -> None:
         """One quantised matrix of an expert. Raises FormatError for scales fp16 cannot hold precisely."""

@@ -118,6 +118,15 @@ ActivationStorage = Annotated[
         "The result is the same."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="What computes. `auto`: a GPU (NVIDIA, or AMD with torch's ROCm build) if torch finds one. It holds one "
+        "decoder layer in float32; hidden states stay where --activations says. A GPU rounds differently: unfinished "
+        "work is continued on the kind of device it was begun on.",
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left in OUT.partial.")]
 Method = Annotated[
     PruningMethod,
@@ -160,6 +169,7 @@ def calibrate(
     sequences: Sequences = 128,
     length: Length = 2048,
     activations: ActivationStorage = Storage.auto,
+    device: Device = "auto",
     restart: Restart = False,
 ) -> None:
     """Measure every expert: how often it is used, its routing weight, and what each bit-width would cost.
@@ -179,6 +189,7 @@ def calibrate(
         sequences=sequences,
         length=length,
         activations=activations.value,
+        device=device,
         restart=restart,
         log=log,
     )
@@ -283,6 +294,7 @@ def quantize(
     ] = None,
     prune_method: Method = PruningMethod.otp,
     activations: ActivationStorage = Storage.auto,
+    device: Device = "auto",
     restart: Restart = False,
 ) -> None:
     """Quantise a model: measure its experts, allocate bits, run GPTQ, write a checkpoint vLLM can serve.
@@ -295,11 +307,13 @@ def quantize(
     if sum(option is not None for option in (bits, bits_per_layer, plan)) != 1:
         raise typer.BadParameter("give one of --bits, --bits-per-layer and --plan")
     from vllm_mcmoe.calibration.artifacts import Factors, Plan
+    from vllm_mcmoe.calibration.device import choose_device
     from vllm_mcmoe.calibration.models import describe_model
     from vllm_mcmoe.calibration.pipeline import quantize as run
     from vllm_mcmoe.calibration.pruning.prune import prune as add_pruning
     from vllm_mcmoe.calibration.pruning.rules import check_request
 
+    chosen = choose_device(device, log)
     if prune_target is not None:
         check_request(prune_method.value, prune_target, describe_model(model))
     run(
@@ -317,6 +331,7 @@ def quantize(
         length=length,
         evaluation_data=(evaluation_data or data) if evaluation else None,
         activations=activations.value,
+        device=chosen,
         restart=restart,
         log=log,
     )
@@ -329,6 +344,7 @@ def quantize(
             sequences=sequences,
             length=length,
             activations=activations.value,
+            device=chosen,
             log=log,
         )
     log(f"Wrote {out}. Serve it: vllm serve {out}")
@@ -357,6 +373,7 @@ def prune(
     sequences: Sequences = 128,
     length: Length = 2048,
     activations: ActivationStorage = Storage.auto,
+    device: Device = "auto",
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
@@ -382,6 +399,7 @@ def prune(
         sequences=sequences,
         length=length,
         activations=activations.value,
+        device=device,
         restart=restart,
         log=log,
     )
@@ -409,6 +427,7 @@ def evaluate(
     ] = "on",
     sequences: Sequences = 128,
     length: Length = 2048,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity per file, bytes and average bits; with --against, also KL and top-1 agreement.
@@ -426,6 +445,7 @@ def evaluate(
         pruning=pruning,
         sequences=sequences,
         length=length,
+        device=device,
         log=log,
     )
     if as_json:

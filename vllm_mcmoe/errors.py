@@ -17,6 +17,10 @@ class DataError(McmoeError, ValueError):
     """Calibration or evaluation text is missing, empty or malformed."""
 
 
+class DeviceError(McmoeError, ValueError):
+    """A device that calibration cannot compute on."""
+
+
 class WorkDirectoryError(McmoeError, ValueError):
     """Unfinished work that does not belong to this run, or that another process is busy with."""
 

@@ -25,7 +25,8 @@ from vllm_mcmoe.kernels.reference.pruning import TINY, by_weight, renormalized
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """One MoE layer's N calibration tokens; experts of a token are ordered by routing weight, largest first.
+    """One MoE layer's N calibration tokens, in host memory; experts of a token are ordered by routing weight, largest
+    first.
 
     x         float32 [N, hidden], what the experts are called with, a tensor or rows on disk
     weights   float32 [N, k], the routing weights that multiply the experts' outputs
@@ -50,7 +51,7 @@ def routed_tokens(model: LayerwiseModel, tokens: torch.Tensor, **options: Any) -
     activation = activation_function(model.description)
     for trace in backward_traces(model, tokens, **options):
         weights, ids = by_weight(trace.inputs.topk_weights, trace.inputs.topk_ids)
-        inputs = MoeInputs(trace.inputs.x, ids, weights)
+        inputs = MoeInputs(trace.inputs.x, ids, weights, trace.inputs.device)
         products = _gradient_products(trace.layer, inputs, trace.gradients, activation)
         yield RoutedTokens(trace.name, inputs.x, weights, ids, products)
 
@@ -60,8 +61,9 @@ def _gradient_products(layer: DecoderLayer, inputs: MoeInputs, gradients: Rows, 
     products = torch.zeros_like(inputs.topk_weights)
     for expert in range(len(layer.gate_up)):
         index, slot = (inputs.topk_ids == expert).nonzero(as_tuple=True)
-        h = intermediate(inputs.x[index], layer.gate_up[expert], activation)
-        products[index, slot] = ((gradients[index] @ layer.down[expert]) * h).sum(-1)
+        x, gradient = inputs.x[index].to(inputs.device), gradients[index].to(inputs.device)
+        h = intermediate(x, layer.gate_up[expert], activation)
+        products[index, slot] = ((gradient @ layer.down[expert]) * h).sum(-1).cpu()
     return products
 
 

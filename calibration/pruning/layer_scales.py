@@ -37,11 +37,11 @@ def measured_costs(
         for index in progress(range(model.num_layers), "Pruning one layer at a time", show=show_progress):
             with model.loaded_layer(index) as layer:
                 for batches in variants.values():
-                    batches[:] = [layer(batch) for batch in batches]
+                    batches[:] = [layer(batch).cpu() for batch in batches]
                 if index in names:
                     with pruned_layer(layer, model.description, pruners[names[index]]):
-                        variants[names[index]] = [layer(batch) for batch in base]
-                base = [layer(batch) for batch in base]
+                        variants[names[index]] = [layer(batch).cpu() for batch in base]
+                base = [layer(batch).cpu() for batch in base]
         costs = dict.fromkeys(variants, 0.0)
         for number, batch in enumerate(base):
             expected = model.logits(batch).log_softmax(-1)

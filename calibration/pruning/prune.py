@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_mcmoe.calibration.activations import Storage
 from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.data import DEFAULT_LENGTH, DEFAULT_SEQUENCES, find_data_files
+from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate_pruning
 from vllm_mcmoe.calibration.files import write_atomically
-from vllm_mcmoe.calibration.identity import identity_of_model, identity_of_program, identity_of_tokens
+from vllm_mcmoe.calibration.identity import (
+    identity_of_device,
+    identity_of_model,
+    identity_of_program,
+    identity_of_tokens,
+)
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, check_request
@@ -58,6 +66,7 @@ def prune(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     activations: Storage = "auto",
+    device: str | torch.device = "auto",
     restart: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
@@ -71,10 +80,12 @@ def prune(
     evaluation_data  text to measure on; None measures nothing
     table            measure 0, 10, ... 50% besides the target; each takes a pass over the model
     activations      "memory", "disk" or "auto", as calibrate takes it
+    device           what computes, as choose_device takes it; a mask router is trained on the CPU
     restart          forget what an earlier run has left
 
-    Raises UnsupportedModelError, FormatError, DataError or PruningError before any long work.
+    Raises DeviceError, UnsupportedModelError, FormatError, DataError or PruningError before any long work.
     """
+    device = choose_device(device, log)
     description = describe_model(checkpoint)
     check_request(method, target, description)
     if evaluation_data is not None:
@@ -83,6 +94,7 @@ def prune(
     text = load_calibration_data(description, data, sequences, length, log)
     identity = {
         **identity_of_program(),
+        **identity_of_device(device),
         **identity_of_model(description, source.files),
         **identity_of_tokens(text),
         "method": method,
@@ -91,7 +103,7 @@ def prune(
     }
     out = description.path.with_name(f"{description.path.name}.pruning")
     with working_on(out, identity, restart=restart, log=log) as work:
-        model = LayerwiseModel(source)
+        model = LayerwiseModel(source, device)
         store = choose_store(activations, model, text.tokens.numel(), True, work.activations, log)
         options = {"seed": seed, "store": store, "work": work, "show_progress": show_progress}
         rules = calibrate_rules(model, text.tokens, method, target, **options)
@@ -102,7 +114,8 @@ def prune(
         return []
     largest = (description.top_k - 1) / description.top_k
     targets = sorted({0.0, target, *(t for t in TABLE if table and t <= largest)})
-    options = {"sequences": sequences, "length": length, "log": log, "show_progress": show_progress}
+    options = {"sequences": sequences, "length": length, "device": device}
+    options |= {"log": log, "show_progress": show_progress}
     found = evaluate_pruning(checkpoint, evaluation_data, targets, **options)
     return [_point(target, evaluation) for target, evaluation in zip(targets, found, strict=True)]
 

@@ -1,0 +1,48 @@
+"""Where calibration computes: on the CPU, or on a GPU that torch calls "cuda" (NVIDIA, or AMD with a ROCm build).
+
+A device holds one decoder layer, one batch of activations and one expert's Hessians, all in float32. Activations of all
+tokens, routing decisions and everything that is written stay in host memory or on the disk, and so do random draws. The
+loops of rowwise.py run on the CPU whatever the device.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_mcmoe.errors import DeviceError
+
+AUTO = "auto"
+
+
+def choose_device(request: str | torch.device, log: Callable[[str], None] = lambda message: None) -> torch.device:
+    """The device asked for by name: "auto" (a GPU if there is one, which is logged), "cpu", "cuda" or "cuda:N". A
+    torch.device counts as chosen already.
+
+    On a GPU matrix products are in full float32 from here on, in the whole process.
+
+    Raises DeviceError for another name, and for a GPU that is not there.
+    """
+    if isinstance(request, torch.device):
+        return request
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda" if gpus else "cpu") if request == AUTO else _parse(request, gpus)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.set_float32_matmul_precision("highest")  # not TF32, which has float16's precision
+    if request == AUTO:
+        found = torch.cuda.get_device_name(device) if gpus else "torch finds no GPU"
+        log(f"Computing on {device} ({found}).")
+    return device
+
+
+def _parse(request: str, gpus: int) -> torch.device:
+    try:
+        device = torch.device(request)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {request!r} is not one of {AUTO}, cpu, cuda and cuda:N.")
+    if device.type == "cuda" and gpus <= (device.index or 0):
+        found = "finds no GPU" if gpus == 0 else f"finds {gpus} GPU{'s'[: gpus - 1]}, counted from cuda:0"
+        raise DeviceError(f"device {request}: torch {torch.__version__} {found}; use a device it has, or cpu.")
+    return device
