@@ -40,7 +40,7 @@ def _parse(request: str, gpus: int) -> torch.device:
         device = torch.device(request)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and request != "cpu"):
         raise DeviceError(f"device {request!r} is not one of {AUTO}, cpu, cuda and cuda:N.")
     if device.type == "cuda" and gpus <= (device.index or 0):
         found = "finds no GPU" if gpus == 0 else f"finds {gpus} GPU{'s'[: gpus - 1]}, counted from cuda:0"

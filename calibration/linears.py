@@ -91,8 +91,8 @@ def quantize_linear(
     factor       HessianFactor of the layer's inputs, columns in the file's order
     scale_dtype  what scales are stored as: the model's dtype, since vLLM loads them so
 
-    Returns the weight as it will be served, float32 [out, in], and the tensors to write, suffix -> tensor;
-    those in host memory.
+    Returns the weight as it will be served, float32 [out, in], and the tensors to write, suffix -> tensor, which are in
+    host memory.
     """
     # Columns as rows of a transposed copy: every step reads and writes contiguous memory.
     remaining = weight.float().t().contiguous()
