@@ -35,6 +35,19 @@ def choose_device(request: str | torch.device, log: Callable[[str], None] = lamb
     return device
 
 
+def check_layer_fits(device: torch.device, layer_bytes: int, model: object) -> None:
+    """Raises DeviceError where a decoder layer alone is more than the GPU has. What else it needs depends on the text
+    and on other processes, and only shows later."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if layer_bytes > total:
+        raise DeviceError(
+            f"{model}: a decoder layer takes {layer_bytes / 1e9:.1f} GB in float32, {device} has {total / 1e9:.1f} GB; "
+            "use a larger GPU, or the device cpu."
+        )
+
+
 def _parse(request: str, gpus: int) -> torch.device:
     try:
         device = torch.device(request)

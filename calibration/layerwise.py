@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vllm_mcmoe.calibration.device import check_layer_fits
 from vllm_mcmoe.calibration.models import LAYER_PREFIX, ModelFamily, MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
@@ -180,6 +181,8 @@ class LayerwiseModel:
     are used."""
 
     def __init__(self, source: WeightSource, device: torch.device | str = "cpu"):
+        """Raises DeviceError for a GPU smaller than a decoder layer, FormatError or UnsupportedModelError for tensors
+        that are missing or not to be had."""
         self.source = source
         self.device = torch.device(device)
         self.description = source.model
@@ -191,6 +194,7 @@ class LayerwiseModel:
                 self._outer_names.append(name)
             else:
                 self._layer_names.setdefault(split[0], []).append(name)
+        check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
         self.module.model.rotary_emb.to(self.device)
         self._check_outer()

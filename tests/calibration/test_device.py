@@ -7,6 +7,7 @@ Registering a device changes torch for a whole process (torch.accelerator finds 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vllm_mcmoe.calibration.artifacts import Plan
 from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.gptq import GPTQOptions
+from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.pruning import otp
@@ -261,6 +263,14 @@ def test_a_gpu_that_is_not_there_is_refused(count, name, message, monkeypatch):
     gpus(monkeypatch, count)
     with pytest.raises(DeviceError, match=message):
         choose_device(name)
+
+
+def test_a_gpu_smaller_than_a_layer_is_refused_before_any_work(model, monkeypatch):
+    gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1_000_000_000))
+    monkeypatch.setattr(LayerwiseModel, "layer_bytes", lambda self: 1_200_000_000)
+    with pytest.raises(DeviceError, match=r"a decoder layer takes 1\.2 GB in float32, cuda:0 has 1\.0 GB"):
+        LayerwiseModel(WeightFiles(describe_model(model)), choose_device("cuda"))
 
 
 @pytest.mark.parametrize(
