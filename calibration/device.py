@@ -15,15 +15,17 @@ AUTO = "auto"
 
 
 def choose_device(request: str | torch.device, log: Callable[[str], None] = lambda message: None) -> torch.device:
-    """The device asked for by name: "auto" (a GPU if there is one, which is logged), "cpu", "cuda" or "cuda:N". A
-    torch.device counts as chosen already.
+    """The device asked for: "auto" (a GPU if there is one; what is chosen is logged), "cpu", "cuda" or "cuda:N".
+    A torch.device that is no GPU is taken as it is.
 
     On a GPU matrix products are in full float32 from here on, in the whole process.
 
     Raises DeviceError for another name, and for a GPU that is not there.
     """
     if isinstance(request, torch.device):
-        return request
+        if request.type != "cuda":
+            return request
+        request = str(request)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda" if gpus else "cpu") if request == AUTO else _parse(request, gpus)
     if device.type == "cuda":
@@ -56,6 +58,6 @@ def _parse(request: str, gpus: int) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and request != "cpu"):
         raise DeviceError(f"device {request!r} is not one of {AUTO}, cpu, cuda and cuda:N.")
     if device.type == "cuda" and gpus <= (device.index or 0):
-        found = "finds no GPU" if gpus == 0 else f"finds {gpus} GPU{'s'[: gpus - 1]}, counted from cuda:0"
+        found = f"finds {gpus} of them, counted from cuda:0" if gpus else "finds no GPU"
         raise DeviceError(f"device {request}: torch {torch.__version__} {found}; use a device it has, or cpu.")
     return device

@@ -228,7 +228,9 @@ def test_auto_is_the_cpu_without_a_gpu_and_says_so(monkeypatch):
 def test_auto_is_the_current_gpu_where_there_is_one(monkeypatch):
     gpus(monkeypatch, 2)
     messages: list[str] = []
-    assert choose_device("auto", messages.append) == torch.device("cuda:0")
+    chosen = choose_device("auto", messages.append)
+    assert chosen == torch.device("cuda:0")
+    assert choose_device(chosen, messages.append) == chosen  # as the parts of a run are told, without another word
     assert messages == ["Computing on cuda:0 (GPU 0)."]
 
 
@@ -257,12 +259,13 @@ def test_another_name_is_refused(name):
 
 @pytest.mark.parametrize(
     ("count", "name", "message"),
-    [(0, "cuda", "finds no GPU"), (0, "cuda:1", "finds no GPU"), (2, "cuda:2", "finds 2 GPUs, counted from cuda:0")],
+    [(0, "cuda", "finds no GPU"), (0, "cuda:1", "finds no GPU"), (2, "cuda:2", "finds 2 of them, counted from cuda:0")],
 )
 def test_a_gpu_that_is_not_there_is_refused(count, name, message, monkeypatch):
     gpus(monkeypatch, count)
-    with pytest.raises(DeviceError, match=message):
-        choose_device(name)
+    for request in (name, torch.device(name)):
+        with pytest.raises(DeviceError, match=message):
+            choose_device(request)
 
 
 def test_a_gpu_smaller_than_a_layer_is_refused_before_any_work(model, monkeypatch):
