@@ -77,9 +77,8 @@ def test_measured_factors_are_the_cpus(checkpoints):
 
 
 def test_a_checkpoint_is_as_good_as_one_made_on_the_cpu(checkpoints, evaluation_files):
-    expected, found = (
-        evaluate(checkpoints[made_on], evaluation_files, device="cpu", **TEXT) for made_on in checkpoints
-    )
+    options = {"device": "cpu", "pruning": "off", **TEXT}
+    expected, found = (evaluate(checkpoints[made_on], evaluation_files, **options) for made_on in ("cpu", "cuda"))
     assert found.average_bits == pytest.approx(expected.average_bits, rel=0.01)
     assert found.token_perplexity == pytest.approx(expected.token_perplexity, rel=0.02)
 
