@@ -121,10 +121,11 @@ ActivationStorage = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        metavar="auto|cpu|cuda|cuda:N",
-        help="What computes. `auto`: a GPU (NVIDIA, or AMD with torch's ROCm build) if torch finds one. It holds one "
-        "decoder layer in float32; hidden states stay where --activations says. A GPU rounds differently: unfinished "
-        "work is continued on the kind of device it was begun on.",
+        metavar="DEVICE",
+        help="What computes: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU (NVIDIA, or AMD with torch's ROCm build) if "
+        "torch finds one, `cpu` else. A GPU holds one decoder layer in float32; hidden states stay where "
+        "--activations says. It rounds differently: unfinished work is continued on the kind of device it began on. "
+        "How long things take on a GPU has not been measured.",
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left in OUT.partial.")]
