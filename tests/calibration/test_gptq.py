@@ -10,16 +10,6 @@ from vllm_mcmoe.calibration.gptq import GPTQOptions, HessianFactor, proxy_loss, 
 from vllm_mcmoe.calibration.quantizers import quantize_rtn
 from vllm_mcmoe.kernels.packing import WIDTHS
 
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Matrices of a test are too small to share, and threads that wait for a busy core make it 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 PLAIN = GPTQOptions()
 ACT_ORDER = GPTQOptions(act_order=True)
 REFINED = GPTQOptions(act_order=True, refinement_sweeps=8)
@@ -206,10 +196,11 @@ def test_the_scale_of_the_hessian_changes_nothing():
 
 def test_results_do_not_depend_on_the_number_of_threads():
     weight, factor = gaussian(300), HessianFactor.build(correlated_hessian(), ACT_ORDER)
-    codes = []
+    before, codes = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
         codes.append(quantize_gptq(weight, factor, 2, ACT_ORDER).codes)
+    torch.set_num_threads(before)
     assert (codes[0] == codes[1]).float().mean() > 0.999  # matrix products may sum in another order
 
 

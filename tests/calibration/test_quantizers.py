@@ -7,15 +7,6 @@ from vllm_mcmoe.calibration.quantizers import SMALLEST_SCALE, QuantizedMatrix, q
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, group_count
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Matrices of a test are too small to share, and threads that wait for a busy core make it 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gaussian(rows: int = 16, columns: int = 256, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
 
