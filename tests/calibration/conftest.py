@@ -2,13 +2,17 @@
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import make_qwen3
+from vllm_mcmoe.calibration import layer_quantization, pipeline
 from vllm_mcmoe.calibration.artifacts import Plan
 from vllm_mcmoe.calibration.gptq import GPTQOptions
 from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
@@ -32,8 +36,8 @@ def qwen3_model(tmp_path_factory, reference_model) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("qwen3") / "tiny-qwen3", reference_model)
 
 
-def layerwise(path: Path) -> LayerwiseModel:
-    return LayerwiseModel(WeightFiles(describe_model(path)))
+def layerwise(path: Path, device: str = "cpu") -> LayerwiseModel:
+    return LayerwiseModel(WeightFiles(describe_model(path)), device)
 
 
 def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -43,14 +47,29 @@ def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-def layer_by_layer_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = layerwise(path)
+def layer_by_layer_logits(path: Path, tokens: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """Computed on the device, one layer in memory at a time."""
+    model = layerwise(path, device)
     with torch.no_grad():
         hidden = model.embed(tokens)
         for index in range(model.num_layers):
             with model.loaded_layer(index) as layer:
                 hidden = [layer(batch) for batch in hidden]
-        return torch.cat([model.logits(batch) for batch in hidden])
+        return torch.cat([model.logits(batch).cpu() for batch in hidden])
+
+
+@contextmanager
+def interrupted_at_the_last_layer() -> Iterator[None]:
+    """In the block Ctrl-C is pressed when the last layer is about to be quantised, which ends the block."""
+
+    def quantize_first_layers(model: LayerwiseModel, index: int, *arguments: Any) -> Any:
+        if index == model.num_layers - 1:
+            raise KeyboardInterrupt
+        return layer_quantization.quantize_layer(model, index, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "quantize_layer", quantize_first_layers)
+        yield
 
 
 def mixed_plan(path: Path) -> Plan:

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from tests.calibration import child_process
-from tests.calibration.conftest import QUICK
+from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer
 from tests.tiny_models import make_tiny
-from vllm_mcmoe.calibration import layer_quantization, pipeline, rowwise
+from vllm_mcmoe.calibration import pipeline, rowwise
 from vllm_mcmoe.calibration.artifacts import Plan
 from vllm_mcmoe.calibration.device import choose_device
 from vllm_mcmoe.calibration.evaluate import evaluate
@@ -97,17 +97,9 @@ def test_a_checkpoint_made_on_a_device_has_the_bytes_of_the_cpus(model, text, cp
 
 
 def quantize_interrupted(model: Path, out: Path, text: list[Path], *, device: torch.device) -> None:
-    """By plan, Ctrl-C being pressed before the last layer, then continued."""
-
-    def quantize_first_layers(layerwise, index, *arguments):
-        if index == layerwise.num_layers - 1:
-            raise KeyboardInterrupt
-        return layer_quantization.quantize_layer(layerwise, index, *arguments)
-
-    pipeline.quantize_layer = quantize_first_layers
-    with pytest.raises(KeyboardInterrupt):
+    """By plan, interrupted and continued."""
+    with interrupted_at_the_last_layer():
         quantize_by_plan(model, out, text, device=device)
-    pipeline.quantize_layer = layer_quantization.quantize_layer
     quantize_by_plan(model, out, text, device=device)
 
 

@@ -72,18 +72,9 @@ def test_a_layers_weights_are_dropped_after_use(reference_model, tokens):
 
 def test_a_sliding_window_is_respected(editable_model, tokens):
     edit_config(editable_model, sliding_window=8)
-    reference = AutoModelForCausalLM.from_pretrained(
-        editable_model, dtype=torch.float32, experts_implementation="eager"
-    )
-    full = layerwise(editable_model)
-    with torch.no_grad():
-        hidden = full.embed(tokens)
-        for index in range(full.num_layers):
-            with full.loaded_layer(index) as layer:
-                hidden = [layer(batch) for batch in hidden]
-        logits = torch.cat([full.logits(batch) for batch in hidden])
-        # one mask is shared by all sequences here, which changes the order of float32 sums
-        assert torch.allclose(logits, reference(tokens).logits, atol=1e-4)
+    logits, expected = layer_by_layer_logits(editable_model, tokens), transformers_logits(editable_model, tokens)
+    # one mask is shared by all sequences here, which changes the order of float32 sums
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(editable_model):

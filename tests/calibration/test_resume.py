@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.calibration import child_process
-from tests.calibration.conftest import QUICK, mixed_plan
+from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer, mixed_plan
 from vllm_mcmoe.calibration import layer_quantization, pipeline, statistics
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.report import QuantizationReport
@@ -44,14 +44,7 @@ def run_logged(model: Path, out: Path, data: list[Path], **changes: Any) -> list
 def run_interrupted(model: Path, out: Path, data: list[Path], **changes: Any) -> list[str]:
     """run's messages, Ctrl-C being pressed when the last layer is about to be quantised."""
     messages: list[str] = []
-
-    def quantize_first_layers(model, index, *arguments):
-        if index == model.num_layers - 1:
-            raise KeyboardInterrupt
-        return layer_quantization.quantize_layer(model, index, *arguments)
-
-    pipeline.quantize_layer = quantize_first_layers
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_the_last_layer():
         run(model, out, data, log=messages.append, **changes)
     return messages
 

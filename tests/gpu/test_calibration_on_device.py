@@ -8,12 +8,10 @@ have not met a GPU yet.
 import pytest
 import torch
 
-from tests.calibration.conftest import QUICK
+from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer, layer_by_layer_logits
 from vllm_mcmoe.calibration.artifacts import Factors, Plan
 from vllm_mcmoe.calibration.evaluate import evaluate
 from vllm_mcmoe.calibration.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
-from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.pruning.prune import prune
 
@@ -35,19 +33,9 @@ def checkpoints(reference_model, calibration_files, tmp_path_factory):
     return made
 
 
-def logits(path, tokens: torch.Tensor, device: str) -> torch.Tensor:
-    model = LayerwiseModel(WeightFiles(describe_model(path)), device)
-    with torch.no_grad():
-        hidden = model.embed(tokens)
-        for index in range(model.num_layers):
-            with model.loaded_layer(index) as layer:
-                hidden = [layer(batch).cpu() for batch in hidden]
-        return torch.cat([model.logits(batch).cpu() for batch in hidden])
-
-
 def test_logits_are_the_cpus(reference_model):
     tokens = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
-    expected, found = (logits(reference_model, tokens, device) for device in ("cpu", "cuda"))
+    expected, found = (layer_by_layer_logits(reference_model, tokens, device) for device in ("cpu", "cuda"))
     # Float32 throughout: TF32 would be off by 1e-3. A median, because a token on the edge of two experts may switch.
     assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 1e-5
 
@@ -98,18 +86,10 @@ def test_a_pruning_rule_drops_what_it_was_asked_to(checkpoints, calibration_file
     assert pruned.pruned == pytest.approx(0.25, abs=0.02)
 
 
-def test_unfinished_work_is_continued(reference_model, checkpoints, calibration_files, tmp_path, monkeypatch):
-    from vllm_mcmoe.calibration import layer_quantization, pipeline
-
-    def quantize_first_layers(model, index, *arguments):
-        if index == model.num_layers - 1:
-            raise KeyboardInterrupt
-        return layer_quantization.quantize_layer(model, index, *arguments)
-
+def test_unfinished_work_is_continued(reference_model, checkpoints, calibration_files, tmp_path):
     plan = Plan.load(checkpoints["cuda"] / "plan.json")
     options = {"plan": plan, "recipe": QUICK, "device": "cuda", "activations": "disk", **TEXT}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "quantize_layer", quantize_first_layers)
+    with interrupted_at_the_last_layer():
         quantize(reference_model, tmp_path / "out", calibration_files, **options)
     messages: list[str] = []
     quantize(reference_model, tmp_path / "out", calibration_files, log=messages.append, **options)
