@@ -1,6 +1,7 @@
 """One MoE layer on the CPU: ours at several widths against vLLM's own bf16 kernel, in one process.
 
     python benchmarks/cpu_moe.py [--shape mixtral] [--tokens 1,16,256] [--intermediate-fraction 0.25] [--json FILE]
+                                 [--isa avx2 --isa portable]
 
 Every round calls every variant once with fresh random activations and routing, so noise of the machine falls on all
 alike; medians over the rounds are printed. Every variant holds several times the last-level cache in weights and goes
@@ -10,6 +11,7 @@ read each weight once, so its bytes per second as a share of that bandwidth say 
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
-from vllm_mcmoe.kernels.cpu import CpuExperts
+from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -84,7 +86,8 @@ def random_matrix(bits: int, out_features: int, in_features: int) -> PackedMatri
     return PackedMatrix(bits, qweight, scales, zeros)
 
 
-def quantised_variant(shape: Shape, widths: tuple[int, ...]) -> Variant:
+def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str) -> Variant:
+    os.environ[ISA_VARIABLE] = isa
     bits = [widths[expert % len(widths)] for expert in range(shape.experts)]
     gate_up = {b: random_matrix(b, 2 * shape.intermediate, shape.hidden) for b in set(bits)}
     down = {b: random_matrix(b, shape.hidden, shape.intermediate) for b in set(bits)}
@@ -219,15 +222,24 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated")
     parser.add_argument("--intermediate-fraction", type=float, default=0.25, help="of Mixtral's intermediate size")
     parser.add_argument("--widths", default=",".join(WIDTHS), help="comma-separated names of widths")
+    parser.add_argument(
+        "--isa", choices=available_isas(), action="append", help="instruction set of our kernels; repeatable"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="per number of tokens")
     parser.add_argument("--json", type=Path, help="write all results there")
     arguments = parser.parse_args()
     tokens = [int(text) for text in arguments.tokens.split(",")]
-    names = [BASELINE, *arguments.widths.split(",")]
+    isas = arguments.isa or [select_isa()]
+    ours = {
+        width if len(isas) == 1 else f"{width}, {isa}": (WIDTHS[width], isa)
+        for width in arguments.widths.split(",")
+        for isa in isas
+    }
+    names = [BASELINE, *ours]
 
     bandwidth = Bandwidth()
     gbytes = statistics.median(bandwidth.measure() for _ in range(9)) / 1e9
-    print(f"{torch.get_num_threads()} threads, read bandwidth {gbytes:.1f} GB/s", flush=True)
+    print(f"{torch.get_num_threads()} threads, {'/'.join(isas)}, read bandwidth {gbytes:.1f} GB/s", flush=True)
     everything: list[Result] = []
     for name in arguments.shape or SHAPES:
         shape = SHAPES[name]
@@ -238,7 +250,7 @@ def main() -> None:
             f"\n{name}: {shape}\nCells: median, speed-up over bf16, share of bandwidth up to {DECODE_TOKENS} tokens\n"
         )
         variants = {BASELINE: bf16_variant(shape)}
-        variants |= {width: quantised_variant(shape, WIDTHS[width]) for width in names[1:]}
+        variants |= {label: quantised_variant(shape, *choice) for label, choice in ours.items()}
         results = [r for count in tokens for r in measure(name, shape, variants, count, bandwidth, arguments.seconds)]
         print("\n".join(table(results, names)))
         print(

@@ -16,16 +16,13 @@ from numba.extending import intrinsic
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
 from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.products import (
-    PORTION_QUADS,
-    QUADS,
     VECTOR_BYTES,
-    Codes,
     add_scaled,
     multiply_rows_vnni,
-    prefetch_ahead,
     scale_and_zero,
+    unpack_function,
 )
-from vllm_mcmoe.kernels.cpu.vectors import VI32, call, load, store
+from vllm_mcmoe.kernels.cpu.vectors import VI32, call, load
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
 
 TILE_ROWS = 16
@@ -96,35 +93,6 @@ def scratch_memory(typing_context):
     return types.int64(), emit
 
 
-def _unpack_function(module: ir.Module, bits: int) -> ir.Function:
-    """void name(record, out): the codes of one record as bytes [quad][row][4], two tiles."""
-    name = f"mcmoe_amx_unpack_{bits}bit"
-    existing = module.globals.get(name)
-    if existing is not None:
-        return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
-    record, out = function.args
-    builder = ir.IRBuilder(entry)
-    prefetch_ahead(builder, bits, record)
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    portion = builder.phi(I64)
-    portion.add_incoming(I64(0), entry)
-    codes = Codes(builder, bits, record, portion)
-    target = builder.add(out, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
-    for quad in range(PORTION_QUADS):
-        store(builder, codes.quad(quad), target, quad * VECTOR_BYTES)
-    following = builder.add(portion, I64(1))
-    portion.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // PORTION_QUADS)), loop, done)
-    builder.position_at_end(done)
-    builder.ret_void()
-    return function
-
-
 @intrinsic
 def unpack_pair(typing_context, bits, record, next_record, out):
     """Codes of one group of two row blocks as four tiles [row block][half]."""
@@ -137,7 +105,7 @@ def unpack_pair(typing_context, bits, record, next_record, out):
             block = builder.append_basic_block(f"unpack_{bits}bit")
             switch.add_case(I64(bits), block)
             builder.position_at_end(block)
-            unpack = _unpack_function(builder.module, bits)
+            unpack = unpack_function(builder.module, bits)
             builder.call(unpack, [record, out])
             builder.call(unpack, [next_record, builder.add(out, I64(2 * TILE_BYTES))])
             builder.branch(done)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from numba import cfunc, njit, prange, types
 
-from vllm_mcmoe.kernels.cpu import amx, moe, products
+from vllm_mcmoe.kernels.cpu import amx, avx2, moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
 from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
 
@@ -116,4 +116,36 @@ def _products_amx(source: str):
     return multiply_rows_amx
 
 
-_PRODUCTS = {"amx": _products_amx, "avx512_vnni": _products_vnni, "portable": _products_portable}
+def _products_avx2(source: str):
+    @cfunc(_ROWS, cache=True)
+    def multiply_rows_avx2(
+        bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        source  # noqa: B018
+        avx2.multiply_rows_avx2(
+            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
+
+    return multiply_rows_avx2
+
+
+def _products_avx_vnni(source: str):
+    @cfunc(_ROWS, cache=True)
+    def multiply_rows_avx_vnni(
+        bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        source  # noqa: B018
+        avx2.multiply_rows_avx_vnni(
+            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
+
+    return multiply_rows_avx_vnni
+
+
+_PRODUCTS = {
+    "amx": _products_amx,
+    "avx512_vnni": _products_vnni,
+    "avx_vnni": _products_avx_vnni,
+    "avx2": _products_avx2,
+    "portable": _products_portable,
+}

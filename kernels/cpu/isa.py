@@ -8,10 +8,13 @@ from functools import cache
 import llvmlite.binding as llvm
 
 ISA_VARIABLE = "VLLM_MCMOE_CPU_ISA"
+# Features of LLVM's names; each is one sufficient set.
 _NEEDS = {
-    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8"),
-    "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
-    "portable": (),
+    "amx": [("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8")],
+    "avx512_vnni": [("avx512f", "avx512bw", "avx512vl", "avx512vnni")],
+    "avx_vnni": [("avx2", "fma", "f16c", "avxvnni"), ("avx2", "fma", "f16c", "avx512vl", "avx512vnni")],
+    "avx2": [("avx2", "fma", "f16c")],
+    "portable": [()],
 }
 
 
@@ -19,7 +22,7 @@ _NEEDS = {
 def available_isas() -> tuple[str, ...]:
     """Instruction sets this machine has, best first."""
     features = llvm.get_host_cpu_features()
-    isas = [isa for isa, needs in _NEEDS.items() if all(features.get(need) for need in needs)]
+    isas = [isa for isa, sets in _NEEDS.items() if any(all(features.get(need) for need in needs) for needs in sets)]
     if "amx" in isas and not _permit_amx():
         isas.remove("amx")
     return tuple(isas)

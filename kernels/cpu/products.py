@@ -192,7 +192,18 @@ def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offse
 _PRODUCT_ARGS = ("record", "groups", "activations", "half_stride", "scales", "scale_stride", "totals")
 
 
-def _product_function(module: ir.Module, name: str, dot, bits: int, tokens: int) -> ir.Function:
+def products_by(dot):
+    """group_products(builder, bits, record, activations, tokens, half_stride): a group's integer sums by this `dot`."""
+
+    def group_products(builder, bits: int, record, activations, tokens: int, half_stride) -> list[ir.Value]:
+        if tokens == 1:
+            return [_integer_product_in_place(builder, dot, bits, record, activations, half_stride)]
+        return _integer_products(builder, dot, bits, record, activations, tokens, half_stride)
+
+    return group_products
+
+
+def _product_function(module: ir.Module, name: str, group_products, bits: int, tokens: int) -> ir.Function:
     """void name(record, groups, activations, half_stride, scales, scale_stride, totals), all int64.
 
     Adds `groups` consecutive groups of 16 rows times `tokens` tokens to totals, float32 [tokens, 16].
@@ -221,7 +232,7 @@ def _product_function(module: ir.Module, name: str, dot, bits: int, tokens: int)
         phi.add_incoming(start, entry)
         moving.append((phi, step))
     remaining, record_now, activations_now, scales_now = (phi for phi, _ in moving)
-    _emit_group(builder, dot, bits, tokens, record_now, activations_now, half_stride, scales_now, totals)
+    _emit_group(builder, group_products, bits, tokens, record_now, activations_now, half_stride, scales_now, totals)
     for phi, step in moving:
         phi.add_incoming(builder.add(phi, step), builder.block)
     builder.cbranch(builder.icmp_signed(">", remaining, I64(1)), loop, done)
@@ -237,18 +248,44 @@ def prefetch_ahead(builder: ir.IRBuilder, bits: int, record: ir.Value) -> None:
         call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
 
 
-def _emit_group(builder, dot, bits, tokens, record, activations, half_stride, scales, totals) -> None:
+def _emit_group(builder, group_products, bits, tokens, record, activations, half_stride, scales, totals) -> None:
     prefetch_ahead(builder, bits, record)
-    if tokens == 1:
-        products = [_integer_product_in_place(builder, dot, bits, record, activations, half_stride)]
-    else:
-        products = _integer_products(builder, dot, bits, record, activations, tokens, half_stride)
+    products = group_products(builder, bits, record, activations, tokens, half_stride)
     scale, zero = scale_and_zero(builder, bits, builder.add(record, I64(code_bytes(bits))))
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
 
 
-def _multiply(isa: str, dot, token_counts: tuple[int, ...]):
+def unpack_function(module: ir.Module, bits: int) -> ir.Function:
+    """void name(record, out): the codes of one record as bytes [quad][row][4], two AMX tiles."""
+    name = f"mcmoe_unpack_{bits}bit"
+    existing = module.globals.get(name)
+    if existing is not None:
+        return existing
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
+    record, out = function.args
+    builder = ir.IRBuilder(entry)
+    prefetch_ahead(builder, bits, record)
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    portion = builder.phi(I64)
+    portion.add_incoming(I64(0), entry)
+    codes = Codes(builder, bits, record, portion)
+    target = builder.add(out, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
+    for quad in range(PORTION_QUADS):
+        store(builder, codes.quad(quad), target, quad * VECTOR_BYTES)
+    following = builder.add(portion, I64(1))
+    portion.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // PORTION_QUADS)), loop, done)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
+
+
+def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
     """multiply(bits, tokens, ...): the product for a width and a number of tokens known only at run time."""
 
     @intrinsic
@@ -271,7 +308,7 @@ def _multiply(isa: str, dot, token_counts: tuple[int, ...]):
             for width in WIDTHS:
                 for count in token_counts:
                     name = f"mcmoe_{isa}_{width}bit_{count}"
-                    function = _product_function(builder.module, name, dot, width, count)
+                    function = _product_function(builder.module, name, group_products, width, count)
                     block = builder.append_basic_block(name)
                     switch.add_case(I64(width * (LANES + 1) + count), block)
                     with builder.goto_block(block):
@@ -287,8 +324,8 @@ def _multiply(isa: str, dot, token_counts: tuple[int, ...]):
 
 VNNI_TOKENS = (16, 8, 4, 2, 1)
 PORTABLE_TOKENS = (4, 1)
-multiply_vnni = _multiply("vnni", dot_vnni, VNNI_TOKENS)
-multiply_portable = _multiply("portable", dot_portable, PORTABLE_TOKENS)
+multiply_vnni = multiply_by("vnni", products_by(dot_vnni), VNNI_TOKENS)
+multiply_portable = multiply_by("portable", products_by(dot_portable), PORTABLE_TOKENS)
 
 
 @njit

@@ -14,7 +14,7 @@ from vllm_mcmoe.kernels.packing import WIDTHS
 from vllm_mcmoe.kernels.reference import ReferenceExperts
 
 HIDDEN, INTERMEDIATE = 384, 256  # 3 and 2 groups: neither a power of two nor the same
-ALL_ISAS = ("amx", "avx512_vnni", "portable")
+ALL_ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
 MIXED = [1, 2, 3, 4, 8]
 
 # The integers are exact, so backends differ by the rounding of float32 sums of 3 + 2 groups and by exp's last place:
@@ -50,6 +50,18 @@ def assert_agrees(layer: dict, call: tuple, activation: str = "silu") -> None:
 def test_agrees_with_the_reference_at_every_width(isa, bits, tokens):
     layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
     assert_agrees(layer, random_call(tokens, HIDDEN, 2, 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_largest_codes_times_the_largest_activations_do_not_overflow(isa, bits, tokens):
+    """All of one sign, so that sums are as far from zero as they can be, and of both."""
+    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
+    for matrix in layer["gate_up"] + layer["down"]:
+        matrix.qweight.fill_(255)
+    x, weights, ids = random_call(tokens, HIDDEN, 2, 2)
+    for signs in (1.0, -1.0, torch.tensor([1.0, -1.0]).repeat(HIDDEN // 2)):
+        assert_agrees(layer, (torch.full_like(x, 1e-3) * signs, weights, ids))  # small, or silu(gate) would be 0
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 17, 130])

@@ -1,0 +1,321 @@
+"""The matrix products in 256-bit vectors: byte multiply-add of AVX2, and VNNI where it comes without AVX-512.
+
+AVX2 multiplies 32 unsigned by 32 signed bytes and adds neighbours in 16 bits, saturating. Codes are small, so that many
+of these sums fit in 16 bits before they must be widened: with codes below 2**b one adds at most 2 * 127 * (2**b - 1),
+which leaves room for a whole group of 128 inputs at 1 and 2 bits, half of one at 3 and a quarter at 4. Codes of 8 bits
+are multiplied as two digits of 4. The sums are those of the definition, exactly. VNNI sums in 32 bits.
+
+A few slots are multiplied as products.py does, codes unpacked in registers on their way. For more, the codes of a
+record are unpacked once, to bytes that stay in L1, and the slots follow in batches: as many as registers hold sums for.
+
+A record's 16 rows (layout.py) are two registers here: 16 lanes of 32 bits are written as one generic vector, which LLVM
+splits.
+"""
+
+from functools import partial
+
+from llvmlite import ir
+from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
+
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I16, I32, I64
+from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.products import (
+    HALF_GROUP,
+    PORTION_QUADS,
+    QUADS,
+    VECTOR_BYTES,
+    Codes,
+    add_scaled,
+    multiply_by,
+    prefetch_ahead,
+    products_by,
+    scale_and_zero,
+    unpack_function,
+)
+from vllm_mcmoe.kernels.cpu.vectors import VI32, call, constant, load, splat
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+
+INT16_MAX, INT8_MAX = 2**15 - 1, 127
+
+# Vectors of one AVX2 register
+V8X32, V16X16, V32X8 = ir.VectorType(I32, 8), ir.VectorType(I16, 16), ir.VectorType(I8, 32)
+# ... and of two: 16 rows
+V32X16, V64X8 = ir.VectorType(I16, 32), ir.VectorType(I8, 64)
+
+
+def _halves(builder: ir.IRBuilder, value: ir.Value, half: ir.VectorType) -> list[ir.Value]:
+    """The two registers of a 512-bit value, as `half`."""
+    wide = builder.bitcast(value, ir.VectorType(half.element, 2 * half.count))
+    indices = [ir.Constant(ir.VectorType(I32, half.count), list(range(i, i + half.count))) for i in (0, half.count)]
+    return [builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), index) for index in indices]
+
+
+def _join(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    count = 2 * low.type.count
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
+
+
+def _multiply_add_bytes(builder: ir.IRBuilder, weights: ir.Value, inputs: ir.Value) -> ir.Value:
+    """16-bit sums of two products each: weights unsigned, inputs signed bytes, both 512 bits -> int16 [32]."""
+    pairs = zip(_halves(builder, weights, V32X8), _halves(builder, inputs, V32X8), strict=True)
+    return _join(builder, *(call(builder, "llvm.x86.avx2.pmadd.ub.sw", V16X16, w, a) for w, a in pairs))
+
+
+def _widen(builder: ir.IRBuilder, sums: ir.Value) -> ir.Value:
+    """int16 [32] -> int32 [16], neighbours added."""
+    ones = ir.Constant(V16X16, [1] * 16)
+    halves = _halves(builder, sums, V16X16)
+    return _join(builder, *(call(builder, "llvm.x86.avx2.pmadd.wd", V8X32, half, ones) for half in halves))
+
+
+def fitting_quads(bits: int) -> int:
+    """Quads (4 inputs) whose products AVX2 can sum in 16 bits, a power of two, at most a group's 32."""
+    most = INT16_MAX // (2 * INT8_MAX * ((1 << bits) - 1))
+    return min(QUADS, 1 << (most.bit_length() - 1))
+
+
+class Unpacked:
+    """Codes of a record as bytes [quad][row][4], from the first quad of a portion on."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value, portion: ir.Value):
+        self.builder = builder
+        self.start = builder.add(address, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
+
+    def quad(self, quad: int) -> ir.Value:
+        return load(self.builder, VI32, self.start, quad * VECTOR_BYTES)
+
+
+class Digit:
+    """One of the two 4-bit digits of 8-bit codes."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value, shift: int, portion: ir.Value):
+        self.builder, self.shift = builder, shift
+        self.codes = Unpacked(builder, address, portion)
+
+    def quad(self, quad: int) -> ir.Value:
+        codes = self.codes.quad(quad)
+        if self.shift:
+            codes = self.builder.lshr(codes, constant(VI32, self.shift))
+        return self.builder.and_(codes, constant(VI32, 0x0F0F0F0F))
+
+
+def sums_avx2(builder, bits: int, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
+    """sum_k code * a_code of one group: int32 [16] per token.
+
+    codes_from(portion) gives Codes, Unpacked or Digit, whose quads are counted from that portion of 8 quads on.
+    """
+    fitting = fitting_quads(bits)
+    step = min(fitting, QUADS // 2)
+
+    def add(total, weights, inputs):
+        product = _multiply_add_bytes(builder, weights, inputs)
+        return product if total is None else builder.add(total, product)
+
+    if fitting == QUADS:  # all sums stay in 16 bits
+        totals = _loop(builder, V32X16, step, add, None, codes_from, activations, tokens, half_stride)
+        return [_widen(builder, total) for total in totals]
+    widen = partial(_widen, builder)
+    return _loop(builder, VI32, step, add, widen, codes_from, activations, tokens, half_stride)
+
+
+def sums_by(dot):
+    """As sums_avx2, by a `dot` of products.py, which sums in 32 bits."""
+
+    def sums(builder, bits: int, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
+        add = partial(dot, builder)
+        return _loop(builder, VI32, PORTION_QUADS, add, None, codes_from, activations, tokens, half_stride)
+
+    return sums
+
+
+def _loop(builder, kind, step: int, add, widen, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
+    """Sums of type `kind` per token, carried through turns of `step` quads.
+
+    add(sum, weights, inputs) adds a quad to the carried sum; where there is `widen`, to one of this turn, None at
+    first, which widen makes a `kind`.
+    """
+    before = builder.block
+    loop, done = (builder.append_basic_block(name) for name in ("portion", "portions_done"))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    turn = builder.phi(I64)
+    turn.add_incoming(I64(0), before)
+    carried = [builder.phi(kind) for _ in range(tokens)]
+    codes = codes_from(builder.mul(turn, I64(step // PORTION_QUADS)))
+    first_input = builder.mul(turn, I64(4 * step))
+    base = builder.add(activations, builder.and_(first_input, I64(HALF_GROUP - 1)))
+    base = builder.add(base, builder.mul(builder.udiv(first_input, I64(HALF_GROUP)), half_stride))
+    sums = [None] * tokens if widen else list(carried)
+    for quad in range(step):
+        weights = codes.quad(quad)
+        for token in range(tokens):
+            inputs = splat(builder, load(builder, I32, base, token * HALF_GROUP + quad * 4))
+            sums[token] = add(sums[token], weights, inputs)
+    if widen:
+        sums = [builder.add(total, widen(added)) for total, added in zip(carried, sums, strict=True)]
+    following = builder.add(turn, I64(1))
+    turn.add_incoming(following, loop)
+    for phi, total in zip(carried, sums, strict=True):
+        phi.add_incoming(ir.Constant(kind, [0] * kind.count), before)
+        phi.add_incoming(total, loop)
+    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // step)), loop, done)
+    builder.position_at_end(done)
+    return sums
+
+
+def _sums_of_bytes(builder, sums, bits: int, codes, *rest) -> list[ir.Value]:
+    """Of codes that are bytes at the address `codes`; AVX2 multiplies 8-bit ones digit by digit."""
+    if bits < 8 or sums is not sums_avx2:
+        return sums(builder, bits, partial(Unpacked, builder, codes), *rest)
+    low, high = (sums(builder, 4, partial(Digit, builder, codes, shift), *rest) for shift in (0, 4))
+    return [builder.add(x, builder.shl(y, constant(VI32, 4))) for x, y in zip(low, high, strict=True)]
+
+
+def products_avx2(builder, bits: int, record, *rest) -> list[ir.Value]:
+    """group_products of products.multiply_by, codes unpacked on their way."""
+    if bits == 8:
+        return _sums_of_bytes(builder, sums_avx2, bits, record, *rest)
+    return sums_avx2(builder, bits, partial(Codes, builder, bits, record), *rest)
+
+
+def dot_vnni_256(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
+    """products.dot_vnni in two registers of 256 bits."""
+    operands = (_halves(builder, value, V8X32) for value in (total, weights, quad))
+    halves = zip(*operands, strict=True)
+    return _join(builder, *(call(builder, "llvm.x86.avx512.vpdpbusd.256", V8X32, *half) for half in halves))
+
+
+def _block_function(module: ir.Module, name: str, sums, bits: int, tokens: int) -> ir.Function:
+    """void name(record, codes, activations, half_stride, scales, totals, batches), all int64.
+
+    Adds one group of 16 rows, whose codes are bytes at `codes`, times `batches` batches of `tokens` slots to totals.
+    """
+    existing = module.globals.get(name)
+    if existing is not None:
+        return existing
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 7), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
+    record, codes, activations, half_stride, scales, totals, batches = function.args
+    builder = ir.IRBuilder(entry)
+    scale, zero = scale_and_zero(builder, bits, builder.add(record, I64(code_bytes(bits))))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    batch = builder.phi(I64)
+    batch.add_incoming(I64(0), entry)
+    activations = builder.add(activations, builder.mul(batch, I64(tokens * HALF_GROUP)))
+    scales = builder.add(scales, builder.mul(batch, I64(tokens * 8)))
+    totals = builder.add(totals, builder.mul(batch, I64(tokens * VECTOR_BYTES)))
+    products = _sums_of_bytes(builder, sums, bits, codes, activations, tokens, half_stride)
+    for token, product in enumerate(products):
+        add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
+    following = builder.add(batch, I64(1))
+    batch.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, batches), loop, done)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
+
+
+BATCH = 4  # slots multiplied together: 8 registers of sums, 2 of codes
+LAST_BATCH = {0: 0, 1: 5, 2: 6, 3: 3}  # slots by what is left over: a lone slot would cost as much as two in company
+
+
+def _multiply_block(isa: str, sums):
+    @intrinsic
+    def multiply_block(typing_context, bits, record, room, activations, half_stride, scales, totals, count):
+        """One group of 16 rows times `count` slots, 5 at least; codes are unpacked into `room`."""
+
+        def emit(context, builder, signature, args):
+            width, record, room, activations, half_stride, scales, totals, count = args
+            left_over, last = builder.urem(count, I64(BATCH)), I64(0)
+            for slots, batch in LAST_BATCH.items():
+                last = builder.select(builder.icmp_signed("==", left_over, I64(slots)), I64(batch), last)
+            before_last = builder.sub(count, last)
+            last_addresses = [
+                builder.add(address, builder.mul(before_last, I64(stride)))
+                for address, stride in ((activations, HALF_GROUP), (scales, 8), (totals, VECTOR_BYTES))
+            ]
+            done = builder.append_basic_block("multiplied")
+            switch = builder.switch(width, done)
+            for bits in WIDTHS:
+                block = builder.append_basic_block(f"block_{bits}bit")
+                switch.add_case(I64(bits), block)
+                builder.position_at_end(block)
+                codes = room
+                if bits == 8:  # bytes already
+                    prefetch_ahead(builder, bits, record)
+                    codes = record
+                else:
+                    builder.call(unpack_function(builder.module, bits), [record, room])
+
+                def multiply(tokens, activations, scales, totals, batches, bits=bits, codes=codes):
+                    name = f"mcmoe_{isa}_block_{bits}bit_{tokens}"
+                    function = _block_function(builder.module, name, sums, bits, tokens)
+                    builder.call(function, [record, codes, activations, half_stride, scales, totals, batches])
+
+                with builder.if_then(builder.icmp_signed(">", before_last, I64(0))):
+                    multiply(BATCH, activations, scales, totals, builder.udiv(before_last, I64(BATCH)))
+                last_switch = builder.switch(last, done)
+                for slots in filter(None, LAST_BATCH.values()):
+                    case = builder.append_basic_block(f"last_{bits}bit_{slots}")
+                    last_switch.add_case(I64(slots), case)
+                    with builder.goto_block(case):
+                        multiply(slots, *last_addresses, I64(1))
+                        builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), emit
+
+    return multiply_block
+
+
+@intrinsic
+def code_room(typing_context):
+    """Address of room on the stack for one record's codes as bytes, aligned to a cache line."""
+
+    def emit(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(I8, QUADS * VECTOR_BYTES))
+            room.align = 64
+        return builder.ptrtoint(room, I64)
+
+    return types.int64(), emit
+
+
+FEW_SLOTS = 6  # unpacked on their way; the most that one batch takes, so that codes are never unpacked twice
+
+
+def multiply_rows_by(isa: str, group_products, sums):
+    """multiply_rows of an instruction set, from its ways to multiply few slots and many."""
+    multiply = multiply_by(isa, group_products, tuple(range(1, FEW_SLOTS + 1)))
+    multiply_block = _multiply_block(isa, sums)
+
+    @njit
+    def multiply_rows(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+        """As products.multiply_rows_vnni."""
+        codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
+        scales += (first * groups + first_group * count) * 8
+        size = record_bytes_compiled(bits)
+        room = code_room()
+        for block in range(row_blocks):
+            record = records + (block * groups + first_group) * size
+            block_totals = totals + block * count * VECTOR_BYTES
+            if count <= FEW_SLOTS:
+                multiply(bits, count, record, group_count, codes, count * 64, scales, count * 8, block_totals)
+                continue
+            for group in range(group_count):
+                multiply_block(
+                    bits, record + group * size, room, codes + group * GROUP_SIZE * count, count * 64,
+                    scales + group * count * 8, block_totals, count,
+                )  # fmt: skip
+
+    return multiply_rows
+
+
+multiply_rows_avx2 = multiply_rows_by("avx2", products_avx2, sums_avx2)
+multiply_rows_avx_vnni = multiply_rows_by("avx_vnni", products_by(dot_vnni_256), sums_by(dot_vnni_256))
