@@ -14,7 +14,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
-from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import code_bytes_compiled, expert_record, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.products import (
     PORTION_QUADS,
     QUADS,
@@ -108,12 +108,13 @@ def _unpack_function(module: ir.Module, bits: int) -> ir.Function:
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, out = function.args
     builder = ir.IRBuilder(entry)
-    prefetch_ahead(builder, bits, record)
+    kind = expert_record(bits)
+    prefetch_ahead(builder, kind, record)
     builder.branch(loop)
     builder.position_at_end(loop)
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), entry)
-    codes = Codes(builder, bits, record, portion)
+    codes = Codes(builder, kind, record, portion)
     target = builder.add(out, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
     for quad in range(PORTION_QUADS):
         store(builder, codes.quad(quad), target, quad * VECTOR_BYTES)
@@ -208,7 +209,7 @@ def _scale_rows(bits: int):
     def scale_rows(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
         def emit(context, builder, signature, args):
             rescale, next_rescale, scales, slots, sums, totals, totals_stride = args
-            factors = [scale_and_zero(builder, bits, address) for address in (rescale, next_rescale)]
+            factors = [scale_and_zero(builder, expert_record(bits), address) for address in (rescale, next_rescale)]
             before, loop = builder.block, builder.append_basic_block("slot")
             done = builder.append_basic_block("scaled")
             builder.branch(loop)
@@ -234,7 +235,6 @@ def _scale_rows(bits: int):
 
 
 scale_rows_1bit, scale_rows_with_zeros = _scale_rows(1), _scale_rows(2)
-code_bytes_compiled = njit(code_bytes)
 
 
 @njit
