@@ -23,17 +23,18 @@ _EXPONENTS = (-112, 126)
 class CpuLinear(torch.nn.Module):
     """A linear of symmetric integers, repacked for the CPU kernels.
 
-    records   uint8 [bytes], see layout.py
-    exponent  the stored scales are 2**exponent times too large
+    records  uint8 [bytes], see layout.py
+    factor   float32 [1], of the output: undoes the power of two that stored scales were multiplied by. A tensor, since
+             a number would be compiled into graphs, which vLLM caches whatever the weights are
     """
 
-    def __init__(self, records: torch.Tensor, out_features: int, bits: int, group_size: int, exponent: int):
+    def __init__(self, records: torch.Tensor, factor: torch.Tensor, out_features: int, bits: int, group_size: int):
         super().__init__()
         self.out_features, self.bits, self.group_size = out_features, bits, group_size
-        self.exponent = exponent
         self.isa = select_isa()
         compile_linear(self.isa, bits, group_size)
         self.register_buffer("records", records, persistent=False)
+        self.register_buffer("factor", factor, persistent=False)
 
     @classmethod
     def prepare(cls, packed: torch.Tensor, scales: torch.Tensor, *, bits: int) -> Self:
@@ -52,7 +53,7 @@ class CpuLinear(torch.nn.Module):
             raise ValueError(
                 f"packed is {list(packed.shape)} and scales are {[rows, groups]}: no {bits}-bit matrix of whole groups"
             )
-        halves, exponent = _to_float16(scales)
+        halves, factor = _to_float16(scales)
         missing = -rows % ROWS
         words = F.pad(packed, (0, 0, 0, missing)) if missing else packed.contiguous()
         words = words.numpy().view(np.uint32).reshape(rows + missing, groups, -1)
@@ -60,12 +61,12 @@ class CpuLinear(torch.nn.Module):
         records = torch.zeros(matrix_bytes(record, rows + missing, groups * group_size), dtype=torch.uint8)
         row_blocks = np.arange((rows + missing) // ROWS)
         write_records(record, words, F.pad(halves, (0, 0, 0, missing)), None, row_blocks, records)
-        return cls(records, rows, bits, group_size, exponent)
+        return cls(records, factor, rows, bits, group_size)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: float32, bfloat16 or float16 [..., in]; bias: float [out] -> [..., out] like x."""
         return torch.ops.vllm_mcmoe.cpu_linear(
-            x, self.records, bias, self.out_features, self.bits, self.group_size, self.exponent, self.isa
+            x, self.records, self.factor, bias, self.out_features, self.bits, self.group_size, self.isa
         )
 
 
@@ -78,13 +79,13 @@ def check_linear(bits: int, group_size: int) -> None:
         )
 
 
-def _to_float16(scales: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """float [out, groups] -> (float16 scales times 2**exponent, exponent)."""
+def _to_float16(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [out, groups] -> (float16 scales times a power of two, float32 [1] its inverse)."""
     scales = scales.float()
     largest = float(scales.abs().amax()) if scales.numel() else 0.0
     if not math.isfinite(largest):
         raise ValueError("scales are not finite")
     if largest == 0.0:
-        return scales.half(), 0
+        return scales.half(), torch.ones(1)
     exponent = min(max(_LARGEST_EXPONENT - math.frexp(largest)[1], _EXPONENTS[0]), _EXPONENTS[1])
-    return torch.ldexp(scales, torch.tensor(exponent)).half(), exponent
+    return torch.ldexp(scales, torch.tensor(exponent)).half(), torch.tensor([2.0**-exponent])

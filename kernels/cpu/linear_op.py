@@ -17,7 +17,7 @@ TASK_SUMS_BYTES = 256 * 1024  # of a task: [row blocks, slots, 16] float32 shoul
 _Parameters = ctypes.c_int64 * PARAMETERS
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
-    "cpu_linear(Tensor x, Tensor records, Tensor? bias, int out_features, int bits, int group_size, int exponent, "
+    "cpu_linear(Tensor x, Tensor records, Tensor factor, Tensor? bias, int out_features, int bits, int group_size, "
     "str isa) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -27,7 +27,7 @@ def _round_up(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _run(x, records, bias, bits, group_size, exponent, compiled, out) -> None:
+def _run(x, records, factor, bias, bits, group_size, compiled, out) -> None:
     """x [tokens, inputs] and out [tokens, 16 * row blocks] contiguous, bias float32 [16 * row blocks] or None."""
     (tokens, inputs), row_blocks = x.shape, out.shape[1] // ROWS
     threads, chunk = torch.get_num_threads(), min(CHUNK, tokens)
@@ -47,7 +47,7 @@ def _run(x, records, bias, bits, group_size, exponent, compiled, out) -> None:
         row_blocks,
         records.data_ptr(),
         bits,
-        exponent,
+        factor.data_ptr(),
         base,
         base + codes,
         base + scales,
@@ -62,7 +62,7 @@ def _run(x, records, bias, bits, group_size, exponent, compiled, out) -> None:
     compiled.entry(ctypes.addressof(params))
 
 
-def _cpu_linear(x, records, bias, out_features, bits, group_size, exponent, isa):
+def _cpu_linear(x, records, factor, bias, out_features, bits, group_size, isa):
     inputs, rows = x.shape[-1], -(-out_features // ROWS) * ROWS
     expected = matrix_bytes(linear_record(bits, group_size), rows, inputs)
     if inputs % group_size or records.numel() != expected:
@@ -77,7 +77,7 @@ def _cpu_linear(x, records, bias, out_features, bits, group_size, exponent, isa)
     compiled = compile_linear(isa, bits, group_size)
     for first in range(0, tokens.shape[0], MAX_TOKENS):
         last = first + MAX_TOKENS
-        _run(tokens[first:last], records, bias, bits, group_size, exponent, compiled, out[first:last])
+        _run(tokens[first:last], records, factor, bias, bits, group_size, compiled, out[first:last])
     if rows != out_features:
         out = out[:, :out_features].contiguous()
     return out.reshape(*x.shape[:-1], out_features)
@@ -87,5 +87,5 @@ _LIBRARY.impl("cpu_linear", _cpu_linear, "CPU")
 
 
 @torch.library.register_fake("vllm_mcmoe::cpu_linear", lib=_LIBRARY)
-def _fake(x, records, bias, out_features, bits, group_size, exponent, isa):
+def _fake(x, records, factor, bias, out_features, bits, group_size, isa):
     return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)

@@ -3,8 +3,6 @@
 Tokens form the chunks of chunks.py in their order, and both phases are cut into the tasks of team.py.
 """
 
-import math
-
 from numba import njit
 
 from vllm_mcmoe.kernels.cpu.chunks import (
@@ -16,7 +14,7 @@ from vllm_mcmoe.kernels.cpu.chunks import (
     tile_inputs_compiled,
     write_rows,
 )
-from vllm_mcmoe.kernels.cpu.intrinsics import as_int64, fetch_add
+from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int64, fetch_add
 from vllm_mcmoe.kernels.cpu.layout import ROWS, linear_record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
 from vllm_mcmoe.kernels.cpu.vectors import FLOAT32, scale_and_add
@@ -33,7 +31,7 @@ from vllm_mcmoe.kernels.cpu.vectors import FLOAT32, scale_and_add
     ROW_BLOCKS,  # value
     RECORDS,  # see layout.py
     BITS,  # value
-    EXPONENT,  # value: stored scales are 2**EXPONENT times too large
+    FACTOR,  # float32 [1], of the output: undoes the power of two that stored scales were multiplied by
     COUNTERS,  # int64 [5, 8], a cache line each: threads seen; tasks taken of 2 phases; tasks done of the first; zeros
     CODES,  # int8, tokens * inputs, by chunk
     SCALES,  # float32, tokens * groups * 2, by chunk
@@ -106,7 +104,7 @@ def _multiply(p, group_size, scratch):
 
 @njit
 def _finish_rows(p, totals, first, count, first_block, blocks):
-    factor = math.ldexp(1.0, -p[EXPONENT])
+    factor = as_float32(p[FACTOR])[0]
     zeros = p[COUNTERS] + 4 * 64
     for block in range(blocks):
         bias = p[BIAS] + (first_block + block) * ROWS * 4 if p[BIAS] else zeros

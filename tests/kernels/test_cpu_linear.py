@@ -192,7 +192,7 @@ def test_records_hold_the_matrix(bits, group_size):
     module = CpuLinear.prepare(packed, scales, bits=bits)
     codes, halves, zeros = layout.unpack(module.records, linear_record(bits, group_size), OUTPUTS + 8, INPUTS)
     assert torch.equal(codes[:OUTPUTS], unpack_symmetric(packed, bits))
-    assert torch.equal(halves[:OUTPUTS].float() * 2.0**-module.exponent, scales.float())
+    assert torch.equal(halves[:OUTPUTS].float() * module.factor, scales.float())
     assert zeros is None and not halves[OUTPUTS:].any()
 
 
@@ -230,7 +230,7 @@ def test_custom_op_passes_torchs_own_check(isa, with_bias, outputs):
     packed, scales = random_linear(4, 128, outputs, INPUTS)
     module = CpuLinear.prepare(packed, scales, bits=4)
     x, bias = random_inputs(2, 3, INPUTS, dtype=torch.bfloat16), random_inputs(outputs) if with_bias else None
-    arguments = (x, module.records, bias, outputs, 4, 128, module.exponent, isa)
+    arguments = (x, module.records, module.factor, bias, outputs, 4, 128, isa)
     torch.library.opcheck(torch.ops.vllm_mcmoe.cpu_linear, arguments)
 
 
