@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup clean aot-report bench-cpu bench-memory bench-mixtral bench-pruning bench-quality bench-serving \
-	smol-moe
+.PHONY: demo test setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral bench-pruning bench-quality \
+	bench-serving smol-moe
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -18,6 +18,9 @@ test: $(READY)
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_moe.py $(ARGS)
+
+bench-linear: $(READY)
+	$(BIN)/python benchmarks/cpu_linear.py $(ARGS)
 
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)

@@ -1,6 +1,7 @@
 """Attention, dense and shared-expert linears at 4 or 8 bits in compressed-tensors' pack-quantized form.
 
-vLLM serves that form with its own kernels (Marlin on a GPU, W4A16 on a CPU). Weights are symmetric integers in groups
+vLLM serves that form with its own kernels (Marlin on a GPU, W4A16 on a CPU) or, on CPUs where it has none, with ours
+(kernels/cpu/linear.py). Weights are symmetric integers in groups
 of 128, or of 64 or 32 in a model whose linears have inputs that 128 does not divide, chosen by GPTQ; the bytes are
 packed and unpacked by the compressed-tensors library itself.
 """
@@ -25,7 +26,7 @@ from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 LINEAR_BITS = (4, 8, 16)
-GROUP_SIZES = (GROUP_SIZE, 64, 32)  # that vLLM's kernels for GPUs and CPUs all have
+GROUP_SIZES = (GROUP_SIZE, 64, 32)  # that vLLM's kernels for GPUs and CPUs and ours for CPUs all have
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SUFFIXES = (PACKED, SCALE, SHAPE)
 

@@ -88,8 +88,7 @@ def quantize(
     plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     widths           bit-widths an expert may get; None takes the recipe's
-    linear_bits      attention and dense linears: 4, 8 (vLLM 0.32 serves these on GPUs only) or 16; None takes the
-                     recipe's
+    linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
     activations      where hidden states and gradients of the calibration tokens are kept while the run needs them:
                      "memory", "disk" (beside the output), or "auto", memory if they fit; the result is the same

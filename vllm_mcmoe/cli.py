@@ -271,10 +271,7 @@ def quantize(
     widths: Widths = None,
     linear_bits: Annotated[
         int | None,
-        typer.Option(
-            help="Bits of attention and shared experts: 4, 8 (vLLM serves these on GPUs only) or 16.",
-            show_default="by recipe",
-        ),
+        typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe"),
     ] = None,
     evaluation_data: Annotated[
         list[Path] | None,

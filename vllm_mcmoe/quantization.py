@@ -11,9 +11,12 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
-from vllm_mcmoe.errors import FormatError, PruningError
+from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
+from vllm_mcmoe.graph_cache import add_to_cache_key
+from vllm_mcmoe.linear_choice import LINEARS_VARIABLE, MCMOE, linears_request
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
 
 if TYPE_CHECKING:
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class McmoeConfig(QuantizationConfig):
-    """Experts go to McmoeMoEMethod; every other linear layer to vLLM's own compressed-tensors method."""
+    """Experts go to McmoeMoEMethod; every other linear layer to vLLM's compressed-tensors method, which on CPUs gets
+    our scheme (linear_scheme.py)."""
 
     def __init__(self, checkpoint: CheckpointConfig | None = None):
         super().__init__()
@@ -81,7 +85,7 @@ class McmoeConfig(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from vllm_mcmoe.moe_method import McmoeMoEMethod
+        from vllm_mcmoe.moe_method import McmoeMoEMethod, select_backend
 
         if isinstance(layer, RoutedExperts):
             bits = self.experts.get(prefix)
@@ -90,10 +94,13 @@ class McmoeConfig(QuantizationConfig):
                     f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
                     f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
                 )
+            _note_kernels(select_backend())
             return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer))
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
-            return self.linear.get_quant_method(layer, prefix)
+            method = self.linear.get_quant_method(layer, prefix)
+            _choose_cpu_scheme(layer)
+            return method
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
@@ -122,6 +129,35 @@ class McmoeConfig(QuantizationConfig):
             top_k=layer.moe_config.experts_per_token,
             num_experts=layer.global_num_experts,
             hidden_size=layer.hidden_size,
+        )
+
+
+def _note_kernels(backend: str) -> None:
+    """Of the experts, in the key of compiled graphs, which name their operator and its instruction set."""
+    add_to_cache_key("backend", backend)
+    if backend == "cpu":
+        from vllm_mcmoe.kernels.cpu import select_isa
+
+        add_to_cache_key("cpu_isa", select_isa())
+
+
+def _choose_cpu_scheme(layer: torch.nn.Module) -> None:
+    """Let a CPU serve a 4- or 8-bit linear by our kernels where vLLM has none; GPUs have vLLM's.
+
+    Raises UnsupportedModelError for a value of `VLLM_MCMOE_LINEARS` that is unknown or not for this platform.
+    """
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+
+    scheme, request = getattr(layer, "scheme", None), linears_request()
+    if not isinstance(scheme, CompressedTensorsWNA16):
+        return
+    if current_platform.is_cpu():
+        from vllm_mcmoe.linear_scheme import CpuWNA16
+
+        layer.scheme = CpuWNA16(scheme, request)
+    elif request == MCMOE:
+        raise UnsupportedModelError(
+            f"{LINEARS_VARIABLE}={MCMOE}: vllm-mcmoe has kernels of its own for linears on CPUs only. Unset it."
         )
 
 

@@ -14,7 +14,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
-from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import code_bytes_compiled, expert_record, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.products import (
     VECTOR_BYTES,
     add_scaled,
@@ -105,7 +105,7 @@ def unpack_pair(typing_context, bits, record, next_record, out):
             block = builder.append_basic_block(f"unpack_{bits}bit")
             switch.add_case(I64(bits), block)
             builder.position_at_end(block)
-            unpack = unpack_function(builder.module, bits)
+            unpack = unpack_function(builder.module, f"mcmoe_amx_unpack_{bits}bit", expert_record(bits))
             builder.call(unpack, [record, out])
             builder.call(unpack, [next_record, builder.add(out, I64(2 * TILE_BYTES))])
             builder.branch(done)
@@ -176,7 +176,7 @@ def _scale_rows(bits: int):
     def scale_rows(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
         def emit(context, builder, signature, args):
             rescale, next_rescale, scales, slots, sums, totals, totals_stride = args
-            factors = [scale_and_zero(builder, bits, address) for address in (rescale, next_rescale)]
+            factors = [scale_and_zero(builder, expert_record(bits), address) for address in (rescale, next_rescale)]
             before, loop = builder.block, builder.append_basic_block("slot")
             done = builder.append_basic_block("scaled")
             builder.branch(loop)
@@ -202,7 +202,6 @@ def _scale_rows(bits: int):
 
 
 scale_rows_1bit, scale_rows_with_zeros = _scale_rows(1), _scale_rows(2)
-code_bytes_compiled = njit(code_bytes)
 
 
 @njit

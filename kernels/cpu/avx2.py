@@ -15,20 +15,27 @@ splits.
 from functools import partial
 
 from llvmlite import ir
-from numba import njit
+from numba import literally, njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from vllm_mcmoe.kernels.cpu.chunks import tile_inputs, tile_inputs_compiled
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I16, I32, I64
-from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import (
+    Record,
+    expert_record,
+    linear_record,
+    linear_record_bytes_compiled,
+    record_bytes_compiled,
+)
 from vllm_mcmoe.kernels.cpu.products import (
-    HALF_GROUP,
     PORTION_QUADS,
     QUADS,
     VECTOR_BYTES,
     Codes,
     add_scaled,
     multiply_by,
+    multiply_linear,
     prefetch_ahead,
     products_by,
     scale_and_zero,
@@ -71,9 +78,9 @@ def _widen(builder: ir.IRBuilder, sums: ir.Value) -> ir.Value:
 
 
 def fitting_quads(bits: int) -> int:
-    """Quads (4 inputs) whose products AVX2 can sum in 16 bits, a power of two, at most a group's 32."""
+    """Quads (4 inputs) whose products AVX2 can sum in 16 bits, a power of two."""
     most = INT16_MAX // (2 * INT8_MAX * ((1 << bits) - 1))
-    return min(QUADS, 1 << (most.bit_length() - 1))
+    return 1 << (most.bit_length() - 1)
 
 
 class Unpacked:
@@ -101,41 +108,41 @@ class Digit:
         return self.builder.and_(codes, constant(VI32, 0x0F0F0F0F))
 
 
-def sums_avx2(builder, bits: int, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
+def sums_avx2(builder, bits: int, group_size: int, codes_from, activations, tokens: int, tile_stride):
     """sum_k code * a_code of one group: int32 [16] per token.
 
     codes_from(portion) gives Codes, Unpacked or Digit, whose quads are counted from that portion of 8 quads on.
     """
-    fitting = fitting_quads(bits)
-    step = min(fitting, QUADS // 2)
+    fitting, quads = fitting_quads(bits), group_size // 4
+    step = min(fitting, tile_inputs(group_size) // 4)
 
     def add(total, weights, inputs):
         product = _multiply_add_bytes(builder, weights, inputs)
         return product if total is None else builder.add(total, product)
 
-    if fitting == QUADS:  # all sums stay in 16 bits
-        totals = _loop(builder, V32X16, step, add, None, codes_from, activations, tokens, half_stride)
+    if fitting >= quads:  # all sums stay in 16 bits
+        totals = _loop(builder, V32X16, step, add, None, group_size, codes_from, activations, tokens, tile_stride)
         return [_widen(builder, total) for total in totals]
     widen = partial(_widen, builder)
-    return _loop(builder, VI32, step, add, widen, codes_from, activations, tokens, half_stride)
+    return _loop(builder, VI32, step, add, widen, group_size, codes_from, activations, tokens, tile_stride)
 
 
 def sums_by(dot):
     """As sums_avx2, by a `dot` of products.py, which sums in 32 bits."""
 
-    def sums(builder, bits: int, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
-        add = partial(dot, builder)
-        return _loop(builder, VI32, PORTION_QUADS, add, None, codes_from, activations, tokens, half_stride)
+    def sums(builder, bits: int, *rest) -> list[ir.Value]:
+        return _loop(builder, VI32, PORTION_QUADS, partial(dot, builder), None, *rest)
 
     return sums
 
 
-def _loop(builder, kind, step: int, add, widen, codes_from, activations, tokens: int, half_stride) -> list[ir.Value]:
+def _loop(builder, kind, step: int, add, widen, group_size: int, codes_from, activations, tokens: int, tile_stride):
     """Sums of type `kind` per token, carried through turns of `step` quads.
 
     add(sum, weights, inputs) adds a quad to the carried sum; where there is `widen`, to one of this turn, None at
     first, which widen makes a `kind`.
     """
+    tile = tile_inputs(group_size)
     before = builder.block
     loop, done = (builder.append_basic_block(name) for name in ("portion", "portions_done"))
     builder.branch(loop)
@@ -145,13 +152,13 @@ def _loop(builder, kind, step: int, add, widen, codes_from, activations, tokens:
     carried = [builder.phi(kind) for _ in range(tokens)]
     codes = codes_from(builder.mul(turn, I64(step // PORTION_QUADS)))
     first_input = builder.mul(turn, I64(4 * step))
-    base = builder.add(activations, builder.and_(first_input, I64(HALF_GROUP - 1)))
-    base = builder.add(base, builder.mul(builder.udiv(first_input, I64(HALF_GROUP)), half_stride))
+    base = builder.add(activations, builder.urem(first_input, I64(tile)))
+    base = builder.add(base, builder.mul(builder.udiv(first_input, I64(tile)), tile_stride))
     sums = [None] * tokens if widen else list(carried)
     for quad in range(step):
         weights = codes.quad(quad)
         for token in range(tokens):
-            inputs = splat(builder, load(builder, I32, base, token * HALF_GROUP + quad * 4))
+            inputs = splat(builder, load(builder, I32, base, token * tile + quad * 4))
             sums[token] = add(sums[token], weights, inputs)
     if widen:
         sums = [builder.add(total, widen(added)) for total, added in zip(carried, sums, strict=True)]
@@ -160,24 +167,24 @@ def _loop(builder, kind, step: int, add, widen, codes_from, activations, tokens:
     for phi, total in zip(carried, sums, strict=True):
         phi.add_incoming(ir.Constant(kind, [0] * kind.count), before)
         phi.add_incoming(total, loop)
-    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // step)), loop, done)
+    builder.cbranch(builder.icmp_signed("<", following, I64(group_size // 4 // step)), loop, done)
     builder.position_at_end(done)
     return sums
 
 
-def _sums_of_bytes(builder, sums, bits: int, codes, *rest) -> list[ir.Value]:
+def _sums_of_bytes(builder, sums, kind: Record, codes, *rest) -> list[ir.Value]:
     """Of codes that are bytes at the address `codes`; AVX2 multiplies 8-bit ones digit by digit."""
-    if bits < 8 or sums is not sums_avx2:
-        return sums(builder, bits, partial(Unpacked, builder, codes), *rest)
-    low, high = (sums(builder, 4, partial(Digit, builder, codes, shift), *rest) for shift in (0, 4))
+    if kind.bits < 8 or sums is not sums_avx2:
+        return sums(builder, kind.bits, kind.group_size, partial(Unpacked, builder, codes), *rest)
+    low, high = (sums(builder, 4, kind.group_size, partial(Digit, builder, codes, shift), *rest) for shift in (0, 4))
     return [builder.add(x, builder.shl(y, constant(VI32, 4))) for x, y in zip(low, high, strict=True)]
 
 
-def products_avx2(builder, bits: int, record, *rest) -> list[ir.Value]:
+def products_avx2(builder, kind: Record, record, *rest) -> list[ir.Value]:
     """group_products of products.multiply_by, codes unpacked on their way."""
-    if bits == 8:
-        return _sums_of_bytes(builder, sums_avx2, bits, record, *rest)
-    return sums_avx2(builder, bits, partial(Codes, builder, bits, record), *rest)
+    if kind.bits == 8:
+        return _sums_of_bytes(builder, sums_avx2, kind, record, *rest)
+    return sums_avx2(builder, kind.bits, kind.group_size, partial(Codes, builder, kind, record), *rest)
 
 
 def dot_vnni_256(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
@@ -187,8 +194,8 @@ def dot_vnni_256(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad
     return _join(builder, *(call(builder, "llvm.x86.avx512.vpdpbusd.256", V8X32, *half) for half in halves))
 
 
-def _block_function(module: ir.Module, name: str, sums, bits: int, tokens: int) -> ir.Function:
-    """void name(record, codes, activations, half_stride, scales, totals, batches), all int64.
+def block_function(module: ir.Module, name: str, sums, kind: Record, tokens: int) -> ir.Function:
+    """void name(record, codes, activations, tile_stride, scales, totals, batches), all int64.
 
     Adds one group of 16 rows, whose codes are bytes at `codes`, times `batches` batches of `tokens` slots to totals.
     """
@@ -199,17 +206,17 @@ def _block_function(module: ir.Module, name: str, sums, bits: int, tokens: int) 
     function.linkage = "internal"
     function.attributes.add("noinline")
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
-    record, codes, activations, half_stride, scales, totals, batches = function.args
+    record, codes, activations, tile_stride, scales, totals, batches = function.args
     builder = ir.IRBuilder(entry)
-    scale, zero = scale_and_zero(builder, bits, builder.add(record, I64(code_bytes(bits))))
+    scale, zero = scale_and_zero(builder, kind, builder.add(record, I64(kind.code_bytes)))
     builder.branch(loop)
     builder.position_at_end(loop)
     batch = builder.phi(I64)
     batch.add_incoming(I64(0), entry)
-    activations = builder.add(activations, builder.mul(batch, I64(tokens * HALF_GROUP)))
+    activations = builder.add(activations, builder.mul(batch, I64(tokens * tile_inputs(kind.group_size))))
     scales = builder.add(scales, builder.mul(batch, I64(tokens * 8)))
     totals = builder.add(totals, builder.mul(batch, I64(tokens * VECTOR_BYTES)))
-    products = _sums_of_bytes(builder, sums, bits, codes, activations, tokens, half_stride)
+    products = _sums_of_bytes(builder, sums, kind, codes, activations, tokens, tile_stride)
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
     following = builder.add(batch, I64(1))
@@ -220,56 +227,79 @@ def _block_function(module: ir.Module, name: str, sums, bits: int, tokens: int) 
     return function
 
 
+FEW_SLOTS = 6  # unpacked on their way; the most that one batch takes, so that codes are never unpacked twice
 BATCH = 4  # slots multiplied together: 8 registers of sums, 2 of codes
 LAST_BATCH = {0: 0, 1: 5, 2: 6, 3: 3}  # slots by what is left over: a lone slot would cost as much as two in company
 
 
-def _multiply_block(isa: str, sums):
-    @intrinsic
-    def multiply_block(typing_context, bits, record, room, activations, half_stride, scales, totals, count):
-        """One group of 16 rows times `count` slots, 5 at least; codes are unpacked into `room`."""
+def _emit_block(builder, isa: str, sums, kind: Record, record, room, activations, tile_stride, scales, totals, count):
+    """One group of 16 rows times `count` slots, more than FEW_SLOTS; codes are unpacked into `room`."""
+    name = f"mcmoe_{isa}_{kind.bits}bit_{kind.group_size}{'' if kind.zero is None else '_zero'}"
+    codes = room
+    if kind.bits == 8:  # bytes already
+        prefetch_ahead(builder, kind, record)
+        codes = record
+    else:
+        builder.call(unpack_function(builder.module, f"{name}_unpack", kind), [record, room])
 
+    def multiply(tokens, activations, scales, totals, batches):
+        function = block_function(builder.module, f"{name}_block_{tokens}", sums, kind, tokens)
+        builder.call(function, [record, codes, activations, tile_stride, scales, totals, batches])
+
+    left_over, last = builder.urem(count, I64(BATCH)), I64(0)
+    for slots, batch in LAST_BATCH.items():
+        last = builder.select(builder.icmp_signed("==", left_over, I64(slots)), I64(batch), last)
+    before_last = builder.sub(count, last)
+    multiply(BATCH, activations, scales, totals, builder.udiv(before_last, I64(BATCH)))
+    last_addresses = [
+        builder.add(address, builder.mul(before_last, I64(stride)))
+        for address, stride in ((activations, tile_inputs(kind.group_size)), (scales, 8), (totals, VECTOR_BYTES))
+    ]
+    done = builder.append_basic_block(f"{name}_done")
+    switch = builder.switch(last, done)
+    for slots in filter(None, LAST_BATCH.values()):
+        case = builder.append_basic_block(f"{name}_last_{slots}")
+        switch.add_case(I64(slots), case)
+        with builder.goto_block(case):
+            multiply(slots, *last_addresses, I64(1))
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _multiply_block(isa: str, sums):
+    """multiply_block(bits, record, room, activations, ...): _emit_block for an expert's width, known at run time."""
+
+    @intrinsic
+    def multiply_block(typing_context, bits, record, room, activations, tile_stride, scales, totals, count):
         def emit(context, builder, signature, args):
-            width, record, room, activations, half_stride, scales, totals, count = args
-            left_over, last = builder.urem(count, I64(BATCH)), I64(0)
-            for slots, batch in LAST_BATCH.items():
-                last = builder.select(builder.icmp_signed("==", left_over, I64(slots)), I64(batch), last)
-            before_last = builder.sub(count, last)
-            last_addresses = [
-                builder.add(address, builder.mul(before_last, I64(stride)))
-                for address, stride in ((activations, HALF_GROUP), (scales, 8), (totals, VECTOR_BYTES))
-            ]
             done = builder.append_basic_block("multiplied")
-            switch = builder.switch(width, done)
+            switch = builder.switch(args[0], done)
             for bits in WIDTHS:
                 block = builder.append_basic_block(f"block_{bits}bit")
                 switch.add_case(I64(bits), block)
                 builder.position_at_end(block)
-                codes = room
-                if bits == 8:  # bytes already
-                    prefetch_ahead(builder, bits, record)
-                    codes = record
-                else:
-                    builder.call(unpack_function(builder.module, bits), [record, room])
-
-                def multiply(tokens, activations, scales, totals, batches, bits=bits, codes=codes):
-                    name = f"mcmoe_{isa}_block_{bits}bit_{tokens}"
-                    function = _block_function(builder.module, name, sums, bits, tokens)
-                    builder.call(function, [record, codes, activations, half_stride, scales, totals, batches])
-
-                with builder.if_then(builder.icmp_signed(">", before_last, I64(0))):
-                    multiply(BATCH, activations, scales, totals, builder.udiv(before_last, I64(BATCH)))
-                last_switch = builder.switch(last, done)
-                for slots in filter(None, LAST_BATCH.values()):
-                    case = builder.append_basic_block(f"last_{bits}bit_{slots}")
-                    last_switch.add_case(I64(slots), case)
-                    with builder.goto_block(case):
-                        multiply(slots, *last_addresses, I64(1))
-                        builder.branch(done)
+                _emit_block(builder, isa, sums, expert_record(bits), *args[1:])
+                builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), emit
+
+    return multiply_block
+
+
+def _multiply_linear_block(isa: str, sums):
+    """The same for a linear, whose bits and group size are constants."""
+
+    @intrinsic(prefer_literal=True)
+    def multiply_block(typing_context, bits, group_size, record, room, activations, tile_stride, scales, totals, count):
+        kind = linear_record(bits.literal_value, group_size.literal_value)
+
+        def emit(context, builder, signature, args):
+            _emit_block(builder, isa, sums, kind, *args[2:])
+            return context.get_dummy_value()
+
+        return types.void(bits, group_size, *[types.int64] * 7), emit
 
     return multiply_block
 
@@ -285,9 +315,6 @@ def code_room(typing_context):
         return builder.ptrtoint(room, I64)
 
     return types.int64(), emit
-
-
-FEW_SLOTS = 6  # unpacked on their way; the most that one batch takes, so that codes are never unpacked twice
 
 
 def multiply_rows_by(isa: str, group_products, sums):
@@ -317,5 +344,40 @@ def multiply_rows_by(isa: str, group_products, sums):
     return multiply_rows
 
 
-multiply_rows_avx2 = multiply_rows_by("avx2", products_avx2, sums_avx2)
-multiply_rows_avx_vnni = multiply_rows_by("avx_vnni", products_by(dot_vnni_256), sums_by(dot_vnni_256))
+def multiply_linear_rows_by(isa: str, group_products, sums):
+    """The same for linears, whose bits and group size are constants of the caller."""
+    multiply = multiply_linear(isa, group_products, tuple(range(1, FEW_SLOTS + 1)))
+    multiply_block = _multiply_linear_block(isa, sums)
+
+    @njit
+    def multiply_rows(
+        bits, group_size, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        tile_stride = count * tile_inputs_compiled(group_size)
+        codes += first * groups * group_size + first_group * group_size * count
+        scales += (first * groups + first_group * count) * 8
+        size = linear_record_bytes_compiled(bits, group_size)
+        room = code_room()
+        for block in range(row_blocks):
+            record = records + (block * groups + first_group) * size
+            block_totals = totals + block * count * VECTOR_BYTES
+            if count <= FEW_SLOTS:
+                multiply(
+                    literally(bits), literally(group_size), count, record, group_count, codes, tile_stride,
+                    scales, count * 8, block_totals,
+                )  # fmt: skip
+                continue
+            for group in range(group_count):
+                multiply_block(
+                    literally(bits), literally(group_size), record + group * size, room,
+                    codes + group * group_size * count, tile_stride, scales + group * count * 8, block_totals, count,
+                )  # fmt: skip
+
+    return multiply_rows
+
+
+_AVX2 = "avx2", products_avx2, sums_avx2
+_AVX_VNNI = "avx_vnni", products_by(dot_vnni_256), sums_by(dot_vnni_256)
+multiply_rows_avx2, multiply_rows_avx_vnni = multiply_rows_by(*_AVX2), multiply_rows_by(*_AVX_VNNI)
+multiply_linear_rows_avx2 = multiply_linear_rows_by(*_AVX2)
+multiply_linear_rows_avx_vnni = multiply_linear_rows_by(*_AVX_VNNI)

@@ -13,8 +13,8 @@ from vllm_mcmoe.kernels.cpu import amx, avx2, moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
 from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
 
-_LAYER = types.void(types.int64)
-_ROWS = types.void(*[types.int64] * 11)
+LAYER = types.void(types.int64)
+ROWS = types.void(*[types.int64] * 11)
 
 
 class Compiled(NamedTuple):
@@ -49,7 +49,7 @@ def source_digest() -> str:
 
 
 def _entry(source: str):
-    @cfunc(_LAYER, cache=True)
+    @cfunc(LAYER, cache=True)
     def entry(address):
         source  # noqa: B018
         moe.run(as_int64(address), address)
@@ -58,7 +58,7 @@ def _entry(source: str):
 
 
 def _entry_on_numba_threads(source: str):
-    @njit(_LAYER, cache=True, nogil=True, parallel=True)
+    @njit(LAYER, cache=True, nogil=True, parallel=True)
     def entry(address):
         source  # noqa: B018
         p = as_int64(address)
@@ -71,7 +71,7 @@ def _entry_on_numba_threads(source: str):
 
 
 def _worker(source: str):
-    @cfunc(_LAYER, cache=True)
+    @cfunc(LAYER, cache=True)
     def worker(address):
         source  # noqa: B018
         moe.work(as_int64(address))
@@ -80,7 +80,7 @@ def _worker(source: str):
 
 
 def _products_vnni(source: str):
-    @cfunc(_ROWS, cache=True)
+    @cfunc(ROWS, cache=True)
     def multiply_rows_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
@@ -93,7 +93,7 @@ def _products_vnni(source: str):
 
 
 def _products_portable(source: str):
-    @cfunc(_ROWS, cache=True)
+    @cfunc(ROWS, cache=True)
     def multiply_rows_portable(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
@@ -106,7 +106,7 @@ def _products_portable(source: str):
 
 
 def _products_amx(source: str):
-    @cfunc(_ROWS, cache=True)
+    @cfunc(ROWS, cache=True)
     def multiply_rows_amx(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
         source  # noqa: B018
         amx.multiply_rows_amx(
@@ -117,7 +117,7 @@ def _products_amx(source: str):
 
 
 def _products_avx2(source: str):
-    @cfunc(_ROWS, cache=True)
+    @cfunc(ROWS, cache=True)
     def multiply_rows_avx2(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
@@ -130,7 +130,7 @@ def _products_avx2(source: str):
 
 
 def _products_avx_vnni(source: str):
-    @cfunc(_ROWS, cache=True)
+    @cfunc(ROWS, cache=True)
     def multiply_rows_avx_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):

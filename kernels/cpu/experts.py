@@ -9,7 +9,7 @@ import torch
 from vllm_mcmoe.kernels.cpu import op as _op  # noqa: F401 -- registers the custom op
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
 from vllm_mcmoe.kernels.cpu.isa import select_isa
-from vllm_mcmoe.kernels.cpu.layout import ROWS, gate_up_row_blocks, matrix_bytes, repack
+from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.vectors import GATES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix
 from vllm_mcmoe.kernels.reference import check_matrix
@@ -70,7 +70,7 @@ class CpuExperts(torch.nn.Module):
         unknown = sorted(set(bits) - set(WIDTHS))
         if unknown:
             raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
-        sizes = [matrix_bytes(width, *shape) for width in bits]
+        sizes = [matrix_bytes(expert_record(width), *shape) for width in bits]
         records = torch.empty(sum(sizes), dtype=torch.uint8)
         offset, iterator = 0, iter(matrices)
         table, repacked = [], []

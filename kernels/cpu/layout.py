@@ -1,46 +1,84 @@
-"""The CPU's layout of weights: one stream of records per expert, read front to back exactly once.
+"""The CPU's layout of weights: one stream of records per matrix, read front to back exactly once.
 
-A record is one group of 128 inputs of 16 output rows ("a row block"):
+A record is one group of G inputs of 16 output rows ("a row block"); G is 128 in experts, 128, 64 or 32 in linears:
 
-    256 * bits bytes   codes, plane by plane; a plane of b bits is 4*b vectors of 64 bytes. A vector has one 32-bit lane
-                       per row; the lane's byte j holds, at bit b*s, the code of input 4*q + j of the group, where
-                       q = vector * (8/b) + s numbers the quads (4 consecutive inputs)
-    32 bytes           scales, float16, one per row
-    32 bytes           zeros, float16, one per row; absent at 1 bit, where the zero is 0.5
+    2 * G * bits bytes  codes, plane by plane; a plane of b bits is G*b/32 vectors of 64 bytes. A vector has one 32-bit
+                        lane per row; the lane's byte j holds, at bit b*s, the code of input 4*q + j of the group, where
+                        q = vector * (8/b) + s numbers the quads (4 consecutive inputs)
+    32 bytes            scales, float16, one per row
+    32 bytes            zeros, float16, one per row; absent where all zeros are the same: 0.5 in experts of 1 bit,
+                        2^(bits-1) in linears
 
 Shifting a vector by b*s and masking gives one quad of 16 rows: the operand of VNNI's dot product, and one row of an AMX
 tile. Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates
 8 blocks (128 rows) of gate with the 8 of up that they multiply.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, PackedMatrix, planes
 
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
 
 
-def code_bytes(bits: int) -> int:
-    """Bytes of the codes of one group of 16 rows."""
-    return GROUP_SIZE * ROWS // 8 * bits
+def code_bytes(bits: int, group_size: int = GROUP_SIZE) -> int:
+    """Bytes of the codes of one group of 16 rows. Also called by compiled code, as `code_bytes_compiled`."""
+    return group_size * ROWS // 8 * bits
 
 
-def record_bytes(bits: int) -> int:
-    """Bytes of one group of 16 rows. Also called by compiled code, as `record_bytes_compiled`."""
-    return GROUP_SIZE * ROWS // 8 * bits + 2 * ROWS * (1 if bits == 1 else 2)
+code_bytes_compiled = numba.njit(code_bytes)
 
 
-record_bytes_compiled = numba.njit(record_bytes)
+@dataclass(frozen=True)
+class Record:
+    """What compiled code knows of a matrix beforehand.
+
+    bits, group_size  of its codes
+    zero              the zero of every group, in units of codes; None where records store zeros
+    """
+
+    bits: int
+    group_size: int = GROUP_SIZE
+    zero: float | None = None
+
+    @property
+    def code_bytes(self) -> int:
+        return code_bytes(self.bits, self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.code_bytes + 2 * ROWS * (2 if self.zero is None else 1)
 
 
-def matrix_bytes(bits: int, out_features: int, in_features: int) -> int:
-    """Bytes of one matrix, rounded up to whole cache lines."""
-    exact = out_features // ROWS * (in_features // GROUP_SIZE) * record_bytes(bits)
+def expert_record(bits: int) -> Record:
+    return Record(bits, zero=ONE_BIT_ZERO if bits == 1 else None)
+
+
+def linear_record(bits: int, group_size: int) -> Record:
+    return Record(bits, group_size, zero=float(1 << (bits - 1)))
+
+
+@numba.njit
+def record_bytes_compiled(bits):
+    """expert_record(bits).nbytes in compiled code, which learns an expert's width at run time."""
+    return code_bytes_compiled(bits) + 2 * ROWS * (1 if bits == 1 else 2)
+
+
+@numba.njit
+def linear_record_bytes_compiled(bits, group_size):
+    """linear_record(bits, group_size).nbytes in compiled code."""
+    return code_bytes_compiled(bits, group_size) + 2 * ROWS
+
+
+def matrix_bytes(record: Record, out_features: int, in_features: int) -> int:
+    """Bytes of one matrix of whole row blocks and groups, rounded up to whole cache lines."""
+    exact = out_features // ROWS * (in_features // record.group_size) * record.nbytes
     return -(-exact // ALIGNMENT) * ALIGNMENT
 
 
@@ -54,13 +92,14 @@ def gate_up_row_blocks(intermediate_size: int) -> np.ndarray:
 def _plane_mover(bits: int):
     """A compiled function that moves a plane of so many bits: constants, so that LLVM unrolls the loops over fields.
 
-    words: [rows, groups, bytes/4] of the checkpoint, whose word `start` is the plane's first; out: [row blocks, groups,
-    vectors, 16], likewise. Code 4*s + j of a word, at bit bits*(4*s + j), goes to bit 8*j + bits*s.
+    words: [rows, groups, words of a group] of the checkpoint, whose word `start` is the plane's first of `vectors`;
+    out: [row blocks, groups, vectors of a group, 16], likewise. Code 4*s + j of a word, at bit bits*(4*s + j), goes to
+    bit 8*j + bits*s.
     """
-    vectors, fields, mask = 4 * bits, 8 // bits, np.uint32((1 << bits) - 1)
+    fields, mask = 8 // bits, np.uint32((1 << bits) - 1)
 
-    @numba.njit("void(uint32[:,:,::1], int64[::1], int64, uint32[:,:,:,::1])", nogil=True, cache=True)
-    def move(words, row_blocks, start, out):
+    @numba.njit("void(uint32[:,:,::1], int64[::1], int64, int64, uint32[:,:,:,::1])", nogil=True, cache=True)
+    def move(words, row_blocks, start, vectors, out):
         for block in range(row_blocks.shape[0]):
             first_row = row_blocks[block] * ROWS
             for group in range(out.shape[1]):
@@ -77,44 +116,62 @@ def _plane_mover(bits: int):
 
 
 def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
-    """Write a matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
-    rows, groups = matrix.scales.shape
-    size = record_bytes(matrix.bits)
-    records = out.numpy()[: rows // ROWS * groups * size].reshape(rows // ROWS, groups, size)
+    """Write an expert's matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
     words = matrix.qweight.contiguous().numpy().view(np.uint32)
-    codes = np.empty((rows // ROWS, groups, 4 * matrix.bits, ROWS), np.uint32)
+    write_records(expert_record(matrix.bits), words, matrix.scales, matrix.zeros, row_blocks, out)
+
+
+def write_records(
+    record: Record,
+    words: np.ndarray,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    row_blocks: np.ndarray,
+    out: torch.Tensor,
+) -> None:
+    """The records of a matrix of whole row blocks.
+
+    words          uint32 [rows, groups, words of a group], the planes of kernels/packing.py
+    scales, zeros  float16 [rows, groups]; zeros None where the record has a constant one
+    row_blocks     int64, in the order to be stored
+    out            uint8 [matrix_bytes], written
+    """
+    rows, groups = scales.shape
+    records = out.numpy()[: rows // ROWS * groups * record.nbytes].reshape(rows // ROWS, groups, record.nbytes)
+    codes = np.empty((rows // ROWS, groups, words.shape[2], ROWS), np.uint32)
     start = 0
-    for bits in planes(matrix.bits):
-        _plane_mover(bits)(words, row_blocks, start, codes)
-        start += 4 * bits
-    scales_start = code_bytes(matrix.bits)
-    records[:, :, :scales_start] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)
-    for position, values in enumerate((matrix.scales, matrix.zeros)):
+    for bits in planes(record.bits):
+        vectors = record.group_size * bits // 32
+        _plane_mover(bits)(words, row_blocks, start, vectors, codes)
+        start += vectors
+    records[:, :, : record.code_bytes] = codes.reshape(*codes.shape[:2], -1).view(np.uint8)
+    for position, values in enumerate((scales, zeros)):
         if values is not None:
             per_block = values.contiguous().numpy().reshape(-1, ROWS, groups)[row_blocks].transpose(0, 2, 1)
-            offset = scales_start + 2 * ROWS * position
+            offset = record.code_bytes + 2 * ROWS * position
             records[:, :, offset : offset + 2 * ROWS] = np.ascontiguousarray(per_block).view(np.uint8)
 
 
-def unpack(records: torch.Tensor, bits: int, out_features: int, in_features: int) -> tuple[torch.Tensor, ...]:
-    """Inverse of repack for row blocks in natural order, written from the definition above; for tests.
+def unpack(records: torch.Tensor, record: Record, out_features: int, in_features: int) -> tuple[torch.Tensor, ...]:
+    """Inverse of write_records for row blocks in natural order, written from the definition above; for tests.
 
-    records: uint8 [matrix_bytes] -> (codes uint8 [out, in], scales float16 [out, in/128], zeros likewise or None).
+    records: uint8 [matrix_bytes] -> (codes uint8 [out, in], scales float16 [out, groups], zeros likewise or None).
     """
-    blocks, groups, size = out_features // ROWS, in_features // GROUP_SIZE, record_bytes(bits)
+    blocks, groups, size = out_features // ROWS, in_features // record.group_size, record.nbytes
     data = records[: blocks * groups * size].reshape(blocks, groups, size)
-    codes = torch.zeros(blocks, groups, GROUP_SIZE // 4, ROWS, 4, dtype=torch.uint8)  # [..., quad, row, j]
+    codes = torch.zeros(blocks, groups, record.group_size // 4, ROWS, 4, dtype=torch.uint8)  # [..., quad, row, j]
     start = shift = 0
-    for width in planes(bits):
-        plane = data[:, :, start : start + 256 * width].reshape(blocks, groups, 4 * width, ROWS, 4)
+    for width in planes(record.bits):
+        plane_bytes = 2 * record.group_size * width
+        plane = data[:, :, start : start + plane_bytes].reshape(blocks, groups, -1, ROWS, 4)
         for s in range(8 // width):
             codes[:, :, s :: 8 // width] |= ((plane >> (width * s)) & ((1 << width) - 1)) << shift
-        start, shift = start + 256 * width, shift + width
+        start, shift = start + plane_bytes, shift + width
 
     def per_row(values: torch.Tensor) -> torch.Tensor:
         halves = values.contiguous().view(torch.float16)  # [blocks, groups, 16]
         return halves.transpose(1, 2).reshape(out_features, groups)
 
     scales = per_row(data[:, :, start : start + 32])
-    zeros = None if bits == 1 else per_row(data[:, :, start + 32 : start + 64])
+    zeros = per_row(data[:, :, start + 32 : start + 64]) if record.zero is None else None
     return codes.permute(0, 3, 1, 2, 4).reshape(out_features, in_features), scales, zeros

@@ -1,52 +1,27 @@
 """One MoE layer in compiled code: group tokens by expert, quantise, gate_up and gate, down and weighted sum.
 
-A (token, expert) pair is a slot; slots are sorted by expert, then by token. Work is cut into tasks that threads take
-from a shared counter, because experts differ in width and tokens, and cores in speed. Every output element is computed
-by one thread in an order that depends on neither the number of threads nor the rest of the batch, so results are the
-same bits in any setting.
-
-Slots of one expert form chunks of at most CHUNK. Activations are stored chunk by chunk: codes [inputs/64][slots of the
-chunk][64], scales [groups][slots of the chunk][2] (see vectors.quantize_*). A lone token's codes are then contiguous,
-and any 16 slots' codes are 1 KiB blocks, an AMX tile each.
+A (token, expert) pair is a slot; slots are sorted by expert, then by token, and those of one expert form the chunks of
+chunks.py. Work is cut into the tasks of team.py, because experts differ in width and tokens, and cores in speed.
 """
 
 from enum import IntEnum
 
 from numba import njit
 
-from vllm_mcmoe.kernels.cpu.intrinsics import (
-    as_float32,
-    as_int32,
-    as_int64,
-    call_parallel,
-    call_rows,
-    call_worker,
-    fetch_add,
-    load_acquire,
-    pause,
-    yield_core,
+from vllm_mcmoe.kernels.cpu.chunks import (
+    CHUNK,
+    code_address,
+    multiply_chunk,
+    quantize_group,
+    scale_address,
+    write_rows,
 )
+from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64, fetch_add
 from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
-from vllm_mcmoe.kernels.cpu.vectors import (
-    BFLOAT16,
-    FLOAT16,
-    add_weighted,
-    copy64,
-    gate_gelu,
-    gate_gelu_tanh,
-    gate_silu,
-    quantize_bfloat16,
-    quantize_float16,
-    quantize_float32,
-    write_bfloat16,
-    write_float16,
-    write_float32,
-)
+from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
+from vllm_mcmoe.kernels.cpu.vectors import add_weighted, copy64, gate_gelu, gate_gelu_tanh, gate_silu, quantize_float32
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
-CHUNK = 256  # most slots of one expert a task handles: 16 row blocks of float32 sums for them are 256 KiB of L2
-CACHED_INPUTS = 512 * 1024  # bytes of activations a task goes through before it comes back to them: they stay in L2
-SPINS = 2000  # about 50 us of waiting awake, longer than a task of decoding; then the core is offered to others
 GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
 
 
@@ -161,17 +136,6 @@ def _fill_slots(p, pairs, starts, slot_of):
 
 
 @njit
-def _code_address(base, first, count, i, features, half):
-    """Address of 64 codes: the `half`-th 64 inputs of slot i of the chunk of `count` slots from `first`."""
-    return base + first * features + (half * count + i) * 64
-
-
-@njit
-def _scale_address(base, first, count, i, features, group):
-    return base + (first * (features // GROUP_SIZE) + group * count + i) * 8
-
-
-@njit
 def quantize_inputs(p):
     """Quantise x, token by token, and copy the codes to the token's slots. Returns the tasks done."""
     hidden, top_k, dtype = p[HIDDEN], p[TOP_K], p[DTYPE]
@@ -191,49 +155,16 @@ def quantize_inputs(p):
                 if slot < 0:
                     continue
                 first, count = int(slot_chunk[2 * slot]), int(slot_chunk[2 * slot + 1])
-                low = _code_address(p[CODES], first, count, slot - first, hidden, 2 * group)
+                low = code_address(p[CODES], first, count, slot - first, hidden, GROUP_SIZE, group)
                 high = low + count * 64
-                scale = _scale_address(p[SCALES], first, count, slot - first, hidden, group)
+                scale = scale_address(p[SCALES], first, count, slot - first, hidden, GROUP_SIZE, group)
                 if first_low:
                     copy64(first_low, low)
                     copy64(first_high, high)
                     as_int64(scale)[0] = as_int64(first_scale)[0]  # both floats at once
                 else:
                     first_low, first_high, first_scale = low, high, scale
-                    if dtype == BFLOAT16:
-                        quantize_bfloat16(source, low, high, scale)
-                    elif dtype == FLOAT16:
-                        quantize_float16(source, low, high, scale)
-                    else:
-                        quantize_float32(source, low, high, scale)
-
-
-@njit
-def multiply_chunk(multiply_rows, bits, records, row_blocks, features, codes, scales, first, count, totals):
-    """totals[block][slot][16 rows] = weights of `row_blocks` row blocks times the chunk's slots, float32.
-
-    Goes through the inputs in portions that stay in L2 while all row blocks use them.
-    """
-    sums = as_float32(totals)
-    for i in range(row_blocks * count * ROWS):
-        sums[i] = 0.0
-    groups = features // GROUP_SIZE
-    portion = min(groups, max(1, CACHED_INPUTS // (count * GROUP_SIZE)))
-    for group in range(0, groups, portion):
-        call_rows(
-            multiply_rows,
-            bits,
-            records,
-            row_blocks,
-            groups,
-            group,
-            min(portion, groups - group),
-            codes,
-            scales,
-            first,
-            count,
-            totals,
-        )
+                    quantize_group(dtype, GROUP_SIZE, source, low, high, scale)
 
 
 @njit
@@ -256,7 +187,9 @@ def gate_up_phase(p, scratch):
         bits = table[2 * expert]
         records = p[GATE_UP] + table[2 * expert + 1]
         records += column * blocks * (hidden // GROUP_SIZE) * record_bytes_compiled(bits)
-        multiply_chunk(p[MULTIPLY_ROWS], bits, records, blocks, hidden, p[CODES], p[SCALES], first, count, scratch)
+        multiply_chunk(
+            p[MULTIPLY_ROWS], bits, records, blocks, hidden, GROUP_SIZE, p[CODES], p[SCALES], first, count, scratch
+        )
         _gate_and_quantize(p, scratch, first, count, column)
 
 
@@ -276,9 +209,9 @@ def _gate_and_quantize(p, totals, first, count, column):
                 gate_gelu(gate, up, group + block * row_bytes)
             else:
                 gate_gelu_tanh(gate, up, group + block * row_bytes)
-        low = _code_address(p[MID_CODES], first, count, i, intermediate, 2 * column)
-        scale = _scale_address(p[MID_SCALES], first, count, i, intermediate, column)
-        quantize_float32(group, low, low + count * 64, scale)
+        low = code_address(p[MID_CODES], first, count, i, intermediate, GROUP_SIZE, column)
+        scale = scale_address(p[MID_SCALES], first, count, i, intermediate, GROUP_SIZE, column)
+        quantize_float32(GROUP_SIZE, group, low, low + count * 64, scale)
 
 
 @njit
@@ -302,10 +235,13 @@ def down_phase(p, scratch):
             records = p[DOWN] + table[2 * expert + 1]
             records += first_row // ROWS * (intermediate // GROUP_SIZE) * record_bytes_compiled(bits)
             multiply_chunk(
-                p[MULTIPLY_ROWS], bits, records, blocks, intermediate, p[MID_CODES], p[MID_SCALES], first, count, totals
-            )
+                p[MULTIPLY_ROWS], bits, records, blocks, intermediate, GROUP_SIZE,
+                p[MID_CODES], p[MID_SCALES], first, count, totals,
+            )  # fmt: skip
             _add_to_tokens(p, totals, first, count, blocks, out)
-        _write_rows(p, out, first_row, blocks)
+        for token in range(tokens):
+            source = out + token * rows * 4
+            write_rows(p[DTYPE], source, ROWS * 4, blocks, p[OUT], token * hidden + first_row)
 
 
 @njit
@@ -318,53 +254,18 @@ def _add_to_tokens(p, totals, first, count, blocks, out):
 
 
 @njit
-def _write_rows(p, out, first_row, blocks):
-    item = 4 if p[DTYPE] == 0 else 2
-    for token in range(p[TOKENS]):
-        for block in range(blocks):
-            source = out + (token * p[DOWN_ROWS] + block * ROWS) * 4
-            target = p[OUT] + (token * p[HIDDEN] + first_row + block * ROWS) * item
-            if p[DTYPE] == BFLOAT16:
-                write_bfloat16(source, target)
-            elif p[DTYPE] == FLOAT16:
-                write_float16(source, target)
-            else:
-                write_float32(source, target)
-
-
-@njit
 def work(p):
     """What one thread of the team does."""
     scratch = p[SCRATCH] + fetch_add(p[COUNTERS], 1) * p[SCRATCH_BYTES]
-    _finish_phase(p, 0, quantize_inputs(p), p[TOKENS])
-    _finish_phase(p, 1, gate_up_phase(p, scratch), p[CHUNK_COUNT] * (p[INTERMEDIATE] // GROUP_ROWS))
+    finish_phase(p[COUNTERS] + 4 * 64, quantize_inputs(p), p[TOKENS])
+    all_columns = p[CHUNK_COUNT] * (p[INTERMEDIATE] // GROUP_ROWS)
+    finish_phase(p[COUNTERS] + 5 * 64, gate_up_phase(p, scratch), all_columns)
     down_phase(p, scratch)
-
-
-@njit
-def _finish_phase(p, phase, own_tasks, all_tasks):
-    """Report this thread's tasks, then wait until all are done.
-
-    Waiting for tasks rather than for threads lets a team go on while a thread of it has not been given a core yet.
-    """
-    finished = p[COUNTERS] + (4 + phase) * 64
-    fetch_add(finished, own_tasks)
-    spins = 0
-    while load_acquire(finished) < all_tasks:
-        spins += 1
-        if spins < SPINS:
-            pause()
-        else:
-            yield_core()
 
 
 @njit
 def run(p, data):
     """The whole layer on torch's OpenMP team: group, then work. `data` is p's address."""
     group_by_expert(p)
-    if p[BAD_ID] >= 0:
-        return
-    if p[THREADS] == 1:
-        call_worker(p[WORKER], data)
-    else:
-        call_parallel(p[PARALLEL], p[WORKER], data, p[THREADS])
+    if p[BAD_ID] < 0:
+        run_team(p[PARALLEL], p[WORKER], data, p[THREADS])

@@ -5,8 +5,10 @@ import threading
 
 import torch
 
+from vllm_mcmoe.kernels.cpu.chunks import CHUNK
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
-from vllm_mcmoe.kernels.cpu.moe import CHUNK, GROUP_ROWS, ROWS, Field
+from vllm_mcmoe.kernels.cpu.layout import ROWS
+from vllm_mcmoe.kernels.cpu.moe import GROUP_ROWS, Field
 from vllm_mcmoe.kernels.cpu.vectors import DTYPES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
@@ -70,7 +72,7 @@ def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts:
     return space, scratch_bytes
 
 
-def _buffer(size: int) -> torch.Tensor:
+def kept_buffer(size: int) -> torch.Tensor:
     """Memory for one call, kept for the next, so that prefill does not wait for Linux to clear fresh pages."""
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < size:
@@ -84,7 +86,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
     threads = torch.get_num_threads()
     down_rows = _down_rows(tokens, hidden, threads)
     space, scratch_bytes = _workspace(tokens, top_k, hidden, intermediate_size, experts, threads, down_rows)
-    buffer = _buffer(space.size)
+    buffer = kept_buffer(space.size)
     compiled = compile_layer(isa)
 
     params = (ctypes.c_int64 * len(Field))()

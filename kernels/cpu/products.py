@@ -1,19 +1,26 @@
-"""The matrix product: 16 output rows times a few tokens, int8 x 1-8 bits, exact inside a group of 128.
+"""The matrix product: 16 output rows times a few tokens, int8 x 1-8 bits, exact inside a group.
 
-LLVM code is emitted per width and number of tokens, with the group unrolled. A vector holds, in each of its 16 lanes of
-32 bits, four consecutive inputs ("a quad") of one output row: the operand of VNNI's dot product, so nothing is ever
-summed across lanes. `layout.py` describes the records these loops stream through.
+LLVM code is emitted per kind of record and number of tokens, with the group unrolled. A vector holds, in each of its 16
+lanes of 32 bits, four consecutive inputs ("a quad") of one output row: the operand of VNNI's dot product, so nothing is
+ever summed across lanes. `layout.py` describes the records these loops stream through, `chunks.py` the activations.
 """
 
 from collections.abc import Iterator
 
 from llvmlite import ir
-from numba import njit
+from numba import literally, njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from vllm_mcmoe.kernels.cpu.chunks import TILE, tile_inputs, tile_inputs_compiled
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
-from vllm_mcmoe.kernels.cpu.layout import code_bytes, record_bytes, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import (
+    Record,
+    expert_record,
+    linear_record,
+    linear_record_bytes_compiled,
+    record_bytes_compiled,
+)
 from vllm_mcmoe.kernels.cpu.vectors import (
     LANES,
     VF16,
@@ -26,12 +33,11 @@ from vllm_mcmoe.kernels.cpu.vectors import (
     splat,
     store,
 )
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, WIDTHS, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, planes
 
 QUADS = GROUP_SIZE // 4
 PORTION_QUADS = 8  # quads in one vector at 1 bit
 VECTOR_BYTES = 4 * LANES
-HALF_GROUP = 64  # inputs in one tile of activations, see layout.py
 PREFETCH_BYTES = 4096
 
 VI16X32 = ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -60,13 +66,13 @@ def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad
 class Codes:
     """The packed codes of one group of 16 rows, or of a portion of it, unpacked quad by quad."""
 
-    def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value, portion: ir.Value | None = None):
+    def __init__(self, builder: ir.IRBuilder, kind: Record, record: ir.Value, portion: ir.Value | None = None):
         """portion: number of a run of 8 quads; quads are then counted from its first."""
         self.builder = builder
         self.planes: list[tuple[int, int, ir.Value]] = []  # bits, weight shift of its codes, address of its vectors
         shift = 0
-        for width in planes(bits):
-            start = builder.add(record, I64(shift * GROUP_SIZE * LANES // 8))
+        for width in planes(kind.bits):
+            start = builder.add(record, I64(shift * kind.group_size * LANES // 8))
             if portion is not None:
                 start = builder.add(start, builder.mul(portion, I64(width * VECTOR_BYTES)))
             self.planes.append((width, shift, start))
@@ -104,11 +110,12 @@ def _byte_mask(mask: int) -> ir.Constant:
     return constant(VI32, mask * 0x01010101)
 
 
-def _integer_products(builder, dot, bits: int, record, activations, tokens: int, half_stride) -> list[ir.Value]:
+def _integer_products(builder, dot, kind: Record, record, activations, tokens: int, tile_stride) -> list[ir.Value]:
     """sum_k code * a_code of one group: int32 [16] per token.
 
-    activations: address of the first token's 64 codes; tokens follow at 64 bytes, the other half at half_stride.
-    Loops over portions of 8 quads, which are whole vectors at every width: a quarter of the code to compile.
+    activations: address of the first token's tile of codes; tokens follow tile by tile, a group's second tile at
+    tile_stride. Loops over portions of 8 quads, which are whole vectors at every width: a quarter of the code to
+    compile.
     """
     chains = max(1, 4 // tokens)  # independent sums hide the dot product's latency of 5 cycles
     before, loop = builder.block, builder.append_basic_block("portion")
@@ -118,14 +125,14 @@ def _integer_products(builder, dot, bits: int, record, activations, tokens: int,
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), before)
     phis = [[builder.phi(VI32) for _ in range(chains)] for _ in range(tokens)]
-    codes = Codes(builder, bits, record, portion)
-    base = builder.add(activations, builder.mul(builder.lshr(portion, I64(1)), half_stride))
+    codes = Codes(builder, kind, record, portion)
+    base = builder.add(activations, builder.mul(builder.lshr(portion, I64(1)), tile_stride))
     base = builder.add(base, builder.mul(builder.and_(portion, I64(1)), I64(4 * PORTION_QUADS)))
     totals = [list(chain) for chain in phis]
     for quad in range(PORTION_QUADS):
         weights = codes.quad(quad)
         for token in range(tokens):
-            inputs = splat(builder, load(builder, I32, base, token * HALF_GROUP + quad * 4))
+            inputs = splat(builder, load(builder, I32, base, token * tile_inputs(kind.group_size) + quad * 4))
             chain = quad % chains
             totals[token][chain] = dot(builder, totals[token][chain], weights, inputs)
     following = builder.add(portion, I64(1))
@@ -134,7 +141,7 @@ def _integer_products(builder, dot, bits: int, record, activations, tokens: int,
         for phi, total in zip(phis[token], totals[token], strict=True):
             phi.add_incoming(constant(VI32, 0), before)
             phi.add_incoming(total, loop)
-    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // PORTION_QUADS)), loop, done)
+    builder.cbranch(builder.icmp_signed("<", following, I64(kind.group_size // 4 // PORTION_QUADS)), loop, done)
     builder.position_at_end(done)
     return [_sum(builder, chain) for chain in totals]
 
@@ -146,18 +153,18 @@ def _sum(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
     return total
 
 
-def _integer_product_in_place(builder, dot, bits: int, record, activations, half_stride) -> ir.Value:
+def _integer_product_in_place(builder, dot, kind: Record, record, activations, tile_stride) -> ir.Value:
     """The same for one token without shifting codes: a field at bit p of a byte counts 2**p times too much.
 
     Fields of one position share a sum, which is shifted back once per group: exact, being a multiple of 2**p.
     For one token unpacking costs as much as multiplying, and this halves it.
     """
-    codes = Codes(builder, bits, record)
+    codes = Codes(builder, kind, record)
     totals: dict[tuple[int, int], ir.Value] = {}
-    second_half = builder.add(activations, half_stride)
-    for quad in range(QUADS):
-        base = activations if quad < QUADS // 2 else second_half
-        inputs = splat(builder, load(builder, I32, base, quad % (QUADS // 2) * 4))
+    second_tile = builder.add(activations, tile_stride)
+    for quad in range(kind.group_size // 4):
+        base = activations if quad < TILE // 4 else second_tile
+        inputs = splat(builder, load(builder, I32, base, quad % (TILE // 4) * 4))
         for vector, position, mask, shift in codes.fields(quad):
             field = builder.and_(vector, _byte_mask(mask << position))
             key = (position, shift)
@@ -172,11 +179,11 @@ def _integer_product_in_place(builder, dot, bits: int, record, activations, half
     return _sum(builder, shifted)
 
 
-def scale_and_zero(builder: ir.IRBuilder, bits: int, address: ir.Value) -> tuple[ir.Value, ir.Value]:
+def scale_and_zero(builder: ir.IRBuilder, kind: Record, address: ir.Value) -> tuple[ir.Value, ir.Value]:
     """w_scale and zero of the group's 16 rows as float32, from behind the record's codes."""
     scale = builder.fpext(load(builder, VF16, address), VF32)
-    if bits == 1:
-        return scale, constant(VF32, ONE_BIT_ZERO)
+    if kind.zero is not None:
+        return scale, constant(VF32, kind.zero)
     return scale, builder.fpext(load(builder, VF16, address, 2 * LANES), VF32)
 
 
@@ -189,22 +196,22 @@ def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offse
     store(builder, fma(builder, scale, value, load(builder, VF32, total, offset)), total, offset)
 
 
-_PRODUCT_ARGS = ("record", "groups", "activations", "half_stride", "scales", "scale_stride", "totals")
+_PRODUCT_ARGS = ("record", "groups", "activations", "tile_stride", "scales", "scale_stride", "totals")
 
 
 def products_by(dot):
-    """group_products(builder, bits, record, activations, tokens, half_stride): a group's integer sums by this `dot`."""
+    """group_products(builder, kind, record, activations, tokens, tile_stride): a group's integer sums by this `dot`."""
 
-    def group_products(builder, bits: int, record, activations, tokens: int, half_stride) -> list[ir.Value]:
+    def group_products(builder, kind: Record, record, activations, tokens: int, tile_stride) -> list[ir.Value]:
         if tokens == 1:
-            return [_integer_product_in_place(builder, dot, bits, record, activations, half_stride)]
-        return _integer_products(builder, dot, bits, record, activations, tokens, half_stride)
+            return [_integer_product_in_place(builder, dot, kind, record, activations, tile_stride)]
+        return _integer_products(builder, dot, kind, record, activations, tokens, tile_stride)
 
     return group_products
 
 
-def _product_function(module: ir.Module, name: str, group_products, bits: int, tokens: int) -> ir.Function:
-    """void name(record, groups, activations, half_stride, scales, scale_stride, totals), all int64.
+def product_function(module: ir.Module, name: str, group_products, kind: Record, tokens: int) -> ir.Function:
+    """void name(record, groups, activations, tile_stride, scales, scale_stride, totals), all int64.
 
     Adds `groups` consecutive groups of 16 rows times `tokens` tokens to totals, float32 [tokens, 16].
     """
@@ -215,16 +222,16 @@ def _product_function(module: ir.Module, name: str, group_products, bits: int, t
     function.linkage = "internal"
     function.attributes.add("noinline")
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
-    record, groups, activations, half_stride, scales, scale_stride, totals = function.args
+    record, groups, activations, tile_stride, scales, scale_stride, totals = function.args
     builder = ir.IRBuilder(entry)
-    group_stride = builder.shl(half_stride, I64(1))
+    group_stride = builder.shl(tile_stride, I64(1)) if kind.group_size > TILE else tile_stride
     builder.cbranch(builder.icmp_signed(">", groups, I64(0)), loop, done)
 
     builder.position_at_end(loop)
     moving = []
     for start, step in (
         (groups, I64(-1)),
-        (record, I64(record_bytes(bits))),
+        (record, I64(kind.nbytes)),
         (activations, group_stride),
         (scales, scale_stride),
     ):
@@ -232,7 +239,7 @@ def _product_function(module: ir.Module, name: str, group_products, bits: int, t
         phi.add_incoming(start, entry)
         moving.append((phi, step))
     remaining, record_now, activations_now, scales_now = (phi for phi, _ in moving)
-    _emit_group(builder, group_products, bits, tokens, record_now, activations_now, half_stride, scales_now, totals)
+    _emit_group(builder, group_products, kind, tokens, record_now, activations_now, tile_stride, scales_now, totals)
     for phi, step in moving:
         phi.add_incoming(builder.add(phi, step), builder.block)
     builder.cbranch(builder.icmp_signed(">", remaining, I64(1)), loop, done)
@@ -241,24 +248,23 @@ def _product_function(module: ir.Module, name: str, group_products, bits: int, t
     return function
 
 
-def prefetch_ahead(builder: ir.IRBuilder, bits: int, record: ir.Value) -> None:
+def prefetch_ahead(builder: ir.IRBuilder, kind: Record, record: ir.Value) -> None:
     """Ask for what will be read PREFETCH_BYTES after this record, as many bytes as the record has."""
-    for line in range(0, record_bytes(bits), 64):
+    for line in range(0, kind.nbytes, 64):
         ahead = builder.inttoptr(builder.add(record, I64(PREFETCH_BYTES + line)), I8.as_pointer())
         call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
 
 
-def _emit_group(builder, group_products, bits, tokens, record, activations, half_stride, scales, totals) -> None:
-    prefetch_ahead(builder, bits, record)
-    products = group_products(builder, bits, record, activations, tokens, half_stride)
-    scale, zero = scale_and_zero(builder, bits, builder.add(record, I64(code_bytes(bits))))
+def _emit_group(builder, group_products, kind, tokens, record, activations, tile_stride, scales, totals) -> None:
+    prefetch_ahead(builder, kind, record)
+    products = group_products(builder, kind, record, activations, tokens, tile_stride)
+    scale, zero = scale_and_zero(builder, kind, builder.add(record, I64(kind.code_bytes)))
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
 
 
-def unpack_function(module: ir.Module, bits: int) -> ir.Function:
-    """void name(record, out): the codes of one record as bytes [quad][row][4], two AMX tiles."""
-    name = f"mcmoe_unpack_{bits}bit"
+def unpack_function(module: ir.Module, name: str, kind: Record) -> ir.Function:
+    """void name(record, out): the codes of one record as bytes [quad][row][4]; of a group of 128, two AMX tiles."""
     existing = module.globals.get(name)
     if existing is not None:
         return existing
@@ -268,18 +274,18 @@ def unpack_function(module: ir.Module, bits: int) -> ir.Function:
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, out = function.args
     builder = ir.IRBuilder(entry)
-    prefetch_ahead(builder, bits, record)
+    prefetch_ahead(builder, kind, record)
     builder.branch(loop)
     builder.position_at_end(loop)
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), entry)
-    codes = Codes(builder, bits, record, portion)
+    codes = Codes(builder, kind, record, portion)
     target = builder.add(out, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
     for quad in range(PORTION_QUADS):
         store(builder, codes.quad(quad), target, quad * VECTOR_BYTES)
     following = builder.add(portion, I64(1))
     portion.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, I64(QUADS // PORTION_QUADS)), loop, done)
+    builder.cbranch(builder.icmp_signed("<", following, I64(kind.group_size // 4 // PORTION_QUADS)), loop, done)
     builder.position_at_end(done)
     builder.ret_void()
     return function
@@ -296,7 +302,7 @@ def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
         record,
         groups,
         activations,
-        half_stride,
+        tile_stride,
         scales,
         scale_stride,
         totals,
@@ -308,7 +314,7 @@ def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
             for width in WIDTHS:
                 for count in token_counts:
                     name = f"mcmoe_{isa}_{width}bit_{count}"
-                    function = _product_function(builder.module, name, group_products, width, count)
+                    function = product_function(builder.module, name, group_products, expert_record(width), count)
                     block = builder.append_basic_block(name)
                     switch.add_case(I64(width * (LANES + 1) + count), block)
                     with builder.goto_block(block):
@@ -322,10 +328,64 @@ def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
     return multiply
 
 
+def multiply_linear(isa: str, group_products, token_counts: tuple[int, ...]):
+    """multiply(bits, group_size, tokens, ...): the same for a linear, whose bits and group size are constants.
+
+    Only what the caller names is emitted and compiled, so that experts do not wait for linears nor the other way round.
+    """
+
+    @intrinsic(prefer_literal=True)
+    def multiply(
+        typing_context,
+        bits,
+        group_size,
+        tokens,
+        record,
+        groups,
+        activations,
+        tile_stride,
+        scales,
+        scale_stride,
+        totals,
+    ):
+        kind = linear_record(bits.literal_value, group_size.literal_value)
+
+        def emit(context, builder, signature, args):
+            done = builder.append_basic_block("multiplied")
+            switch = builder.switch(args[2], done)
+            for count in token_counts:
+                name = f"mcmoe_{isa}_linear_{kind.bits}bit_{kind.group_size}_{count}"
+                function = product_function(builder.module, name, group_products, kind, count)
+                block = builder.append_basic_block(name)
+                switch.add_case(I64(count), block)
+                with builder.goto_block(block):
+                    builder.call(function, args[3:])
+                    builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(bits, group_size, *[types.int64] * (1 + len(_PRODUCT_ARGS))), emit
+
+    return multiply
+
+
 VNNI_TOKENS = (16, 8, 4, 2, 1)
 PORTABLE_TOKENS = (4, 1)
 multiply_vnni = multiply_by("vnni", products_by(dot_vnni), VNNI_TOKENS)
 multiply_portable = multiply_by("portable", products_by(dot_portable), PORTABLE_TOKENS)
+multiply_linear_vnni = multiply_linear("vnni", products_by(dot_vnni), VNNI_TOKENS)
+multiply_linear_portable = multiply_linear("portable", products_by(dot_portable), PORTABLE_TOKENS)
+
+
+@njit
+def vnni_batch(left):
+    """Slots to multiply at once, one of VNNI_TOKENS, where so many are left."""
+    return 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+
+
+@njit
+def portable_batch(left):
+    return 4 if left >= 4 else 1
 
 
 @njit
@@ -334,7 +394,7 @@ def multiply_rows_vnni(
 ):
     """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals, float32 [block][slot][16].
 
-    codes, scales: the activations of moe.py, in which the `count` slots from `first` are one chunk.
+    codes, scales: the activations of chunks.py, in which the `count` slots from `first` are one chunk.
     """
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
@@ -342,8 +402,7 @@ def multiply_rows_vnni(
         record = records + (block * groups + first_group) * record_bytes_compiled(bits)
         slot = 0
         while slot < count:
-            left = count - slot
-            batch = 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            batch = vnni_batch(count - slot)
             multiply_vnni(
                 bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
@@ -362,9 +421,41 @@ def multiply_rows_portable(
         record = records + (block * groups + first_group) * record_bytes_compiled(bits)
         slot = 0
         while slot < count:
-            batch = 4 if count - slot >= 4 else 1
+            batch = portable_batch(count - slot)
             multiply_portable(
                 bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
             )  # fmt: skip
             slot += batch
+
+
+def linear_rows(multiply, next_batch):
+    """multiply_rows(bits, group_size, ...): as multiply_rows_vnni, for the records of a linear.
+
+    bits and group_size are constants of the caller; multiply: made by multiply_linear.
+    """
+
+    @njit
+    def multiply_rows(
+        bits, group_size, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        tile = tile_inputs_compiled(group_size)
+        record_size = linear_record_bytes_compiled(bits, group_size)
+        codes += first * groups * group_size + first_group * group_size * count
+        scales += (first * groups + first_group * count) * 8
+        for block in range(row_blocks):
+            record = records + (block * groups + first_group) * record_size
+            slot = 0
+            while slot < count:
+                batch = next_batch(count - slot)
+                multiply(
+                    literally(bits), literally(group_size), batch, record, group_count, codes + slot * tile,
+                    count * tile, scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
+                )  # fmt: skip
+                slot += batch
+
+    return multiply_rows
+
+
+multiply_linear_rows_vnni = linear_rows(multiply_linear_vnni, vnni_batch)
+multiply_linear_rows_portable = linear_rows(multiply_linear_portable, portable_batch)

@@ -12,7 +12,6 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import F16, F32, I8, I16, I32, I64
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 LANES = 16
 VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
@@ -150,18 +149,22 @@ GATES = ("silu", "gelu", "gelu_tanh")  # position = how the compiled code names 
 
 
 def _quantize_group(dtype: int):
-    """quantize(source, low, high, scale): one group of 128 to int8.
+    """quantize(group_size, source, low, high, scale): one group to int8.
 
-    source  128 activations of `dtype`
-    low     the group's first 64 int8 codes, written; high: the other 64
-    scale   two float32, written: scale = max|x| / 127, and scale * (sum of the codes), which the zero point multiplies
+    group_size  a constant of the caller
+    source      so many activations of `dtype`
+    low         the group's first 64 int8 codes, written; high: the others, if any
+    scale       two float32, written: scale = max|x| / 127, and scale * (sum of the codes), which zeros multiply
     """
 
-    @intrinsic
-    def quantize(typing_context, source, low, high, scale):
+    @intrinsic(prefer_literal=True)
+    def quantize(typing_context, group_size, source, low, high, scale):
+        vectors = group_size.literal_value // LANES
+
         def emit(context, builder, signature, args):
+            source, low, high, scale = args[1:]
             step = LANES * _BYTES[dtype]
-            x = [_widen(builder, dtype, args[0], i * step) for i in range(GROUP_SIZE // LANES)]
+            x = [_widen(builder, dtype, source, i * step) for i in range(vectors)]
             largest = constant(VF32, 0.0)
             for lanes in x:
                 magnitude = call(builder, "llvm.fabs.v16f32", VF32, lanes)
@@ -175,13 +178,13 @@ def _quantize_group(dtype: int):
                 nearest = call(builder, "llvm.rint.v16f32", VF32, builder.fdiv(lanes, divisor))
                 code = call(builder, "llvm.fptosi.sat.v16i32.v16f32", VI32, nearest)
                 total = builder.add(total, code)
-                store(builder, builder.trunc(code, VI8), args[1 if i < 4 else 2], i % 4 * LANES)
+                store(builder, builder.trunc(code, VI8), low if i < 4 else high, i % 4 * LANES)
             code_sum = builder.sitofp(call(builder, "llvm.vector.reduce.add.v16i32", I32, total), F32)
-            store(builder, unit, args[3])
-            store(builder, builder.fmul(unit, code_sum), args[3], 4)
+            store(builder, unit, scale)
+            store(builder, builder.fmul(unit, code_sum), scale, 4)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), emit
+        return types.void(group_size, types.int64, types.int64, types.int64, types.int64), emit
 
     return quantize
 
@@ -207,6 +210,18 @@ def add_weighted(typing_context, total, weight, values):
     def emit(context, builder, signature, args):
         summed = fma(builder, splat(builder, args[1]), load(builder, VF32, args[2]), load(builder, VF32, args[0]))
         store(builder, summed, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), emit
+
+
+@intrinsic
+def scale_and_add(typing_context, values, factor, addend):
+    """values = values * factor + addend on 16 float32; values and addend are addresses, factor a float32."""
+
+    def emit(context, builder, signature, args):
+        scaled = fma(builder, load(builder, VF32, args[0]), splat(builder, args[1]), load(builder, VF32, args[2]))
+        store(builder, scaled, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), emit

@@ -22,16 +22,16 @@ ACTIVATIONS = {
 }
 
 
-def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise to int8 per token and per group of 128: scale = max|x| / 127, code = round-half-even(x / scale).
+def quantize_activations(x: torch.Tensor, group_size: int = GROUP_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise to int8 per token and per group: scale = max|x| / 127, code = round-half-even(x / scale).
 
-    x: float [T, K], K divisible by 128 -> (int8 codes [T, K], float32 scales [T, K/128]).
-    A group of zeros has scale 0 and codes 0. Raises ValueError when K is not divisible by 128.
+    x: float [T, K], K divisible by the group size -> (int8 codes [T, K], float32 scales [T, K/group_size]).
+    A group of zeros has scale 0 and codes 0. Raises ValueError when K is not divisible by the group size.
     """
     tokens, features = x.shape
-    if features % GROUP_SIZE:
-        raise ValueError(f"activation width {features} is not divisible by the group size {GROUP_SIZE}")
-    groups = x.float().reshape(tokens, features // GROUP_SIZE, GROUP_SIZE)
+    if features % group_size:
+        raise ValueError(f"activation width {features} is not divisible by the group size {group_size}")
+    groups = x.float().reshape(tokens, features // group_size, group_size)
     scales = groups.abs().amax(dim=-1) / INT8_MAX
     divisors = torch.where(scales > 0, scales, 1.0)
     codes = torch.round(groups / divisors.unsqueeze(-1)).to(torch.int8)

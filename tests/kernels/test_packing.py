@@ -70,7 +70,10 @@ def test_one_bit_weights_are_plus_and_minus_half_a_scale():
 
 
 def repacked(matrix: PackedMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(layout.matrix_bytes(matrix.bits, matrix.out_features, matrix.in_features), dtype=torch.uint8)
+    out = torch.empty(
+        layout.matrix_bytes(layout.expert_record(matrix.bits), matrix.out_features, matrix.in_features),
+        dtype=torch.uint8,
+    )
     layout.repack(matrix, row_blocks.numpy(), out)
     return out
 
@@ -80,7 +83,7 @@ def repacked(matrix: PackedMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
 def test_records_hold_the_matrix(bits, blocks, groups, seed):
     shape = (blocks * layout.ROWS, groups * GROUP_SIZE)
     matrix = random_matrix(bits, *shape, torch.Generator().manual_seed(seed))
-    codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), bits, *shape)
+    codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), layout.expert_record(bits), *shape)
     assert torch.equal(codes, matrix.codes())
     assert torch.equal(scales, matrix.scales)
     assert zeros is None if bits == 1 else torch.equal(zeros, matrix.zeros)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -59,10 +60,11 @@ def engine_logprobs(engine, prompts: Sequence[Sequence[int]]) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to serve, with options of the engine."""
+    """One model to serve, with options of the engine and variables that hold while it is loaded and served."""
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def score_in_one_process(jobs: dict[str, Job], prompts: list[list[int]], work: Path) -> dict[str, list[Scored]]:
@@ -90,9 +92,10 @@ def _serve_all(jobs_file: Path) -> None:
     _load_model_classes(jobs.values())
     results = {}
     for name, job in jobs.items():
-        engine = start_engine(job.model, **job.options)
-        results[name] = engine_logprobs(engine, document["prompts"])
-        stop_engine(engine)
+        with patch.dict(os.environ, job.environment):
+            engine = start_engine(job.model, **job.options)
+            results[name] = engine_logprobs(engine, document["prompts"])
+            stop_engine(engine)
         # Done once per process; a second time it would meet numba, which the first engine has loaded.
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     torch.save(results, document["results"])

@@ -9,9 +9,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_mcmoe.calibration.experts_forward import round_activations
+from vllm_mcmoe.calibration.linears import SCALE
 from vllm_mcmoe.calibration.models import describe_model
 from vllm_mcmoe.calibration.pruning.rules import layer_rules
+from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.checkpoint import read_checkpoint_config
+from vllm_mcmoe.kernels.reference import quantize_activations
 from vllm_mcmoe.pruning import LayerPruning, PruningRules
 
 # Two ranks on one NUMA node need a core each; one process may have both.
@@ -41,6 +44,32 @@ def pruning_rules(checkpoint: Path, target: float) -> list[LayerPruning]:
     description = describe_model(checkpoint)
     rules = PruningRules.load(checkpoint, read_checkpoint_config(checkpoint).pruning)
     return list(layer_rules(rules, description, target).values())
+
+
+def with_int8_linears(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """Let the linears that a checkpoint has in 4 or 8 bits round their inputs as the CPU kernels do."""
+    files = TensorFiles(checkpoint)
+    for name in files.info:
+        base, _, suffix = name.rpartition(".")
+        if suffix != SCALE:
+            continue
+        linear = model.get_submodule(base)
+        group_size = linear.in_features // files.info[name].shape[1]
+
+        def round_inputs(module: torch.nn.Module, inputs: tuple[torch.Tensor], group_size: int = group_size):
+            codes, scales = quantize_activations(inputs[0].flatten(0, -2), group_size)
+            rounded = codes.unflatten(-1, (-1, group_size)) * scales.unsqueeze(-1)
+            return rounded.reshape(inputs[0].shape)
+
+        linear.register_forward_pre_hook(round_inputs)
+    return model
+
+
+def vllm_has_4bit_linears() -> bool:
+    """Whether vLLM's build for this CPU serves linears of 4 bits in bfloat16, with 16-bit activations."""
+    from vllm import _custom_ops  # noqa: F401 -- loads the operators
+
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def with_int8_activations(model: PreTrainedModel, pruning: Sequence[LayerPruning] = ()) -> PreTrainedModel:

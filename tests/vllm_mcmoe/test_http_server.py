@@ -13,7 +13,14 @@ import torch
 from openai import OpenAI
 from transformers import AutoTokenizer, PreTrainedModel
 
-from tests.vllm_mcmoe.serving import bfloat16_range, expected_logprobs, pruning_rules, with_int8_activations
+from tests.vllm_mcmoe.serving import (
+    bfloat16_range,
+    expected_logprobs,
+    pruning_rules,
+    vllm_has_4bit_linears,
+    with_int8_activations,
+    with_int8_linears,
+)
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
 from vllm_mcmoe.local_server import serve
 
@@ -72,7 +79,9 @@ def test_logprobs_are_those_of_the_dequantised_model(client, pruned_checkpoint):
     served = torch.tensor(completion.logprobs.token_logprobs)
 
     def model(target: float) -> PreTrainedModel:
-        return with_int8_activations(load_dequantized(pruned_checkpoint), pruning_rules(pruned_checkpoint, target))
+        rules = pruning_rules(pruned_checkpoint, target)
+        model = with_int8_activations(load_dequantized(pruned_checkpoint), rules)
+        return model if vllm_has_4bit_linears() else with_int8_linears(model, pruned_checkpoint)
 
     def beyond_rounding(target: float) -> torch.Tensor:
         lowest, highest = (bound[-generated:] for bound in bfloat16_range(model(target), tokens))

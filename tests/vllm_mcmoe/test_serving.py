@@ -1,7 +1,8 @@
 """Stock vLLM on CPU, eager, float32, against a transformers forward pass with the same dequantised weights.
 
-float32 makes the comparison strict: both sides compute the same sums, so only float32 rounding in another order and
-the rare activation that rounds to the neighbouring int8 code (a step of 1/127 of its group's maximum) remain.
+Attention has 4 bits. vLLM computes such linears in 16 bits only, so in float32 our kernels serve them on every CPU.
+float32 makes the comparison strict: both sides compute the same sums, so only float32 rounding in another order and the
+rare activation that rounds to the neighbouring int8 code (a step of 1/127 of its group's maximum) remain.
 """
 
 import pytest
@@ -15,6 +16,7 @@ from tests.vllm_mcmoe.serving import (
     prompts_from,
     pruning_rules,
     with_int8_activations,
+    with_int8_linears,
 )
 from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
 from vllm_mcmoe.pruning import pruned_fraction
@@ -31,7 +33,7 @@ def serve_and_score(checkpoint, prompts, **options):
 
 
 def assert_agrees(results, checkpoint, pruning=()) -> None:
-    model = with_int8_activations(load_dequantized(checkpoint), pruning)
+    model = with_int8_linears(with_int8_activations(load_dequantized(checkpoint), pruning), checkpoint)
     for tokens, logprobs in results:
         assert_close(logprobs, expected_logprobs(model, tokens))
 
@@ -42,8 +44,8 @@ def prompts(reference_model, evaluation_files):
 
 
 @pytest.fixture(scope="module")
-def single_process(pruned_checkpoint_16bit_linears, prompts):
-    return serve_and_score(pruned_checkpoint_16bit_linears, prompts)
+def single_process(pruned_checkpoint, prompts):
+    return serve_and_score(pruned_checkpoint, prompts)
 
 
 def assert_same(results, expected_results) -> None:
@@ -52,10 +54,10 @@ def assert_same(results, expected_results) -> None:
         assert_close(logprobs, expected)
 
 
-def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_process, pruned_checkpoint_16bit_linears):
+def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_process, pruned_checkpoint):
     """With online pruning, which the transformers side computes by the rule's definition."""
-    rules = pruning_rules(pruned_checkpoint_16bit_linears, target=0.25)
-    assert_agrees(single_process, pruned_checkpoint_16bit_linears, rules)
+    rules = pruning_rules(pruned_checkpoint, target=0.25)
+    assert_agrees(single_process, pruned_checkpoint, rules)
     assert 0.15 < pruned_fraction(rules) < 0.35
 
 
@@ -69,11 +71,11 @@ def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_pro
     ],
     ids=["TP", "EP", "PP"],
 )
-def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint_16bit_linears, prompts, parallelism):
+def test_two_ranks_answer_as_one_process(single_process, pruned_checkpoint, prompts, parallelism):
     with environment(TWO_RANKS):
-        results = serve_and_score(pruned_checkpoint_16bit_linears, prompts, **parallelism)
+        results = serve_and_score(pruned_checkpoint, prompts, **parallelism)
     assert_same(results, single_process)
 
 
-def test_a_compiled_engine_answers_as_an_eager_one(single_process, pruned_checkpoint_16bit_linears, prompts):
-    assert_same(serve_and_score(pruned_checkpoint_16bit_linears, prompts, enforce_eager=False), single_process)
+def test_a_compiled_engine_answers_as_an_eager_one(single_process, pruned_checkpoint, prompts):
+    assert_same(serve_and_score(pruned_checkpoint, prompts, enforce_eager=False), single_process)

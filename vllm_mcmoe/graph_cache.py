@@ -1,0 +1,21 @@
+"""Keeping vLLM's cache of compiled graphs apart for what the environment decides."""
+
+from vllm.config import get_current_vllm_config
+
+_KEY = "mcmoe"
+
+
+def add_to_cache_key(name: str, value: str) -> None:
+    """Let compiled graphs be cached under this choice, too. Called while a model is built.
+
+    vLLM finds a compiled graph by its config before it traces anything, and our variables are no part of that: with
+    another instruction set, or with linears on the other kernels, it would load a graph that calls what was chosen
+    before. `additional_config`, which is part of it, is for plugins.
+    """
+    additional = get_current_vllm_config().additional_config
+    if not isinstance(additional, dict):
+        raise TypeError(f"vllm-mcmoe: additional_config is a {type(additional).__name__}; expected a dictionary.")
+    chosen = additional.setdefault(_KEY, {}).setdefault(name, [])
+    if value not in chosen:
+        chosen.append(value)
+        chosen.sort()
