@@ -41,9 +41,8 @@ def emulated_products(rows):
     @cache
     def products_of(source: str, width: int, group_size: int):
         @cfunc(ROWS)
-        def multiply_rows(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
-            where = records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
-            rows(width, group_size, *where)
+        def multiply_rows(bits, records, blocks, groups, group, group_count, codes, scales, first, count, totals):
+            rows(width, group_size, records, blocks, groups, group, group_count, codes, scales, first, count, totals)
 
         return multiply_rows
 
