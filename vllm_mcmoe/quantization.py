@@ -13,10 +13,12 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
-from vllm_mcmoe.errors import FormatError, PruningError
+from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
+from vllm_mcmoe.support import check_model
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -70,6 +72,13 @@ class McmoeConfig(QuantizationConfig):
         ours = hf_quant_cfg.get("quant_method") == QUANT_METHOD
         return QUANT_METHOD if ours and user_quant in (None, QUANT_METHOD) else None
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: "PretrainedConfig | None" = None, revision: str | None = None
+    ) -> None:
+        """Where vLLM shows the model's config, before anything is built."""
+        if hf_config is not None:
+            check_model(f"{model_name}: config.json", hf_config)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
@@ -90,12 +99,22 @@ class McmoeConfig(QuantizationConfig):
                     f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
                     f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
                 )
+            self._refuse_requantisation(prefix, layer)
             return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer))
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             return self.linear.get_quant_method(layer, prefix)
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _refuse_requantisation(self, prefix: str, layer: "RoutedExperts") -> None:
+        """vLLM would replace the MoE method by one of its own, which needs the weights in 16 bits."""
+        online = self.online_quantization_config
+        if online is not None and online.resolve_quant_method_cls(type(layer), prefix) is not None:
+            raise UnsupportedModelError(
+                f"{prefix}: --quantization-config asks vLLM to quantise these experts, which are quantised already. "
+                "Take `moe` and targets that match experts out of it, or give it with the 16-bit model."
+            )
 
     def _layer_pruning(self, prefix: str, layer: "RoutedExperts") -> LayerPruning | None:
         """The rule of a MoE layer at the target asked for, or None where the checkpoint has none or it is switched off.
