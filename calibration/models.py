@@ -213,7 +213,7 @@ FAMILIES: dict[str, ModelFamily] = {
         router="router",
         refuse=_refuse_phi,
         notes=(
-            "vLLM 0.32 loads lm_head.bias and leaves it out of the logits, in 16 bits, too; evaluation does not.",
+            "vLLM 0.32 and 0.33 leave lm_head.bias out of the logits, in 16 bits, too; evaluation does not.",
             "With longrope, vLLM chooses its factors by --max-model-len, transformers by the length of the text.",
         ),
     ),
