@@ -1,5 +1,7 @@
 """Mixture-of-experts models whose experts each have their own bit-width: quantised offline, served by vLLM."""
 
+import logging
+
 __version__ = "0.1.0"
 
 
@@ -9,8 +11,6 @@ def register() -> None:
     Never raises: vLLM would not start then, whatever model it was to serve. What fails is logged, and vLLM refuses our
     checkpoints by itself, not knowing their method.
     """
-    import logging
-
     try:
         from vllm_mcmoe.vllm_versions import warn_if_untested
 

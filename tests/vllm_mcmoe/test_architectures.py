@@ -70,7 +70,7 @@ def expected_of(checkpoint: Path, results: list[Scored]) -> torch.Tensor:
     """Logprobs of all results' tokens, one after another."""
     model = with_int8_activations(load_dequantized(checkpoint))
     if describe_model(checkpoint).architecture == "PhiMoEForCausalLM":
-        torch.nn.init.zeros_(model.lm_head.bias)  # vLLM 0.32 loads it and leaves it out, docs/architectures.md
+        torch.nn.init.zeros_(model.lm_head.bias)  # vLLM loads it and leaves it out, docs/architectures.md
     return torch.cat([expected_logprobs(model, tokens) for tokens, _ in results])
 
 
