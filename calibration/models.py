@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from vllm_mcmoe.calibration.tensors import TensorInfo
 from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.support import check_model
 
 LAYER_PREFIX = "model.layers."
 
@@ -212,7 +213,7 @@ FAMILIES: dict[str, ModelFamily] = {
         router="router",
         refuse=_refuse_phi,
         notes=(
-            "vLLM 0.32 loads lm_head.bias and leaves it out of the logits, in 16 bits, too; evaluation does not.",
+            "vLLM 0.32 and 0.33 leave lm_head.bias out of the logits, in 16 bits, too; evaluation does not.",
             "With longrope, vLLM chooses its factors by --max-model-len, transformers by the length of the text.",
         ),
     ),
@@ -366,6 +367,7 @@ def _find_family(where: Path, config: PretrainedConfig, architecture: str) -> Mo
             f"{where}: the model is quantised already ({method}); start from its 16-bit weights, and a config.json "
             "without quantization_config."
         )
+    check_model(str(where), config)
     reason = family.refuse(config)
     if reason is not None:
         raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")

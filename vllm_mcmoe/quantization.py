@@ -18,8 +18,10 @@ from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
 from vllm_mcmoe.graph_cache import add_to_cache_key
 from vllm_mcmoe.linear_choice import LINEARS_VARIABLE, MCMOE, linears_request
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
+from vllm_mcmoe.support import check_model
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -74,6 +76,13 @@ class McmoeConfig(QuantizationConfig):
         ours = hf_quant_cfg.get("quant_method") == QUANT_METHOD
         return QUANT_METHOD if ours and user_quant in (None, QUANT_METHOD) else None
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: "PretrainedConfig | None" = None, revision: str | None = None
+    ) -> None:
+        """Where vLLM shows the model's config, before anything is built."""
+        if hf_config is not None:
+            check_model(f"{model_name}: config.json", hf_config)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
         self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
@@ -94,6 +103,7 @@ class McmoeConfig(QuantizationConfig):
                     f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
                     f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
                 )
+            self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
             return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer))
         if self.linear is not None:
@@ -103,6 +113,15 @@ class McmoeConfig(QuantizationConfig):
             return method
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _refuse_requantisation(self, prefix: str, layer: "RoutedExperts") -> None:
+        """vLLM would replace the MoE method by one of its own, which needs the weights in 16 bits."""
+        online = self.online_quantization_config
+        if online is not None and online.resolve_quant_method_cls(type(layer), prefix) is not None:
+            raise UnsupportedModelError(
+                f"{prefix}: --quantization-config asks vLLM to quantise these experts, which are quantised already. "
+                "Take `moe` and targets that match experts out of it, or give it with the 16-bit model."
+            )
 
     def _layer_pruning(self, prefix: str, layer: "RoutedExperts") -> LayerPruning | None:
         """The rule of a MoE layer at the target asked for, or None where the checkpoint has none or it is switched off.

@@ -93,6 +93,7 @@ def test_a_path_without_a_config_is_refused(tmp_path):
     [
         ({"hidden_act": "relu"}, r"hidden_act is 'relu'; supported: silu"),
         ({"model_type": "no-such-type"}, r"transformers cannot read it"),
+        ({"approximate_experts": {"1": [3]}}, r"config\.json: approximate_experts replaces experts by constants"),
     ],
 )
 def test_a_config_that_cannot_be_quantised_is_refused(editable_model, changes, message):

@@ -106,7 +106,7 @@ def expected_of(checkpoint: Path, results: list[Scored], *, int8_linears: bool =
     if int8_linears:
         with_int8_linears(model, checkpoint)
     if describe_model(checkpoint).architecture == "PhiMoEForCausalLM":
-        torch.nn.init.zeros_(model.lm_head.bias)  # vLLM 0.32 loads it and leaves it out, docs/architectures.md
+        torch.nn.init.zeros_(model.lm_head.bias)  # vLLM loads it and leaves it out, docs/architectures.md
     return torch.cat([expected_logprobs(model, tokens) for tokens, _ in results])
 
 

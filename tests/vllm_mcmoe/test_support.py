@@ -13,6 +13,11 @@ MIXTRAL_OVER_TWO_RANKS = {
     "backend": "cpu",
     "has_bias": False,
     "weight_on_input": False,
+    "swiglu_limit": None,
+    "swiglu_alpha": None,
+    "swiglu_beta": None,
+    "fused_shared_experts": 0,
+    "own_class": None,
 }
 
 
@@ -39,8 +44,23 @@ def test_groups_that_ranks_share_unevenly_are_accepted():
         ({"activation": "relu2"}, "activation 'relu2' is not supported; the cpu kernels have .*silu"),
         ({"weight_on_input": True}, "routing weights to the input"),
         ({"has_bias": True}, "experts with biases"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit is 7.0, beside the activation 'silu'; the kernels have no clamp"),
+        (
+            {"fused_shared_experts": 1},
+            "fuses the model's shared experts.*FUSION_SHARED_EXPERTS=0",
+        ),
+        ({"own_class": "Substituted"}, "a class of its own for this layer, Substituted"),
     ],
-    ids=["experts", "fewer groups than ranks", "activation", "weight on input", "bias"],
+    ids=[
+        "experts",
+        "fewer groups than ranks",
+        "activation",
+        "weight on input",
+        "bias",
+        "clamp",
+        "fused shared experts",
+        "own class",
+    ],
 )
 def test_a_layer_that_cannot_be_served_is_refused_by_name(change, message):
     with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}"):
