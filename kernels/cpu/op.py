@@ -2,6 +2,9 @@
 
 import ctypes
 import threading
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +21,8 @@ DOWN_SUMS_BYTES = 1024 * 1024  # of a task of the down projection: [tokens, rows
 
 TILE_BYTES = 1024  # AMX reads whole tiles, past the last slot
 
+_Parameters = ctypes.c_int64 * len(Field)
+_BAD_ID = int(Field.BAD_ID)
 _kept = threading.local()  # calls from different threads may run at once
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
@@ -27,22 +32,6 @@ _LIBRARY.define(
 )
 
 
-class _Workspace:
-    """Places areas one after the other, then gives their addresses in one buffer."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.offsets: dict[int, int] = {}
-
-    def add(self, field: int, nbytes: int) -> None:
-        self.offsets[field] = self.size
-        self.size += -(-nbytes // 64) * 64
-
-    def addresses(self, params, base: int) -> None:
-        for field, offset in self.offsets.items():
-            params[field] = base + offset
-
-
 def _down_rows(tokens: int, hidden: int, threads: int) -> int:
     """Output rows of a task of the down projection, a multiple of 32: AMX multiplies two row blocks at a time."""
     even = hidden // (threads * TASKS_PER_THREAD)
@@ -50,26 +39,43 @@ def _down_rows(tokens: int, hidden: int, threads: int) -> int:
     return max(2 * ROWS, min(even, cached) // (2 * ROWS) * (2 * ROWS))
 
 
-def _workspace(tokens: int, top_k: int, hidden: int, intermediate: int, experts: int, threads: int, down_rows: int):
+class _Plan(NamedTuple):
+    """How a call of this size is cut up: bytes of its workspace, and the areas in it."""
+
+    nbytes: int
+    offsets: tuple[int, ...]  # of the areas Field.COUNTERS to SCRATCH, in their order
+    scratch_bytes: int  # of one thread
+    down_rows: int
+
+
+@lru_cache(maxsize=4096)  # a decode step of a small layer would spend a third of its time here
+def _plan(tokens: int, top_k: int, hidden: int, intermediate: int, experts: int, threads: int) -> _Plan:
     slots = tokens * top_k
     chunk = min(CHUNK, slots)
-    space = _Workspace()
-    space.add(Field.COUNTERS, 6 * 64)
-    space.add(Field.SLOT_OF, 4 * slots)
-    space.add(Field.SLOT_TOKEN, 4 * slots)
-    space.add(Field.SLOT_WEIGHT, 4 * slots)
-    space.add(Field.SLOT_CHUNK, 8 * slots)
-    space.add(Field.CHUNKS, 12 * (min(experts, slots) + slots // CHUNK))
-    space.add(Field.EXPERT_START, 4 * (experts + 1))
-    space.add(Field.CODES, slots * hidden + TILE_BYTES)
-    space.add(Field.SCALES, 8 * slots * (hidden // GROUP_SIZE))
-    space.add(Field.MID_CODES, slots * intermediate + TILE_BYTES)
-    space.add(Field.MID_SCALES, 8 * slots * (intermediate // GROUP_SIZE))
+    down_rows = _down_rows(tokens, hidden, threads)
     gate_up = 2 * GROUP_ROWS * chunk * 4 + GROUP_ROWS * 4
     down = (tokens + chunk) * down_rows * 4
-    scratch_bytes = -(-max(gate_up, down) // 64) * 64
-    space.add(Field.SCRATCH, threads * scratch_bytes)
-    return space, scratch_bytes
+    scratch_bytes = _whole_lines(max(gate_up, down))
+    areas = {
+        Field.COUNTERS: 6 * 64,
+        Field.SLOT_OF: 4 * slots,
+        Field.SLOT_TOKEN: 4 * slots,
+        Field.SLOT_WEIGHT: 4 * slots,
+        Field.SLOT_CHUNK: 8 * slots,
+        Field.CHUNKS: 12 * (min(experts, slots) + slots // CHUNK),
+        Field.EXPERT_START: 4 * (experts + 1),
+        Field.CODES: slots * hidden + TILE_BYTES,
+        Field.SCALES: 8 * slots * (hidden // GROUP_SIZE),
+        Field.MID_CODES: slots * intermediate + TILE_BYTES,
+        Field.MID_SCALES: 8 * slots * (intermediate // GROUP_SIZE),
+        Field.SCRATCH: threads * scratch_bytes,
+    }
+    *offsets, nbytes = accumulate(map(_whole_lines, areas.values()), initial=0)
+    return _Plan(nbytes, tuple(offsets), scratch_bytes, down_rows)
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def kept_buffer(size: int) -> torch.Tensor:
@@ -84,27 +90,47 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
     tokens, hidden = x.shape
     top_k, experts = topk_ids.shape[1], gate_up_table.shape[0]
     threads = torch.get_num_threads()
-    down_rows = _down_rows(tokens, hidden, threads)
-    space, scratch_bytes = _workspace(tokens, top_k, hidden, intermediate_size, experts, threads, down_rows)
-    buffer = kept_buffer(space.size)
+    plan = _plan(tokens, top_k, hidden, intermediate_size, experts, threads)
+    base = kept_buffer(plan.nbytes).data_ptr()
+    counters, slot_of, slot_token, slot_weight, slot_chunk, chunks, *others = (base + offset for offset in plan.offsets)
     compiled = compile_layer(isa)
-
-    params = (ctypes.c_int64 * len(Field))()
-    space.addresses(params, buffer.data_ptr())
-    params[Field.X], params[Field.OUT], params[Field.DTYPE] = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
-    params[Field.TOKENS], params[Field.TOP_K], params[Field.EXPERTS] = tokens, top_k, experts
-    params[Field.TOPK_IDS], params[Field.IDS_ARE_INT64] = topk_ids.data_ptr(), topk_ids.dtype == torch.int64
-    params[Field.TOPK_WEIGHTS] = topk_weights.data_ptr()
-    params[Field.HIDDEN], params[Field.INTERMEDIATE] = hidden, intermediate_size
-    params[Field.ACTIVATION], params[Field.DOWN_ROWS] = activation, down_rows
-    params[Field.GATE_UP], params[Field.GATE_UP_TABLE] = gate_up.data_ptr(), gate_up_table.data_ptr()
-    params[Field.DOWN], params[Field.DOWN_TABLE] = down.data_ptr(), down_table.data_ptr()
-    params[Field.SCRATCH_BYTES], params[Field.THREADS] = scratch_bytes, threads
-    params[Field.WORKER], params[Field.MULTIPLY_ROWS] = compiled.worker, compiled.multiply_rows
-    params[Field.PARALLEL] = compiled.gomp_parallel
+    params = _Parameters(  # in the order of Field
+        x.data_ptr(),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+        tokens,
+        top_k,
+        topk_ids.data_ptr(),
+        topk_ids.dtype == torch.int64,
+        topk_weights.data_ptr(),
+        experts,
+        hidden,
+        intermediate_size,
+        activation,
+        gate_up.data_ptr(),
+        gate_up_table.data_ptr(),
+        down.data_ptr(),
+        down_table.data_ptr(),
+        counters,
+        slot_of,
+        slot_token,
+        slot_weight,
+        slot_chunk,
+        chunks,
+        0,  # CHUNK_COUNT, written
+        *others,
+        plan.scratch_bytes,
+        plan.down_rows,
+        -1,  # BAD_ID, written
+        threads,
+        compiled.gomp_parallel,
+        compiled.worker,
+        compiled.multiply_rows,
+    )
     compiled.entry(ctypes.addressof(params))
-    if params[Field.BAD_ID] >= 0:
-        raise IndexError(f"topk_ids names expert {params[Field.BAD_ID]}, this layer holds {experts}")
+    bad_id = params[_BAD_ID]
+    if bad_id >= 0:
+        raise IndexError(f"topk_ids names expert {bad_id}, this layer holds {experts}")
 
 
 def _cpu_fused_experts(
