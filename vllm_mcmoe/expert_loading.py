@@ -22,58 +22,70 @@ GB = 1e9
 
 
 class ExpertLoading:
-    """The MoE layers of one model. vLLM builds all of them, loads tensors, then finishes one layer after the other."""
+    """The MoE layers of one model. vLLM builds all of them, loads tensors, then finishes one layer after the other.
+
+    A layer that is not cached is repacked as soon as its last tensor has been loaded, so that the checkpoint's layout
+    of the whole model is never in memory at once.
+    """
 
     def __init__(self, config: VllmConfig, backend: str):
         self.config = config
         self.backend = backend
         self.cache, self.no_cache = _open_cache(config, backend)
-        self._begun = self._mapped = self._written = self._repacked = 0
-        self._seconds = self._loading_seconds = 0.0
+        self._experts: dict[str, nn.Module] = {}  # of the layers that are ready and not finished
+        self._begun = self._finished = 0
+        self._mapped = self._written = self._repacked = 0
+        self._seconds = 0.0
         self._bytes = 0
 
     @property
     def complete(self) -> bool:
-        return self._begun > 0 and self._begun == self._mapped + self._written + self._repacked
+        return 0 < self._begun == self._finished
 
-    def begin(self, weights: LayerWeights, activation: str) -> nn.Module | None:
-        """The layer's experts where the cache has them; else None, and `weights` has memory for the tensors."""
+    def begin(self, weights: LayerWeights, activation: str) -> None:
+        """Look into the cache; where the layer is not there, let `weights` keep what it will be offered."""
         self._begun += 1
         with self._timed():
             experts = None if self.cache is None else self.cache.find(weights, activation)
-            if experts is None:
-                weights.allocate()
-        return experts
+        if experts is not None:
+            self._mapped += 1
+            self._experts[weights.layer_name] = experts
+        elif self.config.load_config.load_format == "dummy":
+            weights.allocate()  # vLLM fills parameters without calling their loaders
+        else:
+            weights.on_complete = lambda: self._repack(weights, activation)
 
-    def finish(self, weights: LayerWeights, activation: str, found: nn.Module | None) -> nn.Module:
-        """The layer's experts, ready to run; found: what `begin` gave. Drops the tensors of the checkpoint."""
-        with self._timed():
-            experts = found or self._repack(weights, activation)
-            weights.release()
-            release_freed_memory()
-        self._mapped += found is not None
-        self._loading_seconds += weights.loading_seconds
+    def finish(self, weights: LayerWeights, activation: str) -> nn.Module:
+        """The layer's experts, ready to run, when all its tensors have been loaded. The last layer reports."""
+        if weights.layer_name not in self._experts:
+            self._repack(weights, activation)
+        experts = self._experts.pop(weights.layer_name)
+        self._seconds += weights.loading_seconds
         self._bytes += sum(buffer.nbytes for buffer in experts.buffers())
+        self._finished += 1
         if self.complete:
             self._report()
         return experts
 
-    def _repack(self, weights: LayerWeights, activation: str) -> nn.Module:
-        if self.cache is not None:
-            experts = self.cache.write(weights, activation)
+    def _repack(self, weights: LayerWeights, activation: str) -> None:
+        with self._timed():
+            experts = None if self.cache is None else self.cache.write(weights, activation)
             if experts is not None:
                 self._written += 1
-                return experts
-        self._repacked += 1
-        return experts_class(self.backend).prepare(
-            weights.gate_up.matrices(),
-            weights.down.matrices(),
-            hidden_size=weights.hidden_size,
-            intermediate_size=weights.intermediate_size,
-            gate_up_bits=weights.gate_up.bits,
-            down_bits=weights.down.bits,
-            activation=activation,
-        )
+            else:
+                self._repacked += 1
+                experts = experts_class(self.backend).prepare(
+                    weights.gate_up.matrices(),
+                    weights.down.matrices(),
+                    hidden_size=weights.hidden_size,
+                    intermediate_size=weights.intermediate_size,
+                    gate_up_bits=weights.gate_up.bits,
+                    down_bits=weights.down.bits,
+                    activation=activation,
+                )
+            weights.release()
+            release_freed_memory()
+        self._experts[weights.layer_name] = experts
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -94,7 +106,7 @@ class ExpertLoading:
             "Experts of %d MoE layers, %.2f GB, took %.1f s: %s.%s",
             self._begun,
             self._bytes / GB,
-            self._seconds + self._loading_seconds,
+            self._seconds,
             ", ".join(done),
             "" if self.cache is None else f" Cache: {self.cache.root}; {CACHE_VARIABLE}=off switches it off.",
         )

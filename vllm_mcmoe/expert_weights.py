@@ -50,8 +50,8 @@ class ProjectionWeights(nn.Module):
     scales   float16 [experts, rows, groups]
     zeros    float16 [experts, rows, groups], unused where bits is 1
 
-    The three are empty until `allocate`, and stay so where the layer's experts come from the start cache. Rows are
-    whole groups; those the model lacks are zeros in all three, which matrices() sees to.
+    The three are empty before `allocate` and after `release`. Rows are whole groups; those the model lacks are zeros in
+    all three, which matrices() sees to.
     """
 
     def __init__(self, bits: Sequence[int], rows: int, groups: int, padding: Sequence[slice]):
@@ -66,12 +66,18 @@ class ProjectionWeights(nn.Module):
         self.zeros = nn.Parameter(torch.empty(0, dtype=torch.float16), requires_grad=False)
 
     def allocate(self) -> None:
-        """Memory for the tensors, on torch's default device."""
+        """Memory for the tensors."""
         groups = (len(self.bits), self.rows, self.groups)
         shapes = ((self.qweight, (sum(self.sizes),)), (self.scales, groups), (self.zeros, groups))
         for parameter, shape in shapes:
-            parameter.data = torch.empty(shape, dtype=parameter.dtype)
+            parameter.data = parameter.data.new_empty(shape)
         self.allocated = True
+
+    def release(self) -> None:
+        """Give the memory back at once."""
+        for parameter in (self.qweight, self.scales, self.zeros):
+            parameter.data = parameter.data.new_empty(0)
+        self.allocated = False
 
     def view(self, expert: int, suffix: str) -> torch.Tensor:
         """The destination of one checkpoint tensor: [rows, groups, 16*bits] or [rows, groups]."""
@@ -97,8 +103,10 @@ class LayerWeights:
     down                             [hidden_size, intermediate_size]
     intermediate_groups              this rank's groups of the whole layer's intermediate size
     loading_seconds                  spent on copying tensors so far
+    on_complete                      called once, when the last tensor has been loaded; set by whoever wants the tensors
 
-    Without `allocate` tensors are checked and noted, but not read.
+    Where nobody wants them, tensors are checked and noted, but not read. Memory is there from the first that comes, or
+    from `allocate`, until `release`: of the layers of a model, few are in it at a time.
     """
 
     def __init__(
@@ -131,11 +139,18 @@ class LayerWeights:
         self.down = ProjectionWeights(
             down_bits, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
         )
-        self._loaded: set[tuple[int, str, str]] = set()
+        self._tensors = [
+            (expert, shard_id, suffix)
+            for expert in range(len(shard.expert_ids))
+            for shard_id in (GATE, UP, DOWN)
+            for suffix in tensor_suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
+        ]
+        self._missing = set(self._tensors)
         self.loading_seconds = 0.0
+        self.on_complete: Callable[[], None] | None = None
 
     def allocate(self) -> None:
-        """Memory for every parameter, on torch's default device."""
+        """Memory for every parameter."""
         self.gate_up.allocate()
         self.down.allocate()
 
@@ -153,8 +168,8 @@ class LayerWeights:
         They refer to their loaders and those to this object: a cycle, which Python's collector may find late or, as
         vLLM freezes what is there when a model has been loaded, never.
         """
-        for _, parameter in self.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        self.gate_up.release()
+        self.down.release()
 
     def _loader(self, suffix: str) -> Callable:
         def load(
@@ -188,22 +203,25 @@ class LayerWeights:
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
                 f"{bits} bits. config.json and the safetensors files do not belong together, or a file is damaged."
             )
+        if self.on_complete is not None and not projection.allocated:
+            self.allocate()
         if projection.allocated:
             start = time.perf_counter()
             target = projection.view(expert, suffix)[first : first + len(rows)]
             # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
             target.copy_(loaded[rows.start : rows.stop, groups.start : groups.stop])
             self.loading_seconds += time.perf_counter() - start
-        self._loaded.add((expert, shard_id, suffix))
+        self._missing.discard((expert, shard_id, suffix))
+        if self.on_complete is not None and not self._missing:
+            on_complete, self.on_complete = self.on_complete, None
+            on_complete()
 
     def check_complete(self) -> None:
         """Raises FormatError naming the tensors the checkpoint lacked."""
         missing = [
             f"expert {self.shard.expert_ids[expert]} {shard_id} {suffix}"
-            for expert in range(len(self.shard.expert_ids))
-            for shard_id in (GATE, UP, DOWN)
-            for suffix in tensor_suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
-            if (expert, shard_id, suffix) not in self._loaded
+            for expert, shard_id, suffix in self._tensors
+            if (expert, shard_id, suffix) in self._missing
         ]
         if missing:
             raise FormatError(

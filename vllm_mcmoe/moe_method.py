@@ -66,7 +66,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts.
 
-        Where the start cache has the layer they are empty: their loaders note what they are offered, and read nothing.
+        They get memory with the first tensor, and none where the start cache has the layer: their loaders note what
+        they are offered, and read nothing.
         intermediate_size_per_partition is not what this rank gets: groups of 128 stay whole (Shard.groups).
         """
         check_layer(
@@ -95,14 +96,14 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         )
         config = get_current_vllm_config()
         self.loading = expert_loading(config, self.backend)
-        self.cached_experts = self.loading.begin(self.weights, layer.activation.value)
+        self.loading.begin(self.weights, layer.activation.value)
         for name, parameter in self.weights.parameters():
             layer.register_parameter(name, parameter)
         # `--load-format dummy` fills parameters without calling their loaders
         self.check_loaded = config.load_config.load_format != "dummy"
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Repacks into the backend's layout, or maps that, and drops the checkpoint's, one layer at a time."""
+        """Puts the experts in the backend's layout in the place of the checkpoint's."""
         if self.weights is None:
             return  # vLLM may call this twice; the first call has done it
         if self.check_loaded:
@@ -110,8 +111,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         device = next(parameter.device for _, parameter in self.weights.parameters())
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
-        layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value, self.cached_experts)
-        self.weights = self.cached_experts = self.loading = None
+        layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
+        self.weights = self.loading = None
         if self.pruning is not None:
             layer.mcmoe_pruning = self.pruning.on_device(device, self.backend)
             if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens

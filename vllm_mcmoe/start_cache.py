@@ -101,9 +101,11 @@ class StartCache:
     def write(self, weights: LayerWeights, activation: str) -> CpuExperts | None:
         """Repacks a layer's experts into the cache and maps them from there; None where that is not possible.
 
-        To be called when the tensors of all layers have been loaded, after `find` has been called for all.
+        To be called when the layer's tensors have been loaded, and `find` has been called for all layers.
         """
-        if not self._may_write and not self.problem:
+        if not self.problem:
+            self._check_unchanged()
+        if not self.problem and not self._may_write:
             self._prepare_writing()
         if self.problem:
             return None
@@ -134,12 +136,14 @@ class StartCache:
             self._give_up(f"{path} cannot be read: {error.strerror or error}")
         return None
 
-    def _prepare_writing(self) -> None:
+    def _check_unchanged(self) -> None:
         before, self._files = self._files, CheckpointFiles.find(self._checkpoint_directory())
         if self._files is None:
-            return self._give_up("the checkpoint's files were not found")
-        if before not in (None, self._files):
-            return self._give_up(f"{self._files.directory} has changed while it was being loaded")
+            self._give_up("the checkpoint's files were not found")
+        elif before not in (None, self._files):
+            self._give_up(f"{self._files.directory} has changed while it was being loaded")
+
+    def _prepare_writing(self) -> None:
         folder = self._folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -360,14 +360,16 @@ def test_a_model_of_the_hub_is_its_snapshot(tmp_path):
     assert checkpoint_directory("some/other", None, str(tmp_path)) is None
 
 
-def finish(loading: ExpertLoading, tensors) -> list[torch.nn.Module]:
+def two_layers_of_a_model(loading: ExpertLoading, tensors) -> list[torch.nn.Module]:
+    """What vLLM does with them. Where they are cached, tensors have no content that could be read."""
     layers = [layer_weights(WHOLE, allocate=False), layer_weights(Shard((0, 1), 0, 1), allocate=False)]
-    found = [loading.begin(weights, "silu") for weights in layers]
-    for weights, experts in zip(layers, found, strict=True):
-        load(weights, tensors if experts is None else without_content(tensors))
-    return [
-        loading.finish(weights, "silu", experts) for weights, experts in zip(layers, found, strict=True)
-    ]  # fmt: skip
+    layers[1].layer_name = "model.layers.1.mlp.experts"
+    for weights in layers:
+        loading.begin(weights, "silu")
+    for weights in layers:
+        load(weights, tensors if weights.on_complete or weights.gate_up.allocated else without_content(tensors))
+        weights.check_complete()
+    return [loading.finish(weights, "silu") for weights in layers]
 
 
 @pytest.fixture
@@ -378,8 +380,8 @@ def config(reference_model, tmp_path):
 
 def test_each_start_says_in_one_line_what_it_did(config, root, tensors, monkeypatch, log):
     monkeypatch.setenv("VLLM_MCMOE_CACHE", str(root))
-    finish(ExpertLoading(config, "cpu"), tensors)
-    finish(ExpertLoading(config, "cpu"), tensors)
+    two_layers_of_a_model(ExpertLoading(config, "cpu"), tensors)
+    two_layers_of_a_model(ExpertLoading(config, "cpu"), tensors)
     written, mapped = [message for _, message in log]
     assert "Experts of 2 MoE layers, 0.00 GB, took" in written
     assert "2 repacked and written" in written
@@ -388,10 +390,26 @@ def test_each_start_says_in_one_line_what_it_did(config, root, tensors, monkeypa
         assert f"Cache: {root}; VLLM_MCMOE_CACHE=off switches it off." in message
 
 
+def test_a_layer_is_repacked_when_its_last_tensor_has_come_and_needs_no_memory_after_that(config, tensors):
+    loading = ExpertLoading(config, "cpu")
+    layers = [layer_weights(WHOLE, allocate=False), layer_weights(Shard((0, 1), 0, 1), allocate=False)]
+    layers[1].layer_name = "model.layers.1.mlp.experts"
+    for weights in layers:
+        loading.begin(weights, "silu")
+    sizes = []
+    for weights in layers:
+        load(weights, tensors, skip="0.w1.qweight")
+        sizes.append([sum(p.numel() for _, p in layer.parameters()) > 0 for layer in layers])
+        load(weights, {(0, "w1"): tensors[0, "w1"]})
+    assert sizes == [[True, False], [False, True]]
+    for weights in layers:
+        assert loading.finish(weights, "silu").down.numel() > 0
+
+
 def test_off_means_no_cache(config, root, tensors, monkeypatch, log):
     monkeypatch.setenv("VLLM_MCMOE_CACHE", "off")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(root))
-    finish(ExpertLoading(config, "cpu"), tensors)
+    two_layers_of_a_model(ExpertLoading(config, "cpu"), tensors)
     ((_, message),) = log
     assert "2 repacked and not cached (VLLM_MCMOE_CACHE is off)." in message
     assert not root.exists()
@@ -400,9 +418,9 @@ def test_off_means_no_cache(config, root, tensors, monkeypatch, log):
 def test_a_start_that_cannot_write_serves_from_memory(config, root, tensors, monkeypatch, log):
     root.write_text("a file")
     monkeypatch.setenv("VLLM_MCMOE_CACHE", str(root))
-    experts = finish(ExpertLoading(config, "cpu"), tensors)
+    experts = two_layers_of_a_model(ExpertLoading(config, "cpu"), tensors)
     monkeypatch.setenv("VLLM_MCMOE_CACHE", "off")
-    expected = finish(ExpertLoading(config, "cpu"), tensors)
+    expected = two_layers_of_a_model(ExpertLoading(config, "cpu"), tensors)
     assert len(warnings(log)) == 1
     for one, other in zip(experts, expected, strict=True):
         assert torch.equal(one.gate_up, other.gate_up) and torch.equal(one.down, other.down)
@@ -418,7 +436,7 @@ def test_dummy_weights_and_other_backends_are_not_cached(
     monkeypatch.setenv("VLLM_MCMOE_CACHE", str(root))
     config.load_config.load_format = load_format
     for _ in range(2):
-        finish(ExpertLoading(config, backend), tensors)
+        two_layers_of_a_model(ExpertLoading(config, backend), tensors)
     assert [f"2 repacked and not cached ({reason})." in message for _, message in log] == [True, True]
     assert not root.exists()
 
@@ -426,6 +444,6 @@ def test_dummy_weights_and_other_backends_are_not_cached(
 def test_every_model_a_process_loads_is_looked_at_anew(config, reference_model):
     """Even where the one before was never finished: its layers must not be taken for those of the next."""
     unfinished = expert_loading(config, "cpu")
-    unfinished.begin(layer_weights(WHOLE, allocate=False), "silu")
+    unfinished.begin(layer_weights(WHOLE, allocate=False), "silu")  # and a failure ends the start
     assert expert_loading(config, "cpu") is unfinished
     assert expert_loading(engine_config(reference_model), "cpu") is not unfinished
