@@ -1,5 +1,6 @@
 """How the experts of a model get ready in this process: mapped from the start cache, or repacked; one line of log."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +134,8 @@ def _open_cache(config: VllmConfig, backend: str) -> tuple[StartCache | None, st
     speculative = config.speculative_config
     if speculative is not None and speculative.draft_model_config.model != config.model_config.model:
         return None, "a draft model is loaded under the same config"
+    if not hasattr(os, "posix_fallocate"):
+        return None, "this operating system cannot reserve disk space"
     root = cache_root()
     if root is None:
         return None, f"{CACHE_VARIABLE} is off"

@@ -52,7 +52,7 @@ class _Layout:
         self.sizes = {name: list(of_buffer) for name, of_buffer in sizes.items()}
         self.matrices: dict[str, list[tuple[int, int]]] = {}  # buffer -> (offset in the file, bytes)
         none = {name: [_NO_DIGEST] * len(of_buffer) for name, of_buffer in self.sizes.items()}
-        self.header_bytes = end = len(self.header(none))
+        end = len(self.header(none))
         for name, of_buffer in self.sizes.items():
             end = -(-end // _PAGE) * _PAGE
             self.matrices[name] = []
