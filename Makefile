@@ -36,7 +36,7 @@ bench-linear: $(READY)
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)
 
-# Mixtral-8x7B's full shape at 2.5 bits, served here: writes 15 GB to build/, wants 20 GB of memory and ten minutes
+# Mixtral-8x7B's full shape at 2.5 bits, served here: writes 28 GB to build/, wants 20 GB of memory and fifteen minutes
 bench-mixtral: $(READY)
 	$(BIN)/python benchmarks/full_size.py mixtral-8x7b build/mixtral-8x7b-2.5bit --pruned 0 0.3 $(ARGS)
 

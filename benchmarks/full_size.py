@@ -1,4 +1,4 @@
-"""A published model's full shape, quantised, served by `vllm serve` here: memory, load time, tokens per second.
+"""A published model's full shape, quantised, served by `vllm serve` here: start, memory, tokens per second.
 
     python benchmarks/full_size.py mixtral-8x7b CHECKPOINT [--bits 2.5] [--pruned 0.3] [--json FILE]
 
@@ -6,29 +6,35 @@ CHECKPOINT is written by benchmarks/synthetic_checkpoint.py where it does not ex
 layers, the output head and the chosen experts once per step: those bytes over the bandwidth measured with the same
 threads, just before and after, are the bound that the speed is compared to. With several streams a step reads the
 experts that any of them chose, on average those of an even, independent routing.
+
+The first start finds no cache, neither vLLM's nor the plugin's: both are in CHECKPOINT.cache, which is emptied before.
+The starts after it, one per fraction pruned, find what it left.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from cpu_moe import Bandwidth
 from openai import OpenAI
+from server_start import Memory, Start, read_memory, read_start
 from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 
 from vllm_mcmoe.calibration.layerwise import EMBEDDING
 from vllm_mcmoe.calibration.tensors import TensorFiles
 from vllm_mcmoe.local_server import serve
+from vllm_mcmoe.start_cache import CACHE_VARIABLE
 
 CONCURRENCY = (1, 4)
 DECODE_PROMPT, NEW_TOKENS = 16, 32
@@ -54,24 +60,10 @@ class Decoding:
 @dataclass
 class Served:
     pruned: float
-    load_seconds: float
-    peak_bytes: int
-    loaded_bytes: int
+    start: Start
+    memory: Memory
     decoding: list[Decoding]
     prefill_tokens_per_second: float
-
-
-def resident_bytes(field: str) -> int:
-    """Sum over this process's descendants of VmRSS, what is resident, or VmHWM, the most that ever was.
-
-    Pages that processes share count more than once.
-    """
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(OSError):  # it has just ended
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            total += int(status.split(f"{field}:")[1].split()[0]) * 1024 if field in status else 0
-    return total
 
 
 def step_bytes(checkpoint: Path, shape: Shape, tokens: int, pruned: float) -> float:
@@ -125,17 +117,48 @@ def measured(bandwidth: Bandwidth) -> list[float]:
     return [bandwidth.measure() for _ in range(5)]
 
 
-def measure(checkpoint: Path, shape: Shape, pruned: float, rounds: int, threads: int, options: list[str]) -> Served:
-    bandwidth = Bandwidth()
-    fixed = {"max-model-len": MAX_LENGTH, "max-num-seqs": max(CONCURRENCY), "kv-cache-memory-bytes": KV_CACHE_BYTES}
-    options = [part for name, value in fixed.items() for part in (f"--{name}", str(value))] + options
-    options += ["--hf-overrides", json.dumps({"mcmoe_pruning": pruned or "off"})]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-    log_file, start = Path(tempfile.gettempdir()) / "full_size_server.log", time.perf_counter()
-    print(f"Starting vllm serve {' '.join(options)}; log: {log_file}", flush=True)
-    with serve(checkpoint, options, log_file=log_file, environment=environment) as url:
-        load_seconds, model = time.perf_counter() - start, str(checkpoint)
-        client = OpenAI(base_url=url, api_key="none", timeout=600)
+@dataclass
+class Server:
+    """How servers are started here. cache: vLLM's folder for what a start leaves to the next, ours in it."""
+
+    checkpoint: Path
+    cache: Path
+    threads: int
+    options: Sequence[str]
+
+    @contextmanager
+    def started(self, pruned: float) -> Iterator[tuple[OpenAI, Start]]:
+        fixed = {
+            "max-model-len": MAX_LENGTH,
+            "max-num-seqs": max(CONCURRENCY),
+            "max-num-batched-tokens": PREFILL_PROMPT,  # vLLM passes as many through the model before it is ready
+            "kv-cache-memory-bytes": KV_CACHE_BYTES,
+            "hf-overrides": json.dumps({"mcmoe_pruning": pruned or "off"}),
+        }
+        options = [part for name, value in fixed.items() for part in (f"--{name}", str(value))] + list(self.options)
+        environment = {
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}",
+            "VLLM_CACHE_ROOT": str(self.cache),
+            CACHE_VARIABLE: str(self.cache / "mcmoe"),
+        }
+        log_file, began = Path(tempfile.gettempdir()) / "full_size_server.log", time.time()
+        print(f"Starting vllm serve {' '.join(options)}; log: {log_file}", flush=True)
+        with serve(self.checkpoint, options, log_file=log_file, environment=environment) as url:
+            start = read_start(log_file, began, time.time())
+            yield OpenAI(base_url=url, api_key="none", timeout=600), start
+
+
+def measure_first_start(server: Server, pruned: float) -> tuple[Start, Memory]:
+    """Memory after a request of enough tokens that every expert has been used."""
+    shutil.rmtree(server.cache, ignore_errors=True)
+    with server.started(pruned) as (client, start):
+        complete(client, str(server.checkpoint), 4 * DECODE_PROMPT, 1)
+        return start, read_memory()
+
+
+def measure(server: Server, shape: Shape, pruned: float, rounds: int) -> Served:
+    bandwidth, model = Bandwidth(), str(server.checkpoint)
+    with server.started(pruned) as (client, start):
         decode_tokens_per_second(client, model, 1)  # warm-up
         decoding = []
         for concurrency in CONCURRENCY:
@@ -143,18 +166,27 @@ def measure(checkpoint: Path, shape: Shape, pruned: float, rounds: int, threads:
             for _ in range(rounds):
                 speeds.append(decode_tokens_per_second(client, model, concurrency))
                 bandwidths += measured(bandwidth)
-            size = step_bytes(checkpoint, shape, concurrency, pruned)
+            size = step_bytes(server.checkpoint, shape, concurrency, pruned)
             bound = concurrency * statistics.median(bandwidths) / size
             decoding.append(Decoding(concurrency, statistics.median(speeds), size, bound))
         prefill = [PREFILL_PROMPT / complete(client, model, PREFILL_PROMPT, 1)[0] for _ in range(rounds)]
-        peak, loaded = resident_bytes("VmHWM"), resident_bytes("VmRSS")
-    return Served(pruned, load_seconds, peak, loaded, decoding, statistics.median(prefill))
+        memory = read_memory()
+    return Served(pruned, start, memory, decoding, statistics.median(prefill))
+
+
+def report_start(title: str, start: Start, memory: Memory) -> None:
+    print(f"\n### {title}: ready after {start.seconds:.0f} s\n")
+    print("| part | s |\n|---|---:|")
+    for part, seconds in start.parts.items():
+        print(f"| {part} | {seconds:.0f} |")
+    print(
+        f"\n{start.experts}\n{memory.private / GB:.2f} GB private, {memory.files / GB:.2f} GB in mapped files; ", end=""
+    )
+    print(f"{memory.peak / GB:.2f} GB resident at most.", flush=True)
 
 
 def report(served: Served) -> None:
-    print(f"\n### {served.pruned:.0%} of the expert activations pruned\n")
-    print(f"Ready after {served.load_seconds:.0f} s; {served.peak_bytes / GB:.2f} GB resident at most, ", end="")
-    print(f"{served.loaded_bytes / GB:.2f} GB after the last request.")
+    report_start(f"{served.pruned:.0%} of the expert activations pruned", served.start, served.memory)
     print(f"Prefill of {PREFILL_PROMPT} tokens: {served.prefill_tokens_per_second:.1f} tokens/s.\n")
     print("| streams | tokens/s | GB read per step | bound, tokens/s | share |\n|---|---|---|---|---|")
     for row in served.decoding:
@@ -184,13 +216,18 @@ def main() -> None:
             bits=arguments.bits,
             linear_bits=arguments.linear_bits,
         )
+    cache = arguments.checkpoint.with_name(f"{arguments.checkpoint.name}.cache").resolve()
+    server = Server(arguments.checkpoint, cache, arguments.threads, options)
+    start, memory = measure_first_start(server, arguments.pruned[0])
+    report_start("First start", start, memory)
     results = []
     for pruned in arguments.pruned:
-        served = measure(arguments.checkpoint, shape, pruned, arguments.rounds, arguments.threads, options)
+        served = measure(server, shape, pruned, arguments.rounds)
         report(served)
         results.append(asdict(served))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        first = {"start": asdict(start), "memory": asdict(memory)}
+        arguments.json.write_text(json.dumps({"first_start": first, "served": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints shared by the whole run: made once, by the code under test, from the embedded reference model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,16 @@ from vllm_mcmoe.calibration.pipeline import quantize
 # The matrices of tests are too small to share: quantising the reference model takes 58 s with one thread and 137 s with
 # two, on a machine that has nothing else to do.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_cache(tmp_path_factory) -> Iterator[Path]:
+    """Where every engine of this run keeps repacked experts, so that none fills the home directory."""
+    folder = tmp_path_factory.mktemp("start_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_MCMOE_CACHE", str(folder))
+        yield folder
+
 
 REFERENCE_MODEL = Path(__file__).parents[1] / "benchmarks" / "reference_model"
 

@@ -5,6 +5,7 @@ not have get scale 0, so that their output is exactly 0. Tensor parallelism shar
 size, unevenly where they do not divide: 1408 = 11 groups over 2 ranks are 5 and 6.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,8 @@ class ProjectionWeights(nn.Module):
     scales   float16 [experts, rows, groups]
     zeros    float16 [experts, rows, groups], unused where bits is 1
 
-    Rows are whole groups; those the model lacks are zeros in all three, which matrices() sees to.
+    The three are empty before `allocate` and after `release`. Rows are whole groups; those the model lacks are zeros in
+    all three, which matrices() sees to.
     """
 
     def __init__(self, bits: Sequence[int], rows: int, groups: int, padding: Sequence[slice]):
@@ -58,9 +60,24 @@ class ProjectionWeights(nn.Module):
         self.bits = tuple(bits)
         self.rows, self.groups, self.padding = rows, groups, padding
         self.sizes = [rows * groups * packed_bytes_per_group(width) for width in bits]
-        self.qweight = _parameter((sum(self.sizes),), torch.uint8)
-        self.scales = _parameter((len(bits), rows, groups), torch.float16)
-        self.zeros = _parameter((len(bits), rows, groups), torch.float16)
+        self.allocated = False
+        self.qweight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(0, dtype=torch.float16), requires_grad=False)
+        self.zeros = nn.Parameter(torch.empty(0, dtype=torch.float16), requires_grad=False)
+
+    def allocate(self) -> None:
+        """Memory for the tensors."""
+        groups = (len(self.bits), self.rows, self.groups)
+        shapes = ((self.qweight, (sum(self.sizes),)), (self.scales, groups), (self.zeros, groups))
+        for parameter, shape in shapes:
+            parameter.data = parameter.data.new_empty(shape)
+        self.allocated = True
+
+    def release(self) -> None:
+        """Give the memory back at once."""
+        for parameter in (self.qweight, self.scales, self.zeros):
+            parameter.data = parameter.data.new_empty(0)
+        self.allocated = False
 
     def view(self, expert: int, suffix: str) -> torch.Tensor:
         """The destination of one checkpoint tensor: [rows, groups, 16*bits] or [rows, groups]."""
@@ -78,16 +95,18 @@ class ProjectionWeights(nn.Module):
             yield PackedMatrix(bits, tensors[QWEIGHT], tensors[SCALES], tensors.get(ZEROS))
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
 class LayerWeights:
     """Both projections of a layer, what has been loaded of them, and the loaders vLLM calls.
 
     hidden_size, intermediate_size   of this rank's kernels: whole groups
     gate_up                          [2*intermediate_size, hidden_size], gate rows first
     down                             [hidden_size, intermediate_size]
+    intermediate_groups              this rank's groups of the whole layer's intermediate size
+    loading_seconds                  spent on copying tensors so far
+    on_complete                      called once, when the last tensor has been loaded; set by whoever wants the tensors
+
+    Where nobody wants them, tensors are checked and noted, but not read. Memory is there from the first that comes, or
+    from `allocate`, until `release`: of the layers of a model, few are in it at a time.
     """
 
     def __init__(
@@ -106,7 +125,7 @@ class LayerWeights:
             GATE: (model_intermediate_size, group_count(model_hidden_size)),
             DOWN: (model_hidden_size, group_count(model_intermediate_size)),
         }
-        groups = shard.groups(model_intermediate_size)
+        self.intermediate_groups = groups = shard.groups(model_intermediate_size)
         rows = range(groups.start * GROUP_SIZE, min(groups.stop * GROUP_SIZE, model_intermediate_size))
         self._part = {GATE: (rows, range(group_count(model_hidden_size))), DOWN: (range(model_hidden_size), groups)}
         self.hidden_size, self.intermediate_size = padded(model_hidden_size), len(groups) * GROUP_SIZE
@@ -120,7 +139,20 @@ class LayerWeights:
         self.down = ProjectionWeights(
             down_bits, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
         )
-        self._loaded: set[tuple[int, str, str]] = set()
+        self._tensors = [
+            (expert, shard_id, suffix)
+            for expert in range(len(shard.expert_ids))
+            for shard_id in (GATE, UP, DOWN)
+            for suffix in tensor_suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
+        ]
+        self._missing = set(self._tensors)
+        self.loading_seconds = 0.0
+        self.on_complete: Callable[[], None] | None = None
+
+    def allocate(self) -> None:
+        """Memory for every parameter."""
+        self.gate_up.allocate()
+        self.down.allocate()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters as vLLM's checkpoint mapping expects them: w13_qweight, ..., w2_zeros."""
@@ -136,8 +168,8 @@ class LayerWeights:
         They refer to their loaders and those to this object: a cycle, which Python's collector may find late or, as
         vLLM freezes what is there when a model has been loaded, never.
         """
-        for _, parameter in self.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        self.gate_up.release()
+        self.down.release()
 
     def _loader(self, suffix: str) -> Callable:
         def load(
@@ -163,25 +195,33 @@ class LayerWeights:
             raise FormatError(f"{where}: present in the checkpoint, but a {bits}-bit matrix has none.")
         which = DOWN if shard_id == DOWN else GATE
         (rows, groups), first = self._part[which], self.intermediate_size if shard_id == UP else 0
-        target = projection.view(expert, suffix)[first : first + len(rows)]
-        expected = [*self._model_shape[which], *target.shape[2:]]
-        if list(loaded.shape) != expected or loaded.dtype != target.dtype:
+        packed = suffix == QWEIGHT
+        dtype = torch.uint8 if packed else torch.float16
+        expected = [*self._model_shape[which], *([packed_bytes_per_group(bits)] if packed else [])]
+        if list(loaded.shape) != expected or loaded.dtype != dtype:
             raise FormatError(
-                f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {target.dtype} {expected} for "
+                f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
                 f"{bits} bits. config.json and the safetensors files do not belong together, or a file is damaged."
             )
-        # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
-        target.copy_(loaded[rows.start : rows.stop, groups.start : groups.stop])
-        self._loaded.add((expert, shard_id, suffix))
+        if self.on_complete is not None and not projection.allocated:
+            self.allocate()
+        if projection.allocated:
+            start = time.perf_counter()
+            target = projection.view(expert, suffix)[first : first + len(rows)]
+            # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
+            target.copy_(loaded[rows.start : rows.stop, groups.start : groups.stop])
+            self.loading_seconds += time.perf_counter() - start
+        self._missing.discard((expert, shard_id, suffix))
+        if self.on_complete is not None and not self._missing:
+            on_complete, self.on_complete = self.on_complete, None
+            on_complete()
 
     def check_complete(self) -> None:
         """Raises FormatError naming the tensors the checkpoint lacked."""
         missing = [
             f"expert {self.shard.expert_ids[expert]} {shard_id} {suffix}"
-            for expert in range(len(self.shard.expert_ids))
-            for shard_id in (GATE, UP, DOWN)
-            for suffix in tensor_suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
-            if (expert, shard_id, suffix) not in self._loaded
+            for expert, shard_id, suffix in self._tensors
+            if (expert, shard_id, suffix) in self._missing
         ]
         if missing:
             raise FormatError(

@@ -14,10 +14,9 @@ from vllm.platforms import current_platform
 
 from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.expert_loading import expert_loading
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
-from vllm_mcmoe.kernels import experts_class
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
-from vllm_mcmoe.memory import release_freed_memory
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
 from vllm_mcmoe.support import check_layer
@@ -67,6 +66,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Registers w13_* and w2_* in checkpoint layout for `num_experts` local experts.
 
+        They get memory with the first tensor, and none where the start cache has the layer: their loaders note what
+        they are offered, and read nothing.
         intermediate_size_per_partition is not what this rank gets: groups of 128 stay whole (Shard.groups).
         """
         check_layer(
@@ -98,36 +99,29 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             model_hidden_size=hidden_size,
             model_intermediate_size=self.moe.intermediate_size,
         )
+        config = get_current_vllm_config()
+        self.loading = expert_loading(config, self.backend)
+        self.loading.begin(self.weights, layer.activation.value)
         for name, parameter in self.weights.parameters():
             layer.register_parameter(name, parameter)
         # `--load-format dummy` fills parameters without calling their loaders
-        self.check_loaded = get_current_vllm_config().load_config.load_format != "dummy"
+        self.check_loaded = config.load_config.load_format != "dummy"
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Repacks into the backend's layout and drops the checkpoint's, one layer at a time."""
+        """Puts the experts in the backend's layout in the place of the checkpoint's."""
         if self.weights is None:
             return  # vLLM may call this twice; the first call has done it
         if self.check_loaded:
             self.weights.check_complete()
-        layer.mcmoe_experts = experts_class(self.backend).prepare(
-            self.weights.gate_up.matrices(),
-            self.weights.down.matrices(),
-            hidden_size=self.weights.hidden_size,
-            intermediate_size=self.weights.intermediate_size,
-            gate_up_bits=self.weights.gate_up.bits,
-            down_bits=self.weights.down.bits,
-            activation=layer.activation.value,
-        )
+        device = next(parameter.device for _, parameter in self.weights.parameters())
+        for name, _ in list(self.weights.parameters()):
+            delattr(layer, name)
+        layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
+        self.weights = self.loading = None
         if self.pruning is not None:
-            device = next(parameter.device for _, parameter in self.weights.parameters())
             layer.mcmoe_pruning = self.pruning.on_device(device, self.backend)
             if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens
                 monitor().watch(layer.mcmoe_pruning)
-        for name, _ in list(self.weights.parameters()):
-            delattr(layer, name)
-        self.weights.release()
-        self.weights = None
-        release_freed_memory()
 
     def apply(
         self,

@@ -1,9 +1,10 @@
 """The CPU backend: numba with vector intrinsics, on torch's own threads.
 
-layout     the records weights are repacked into          chunks     the activations that matrices multiply
-products   the matrix products, emitted per width         vectors    quantising, gating, converting 16 lanes
-team       tasks, shared out to threads                   threads    torch's OpenMP team
-isa        instruction sets, chosen at run time           pruning    online pruning
+layout     the records weights are repacked into          records_file  a layer's records on disk, mapped into memory
+products   the matrix products, emitted per width         chunks        the activations that matrices multiply
+avx2, amx  the same in 256 bits, and in tiles             vectors       quantising, gating, converting 16 lanes
+team       tasks, shared out to threads                   threads       torch's OpenMP team
+isa        instruction sets, chosen at run time           pruning       online pruning
 
              experts         linears (attention, dense layers, shared experts)
 module       experts         linear
@@ -12,8 +13,21 @@ compilation  compiled        compiled_linear
 phases       moe             linear_phases
 """
 
-from vllm_mcmoe.kernels.cpu.experts import CpuExperts
+from vllm_mcmoe.kernels.cpu.experts import CpuExperts, record_sizes
 from vllm_mcmoe.kernels.cpu.isa import ISA_VARIABLE, available_isas, select_isa
+from vllm_mcmoe.kernels.cpu.layout import LAYOUT_VERSION
 from vllm_mcmoe.kernels.cpu.linear import CpuLinear
+from vllm_mcmoe.kernels.cpu.records_file import PARTIAL_SUFFIX, RecordsError, remove_abandoned
 
-__all__ = ["ISA_VARIABLE", "CpuExperts", "CpuLinear", "available_isas", "select_isa"]
+__all__ = [
+    "ISA_VARIABLE",
+    "LAYOUT_VERSION",
+    "PARTIAL_SUFFIX",
+    "CpuExperts",
+    "CpuLinear",
+    "RecordsError",
+    "available_isas",
+    "record_sizes",
+    "remove_abandoned",
+    "select_isa",
+]

@@ -1,18 +1,32 @@
 """The module that holds one layer's experts in the CPU's layout."""
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
 
 from vllm_mcmoe.kernels.cpu import op as _op  # noqa: F401 -- registers the custom op
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
 from vllm_mcmoe.kernels.cpu.isa import select_isa
 from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
+from vllm_mcmoe.kernels.cpu.records_file import PrivateRecords, RecordsWriter, map_records
+from vllm_mcmoe.kernels.cpu.threads import thread_pool
 from vllm_mcmoe.kernels.cpu.vectors import GATES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix
 from vllm_mcmoe.kernels.reference import check_matrix
+
+
+def record_sizes(
+    hidden_size: int, intermediate_size: int, gate_up_bits: Sequence[int], down_bits: Sequence[int]
+) -> dict[str, list[int]]:
+    """Bytes of every expert's records, by buffer."""
+    return {
+        "gate_up": [matrix_bytes(expert_record(width), 2 * intermediate_size, hidden_size) for width in gate_up_bits],
+        "down": [matrix_bytes(expert_record(width), hidden_size, intermediate_size) for width in down_bits],
+    }
 
 
 class CpuExperts(torch.nn.Module):
@@ -26,6 +40,11 @@ class CpuExperts(torch.nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
         super().__init__()
+        if activation not in GATES:
+            raise ValueError(f"the cpu kernels have no activation {activation!r}; supported: {', '.join(GATES)}")
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if size <= 0 or size % GROUP_SIZE:
+                raise ValueError(f"{name} {size} is not a positive multiple of the group size {GROUP_SIZE}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation = activation
         self.activation_index = GATES.index(activation)
@@ -43,50 +62,60 @@ class CpuExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         activation: str = "silu",
+        file: Path | None = None,
+        key: Mapping[str, Any] | None = None,
     ) -> Self:
         """Repack, experts side by side on torch's number of threads, and compile.
 
         gate_up yields [2I, H] matrices, gate rows first, down yields [H, I]. Raises ValueError for an activation, width
         or size the kernels lack, and for a matrix other than announced.
+
+        With `file` the records are written there and mapped from there, for `from_file` to find under the same key (see
+        records_file.py). Raises OSError where that fails; nothing is left of the file then.
         """
-        if activation not in GATES:
-            raise ValueError(f"the cpu kernels have no activation {activation!r}; supported: {', '.join(GATES)}")
-        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-            if size <= 0 or size % GROUP_SIZE:
-                raise ValueError(f"{name} {size} is not a positive multiple of the group size {GROUP_SIZE}")
         experts = cls(hidden_size, intermediate_size, activation)
-        experts._fill(
-            "gate_up",
-            gate_up,
-            gate_up_bits,
-            (2 * intermediate_size, hidden_size),
-            gate_up_row_blocks(intermediate_size),
-        )
+        for name, bits in (("gate_up", gate_up_bits), ("down", down_bits)):
+            unknown = sorted(set(bits) - set(WIDTHS))
+            if unknown:
+                raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits)
+        gate_up_shape, down_shape = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
         down_blocks = torch.arange(hidden_size // ROWS).numpy()
-        experts._fill("down", down, down_bits, (hidden_size, intermediate_size), down_blocks)
+        with PrivateRecords(sizes) if file is None else RecordsWriter(file, key or {}, sizes) as records:
+            _fill(records, "gate_up", gate_up, gate_up_bits, gate_up_shape, gate_up_row_blocks(intermediate_size))
+            _fill(records, "down", down, down_bits, down_shape, down_blocks)
+            experts._hold(records.publish(), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
         return experts
 
-    def _fill(self, name: str, matrices: Iterable[PackedMatrix], bits: Sequence[int], shape, row_blocks) -> None:
-        unknown = sorted(set(bits) - set(WIDTHS))
-        if unknown:
-            raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
-        sizes = [matrix_bytes(expert_record(width), *shape) for width in bits]
-        records = torch.empty(sum(sizes), dtype=torch.uint8)
-        offset, iterator = 0, iter(matrices)
-        table, repacked = [], []
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for expert, (width, size) in enumerate(zip(bits, sizes, strict=True)):
-                matrix = next(iterator, None)
-                if matrix is None:
-                    raise ValueError(f"{name}: {len(bits)} widths were given, but only {expert} matrices")
-                check_matrix(f"{name} of expert {expert}", matrix, width, shape)
-                repacked.append(pool.submit(repack, matrix, row_blocks, records[offset : offset + size]))
-                table.append((width, offset))
-                offset += size
-        for future in repacked:
-            future.result()
-        self.register_buffer(name, records, persistent=False)
-        self.register_buffer(f"{name}_table", torch.tensor(table, dtype=torch.int64), persistent=False)
+    @classmethod
+    def from_file(
+        cls,
+        file: Path,
+        key: Mapping[str, Any],
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_up_bits: Sequence[int],
+        down_bits: Sequence[int],
+        activation: str = "silu",
+    ) -> Self:
+        """What `prepare` with this file and key gave, mapped read-only, its checksums compared; and compile.
+
+        Raises OSError where the file cannot be read, RecordsError where it is damaged or of another key.
+        """
+        experts = cls(hidden_size, intermediate_size, activation)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits)
+        experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
+        return experts
+
+    def _hold(
+        self, buffers: Mapping[str, torch.Tensor], bits: Mapping[str, Sequence[int]], sizes: Mapping[str, list[int]]
+    ) -> None:
+        for name, records in buffers.items():
+            offsets = [0, *itertools.accumulate(sizes[name])][:-1]
+            table = torch.tensor(list(zip(bits[name], offsets, strict=True)), dtype=torch.int64)
+            self.register_buffer(name, records, persistent=False)
+            self.register_buffer(f"{name}_table", table, persistent=False)
 
     def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """x: float32, bfloat16 or float16 [T, H]; topk_weights: float [T, J]; topk_ids: int [T, J] -> [T, H] like x."""
@@ -102,3 +131,29 @@ class CpuExperts(torch.nn.Module):
             self.activation_index,
             self.isa,
         )
+
+
+def _fill(
+    records: PrivateRecords | RecordsWriter,
+    name: str,
+    matrices: Iterable[PackedMatrix],
+    bits: Sequence[int],
+    shape: tuple[int, int],
+    row_blocks: np.ndarray,
+) -> None:
+    """Repack the matrices of one buffer."""
+
+    def repack_one(index: int, matrix: PackedMatrix) -> None:
+        repack(matrix, row_blocks, records.matrix(name, index))
+        records.filled(name, index)
+
+    iterator, repacked = iter(matrices), []
+    with thread_pool() as pool:
+        for index, width in enumerate(bits):
+            matrix = next(iterator, None)
+            if matrix is None:
+                raise ValueError(f"{name}: {len(bits)} widths were given, but only {index} matrices")
+            check_matrix(f"{name} of expert {index}", matrix, width, shape)
+            repacked.append(pool.submit(repack_one, index, matrix))
+    for future in repacked:
+        future.result()

@@ -12,6 +12,8 @@ A record is one group of G inputs of 16 output rows ("a row block"); G is 128 in
 Shifting a vector by b*s and masking gives one quad of 16 rows: the operand of VNNI's dot product, and one row of an AMX
 tile. Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates
 8 blocks (128 rows) of gate with the 8 of up that they multiply.
+
+Every instruction set shares this layout. Records are kept on disk under LAYOUT_VERSION: whoever changes them raises it.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torch
 
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, PackedMatrix, planes
 
+LAYOUT_VERSION = 1
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
 

@@ -38,8 +38,10 @@ def random_checkpoint(hidden: int, intermediate: int) -> dict[tuple[int, str], P
     return matrices
 
 
-def layer_weights(shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> LayerWeights:
-    return LayerWeights(
+def layer_weights(
+    shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, *, allocate: bool = True
+) -> LayerWeights:
+    weights = LayerWeights(
         LAYER,
         shard,
         gate_up_bits=[GATE_UP_BITS[e] for e in shard.expert_ids],
@@ -47,6 +49,9 @@ def layer_weights(shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERM
         model_hidden_size=hidden,
         model_intermediate_size=intermediate,
     )
+    if allocate:
+        weights.allocate()
+    return weights
 
 
 def load(weights: LayerWeights, checkpoint: dict[tuple[int, str], PackedMatrix], skip: str = "") -> None:
@@ -169,8 +174,33 @@ def test_a_missing_tensor_is_named(checkpoint, missing):
         weights.check_complete()
 
 
-def test_a_misshapen_tensor_is_named_with_what_was_expected(checkpoint):
-    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
+def without_content(checkpoint) -> dict[tuple[int, str], PackedMatrix]:
+    """Tensors that have a shape and a dtype, and nothing that could be read."""
+    return {
+        place: PackedMatrix(
+            matrix.bits, *(None if t is None else t.to("meta") for t in (matrix.qweight, matrix.scales, matrix.zeros))
+        )
+        for place, matrix in checkpoint.items()
+    }
+
+
+def test_without_memory_tensors_are_noted_and_not_read(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1), allocate=False)
+    load(weights, without_content(checkpoint))
+    weights.check_complete()
+    assert all(parameter.numel() == 0 for _, parameter in weights.parameters())
+
+
+def test_without_memory_a_missing_tensor_is_named_all_the_same(checkpoint):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1), allocate=False)
+    load(weights, without_content(checkpoint), skip="2.w1.qweight")
+    with pytest.raises(FormatError, match=r"1 tensors are missing.*expert 2 w1 qweight"):
+        weights.check_complete()
+
+
+@pytest.mark.parametrize("allocate", [True, False])
+def test_a_misshapen_tensor_is_named_with_what_was_expected(checkpoint, allocate):
+    weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1), allocate=allocate)
     parameter = dict(weights.parameters())["w13_qweight"]
     wrong_width = checkpoint[3, "w1"].qweight  # 4 bits where the config says 2
     with pytest.raises(FormatError, match=r"expert 1, w1 qweight: found .*\[512, 2, 64\], expected .*\[512, 2, 32\]"):

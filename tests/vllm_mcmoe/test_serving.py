@@ -6,6 +6,7 @@ rare activation that rounds to the neighbouring int8 code (a step of 1/127 of it
 """
 
 import pytest
+import torch
 
 from tests.vllm_mcmoe.engines import engine_logprobs, start_engine, stop_engine
 from tests.vllm_mcmoe.serving import (
@@ -44,8 +45,16 @@ def prompts(reference_model, evaluation_files):
 
 
 @pytest.fixture(scope="module")
-def single_process(pruned_checkpoint, prompts):
-    return serve_and_score(pruned_checkpoint, prompts)
+def fresh_cache(tmp_path_factory):
+    """A start cache that no other test has filled."""
+    return {"VLLM_MCMOE_CACHE": str(tmp_path_factory.mktemp("fresh_cache"))}
+
+
+@pytest.fixture(scope="module")
+def single_process(pruned_checkpoint, prompts, fresh_cache):
+    """The first start with this cache."""
+    with environment(fresh_cache):
+        return serve_and_score(pruned_checkpoint, prompts)
 
 
 def assert_same(results, expected_results) -> None:
@@ -59,6 +68,18 @@ def test_mixtral_logprobs_equal_transformers_with_dequantised_weights(single_pro
     rules = pruning_rules(pruned_checkpoint, target=0.25)
     assert_agrees(single_process, pruned_checkpoint, rules)
     assert 0.15 < pruned_fraction(rules) < 0.35
+
+
+def test_the_second_start_maps_the_experts_and_answers_the_same(
+    single_process, pruned_checkpoint, prompts, fresh_cache, capfd
+):
+    with environment(fresh_cache):
+        results = serve_and_score(pruned_checkpoint, prompts)
+    assert "Experts of 4 MoE layers" in (log := capfd.readouterr().out)
+    assert ": 4 mapped. Cache: " in log
+    for (tokens, logprobs), (expected_tokens, expected) in zip(results, single_process, strict=True):
+        assert tokens == expected_tokens
+        assert torch.equal(logprobs, expected)
 
 
 @pytest.mark.parametrize(
