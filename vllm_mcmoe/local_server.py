@@ -1,6 +1,8 @@
 """A vLLM OpenAI-compatible server on localhost as a context manager, for the demo and the HTTP tests."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +45,11 @@ def serve(
     command += ["--port", str(port), *SMALL_MACHINE_OPTIONS, *options]
     with open(log_file, "wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # so that _stop reaches the engine's processes, too
         )
         try:
             _wait_until_healthy(process, port, log_file, on_wait)
@@ -67,12 +73,13 @@ def _wait_until_healthy(process: subprocess.Popen, port: int, log_file: Path, on
 
 
 def _stop(process: subprocess.Popen) -> None:
+    """Ask the server to end; then end what is left of it and its engine, which would keep the model in memory."""
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _tail(log_file: Path, lines: int = 30) -> str:
