@@ -2,6 +2,8 @@
 
 from vllm.config import get_current_vllm_config
 
+from vllm_mcmoe.errors import UnsupportedModelError
+
 _KEY = "mcmoe"
 
 
@@ -14,7 +16,10 @@ def add_to_cache_key(name: str, value: str) -> None:
     """
     additional = get_current_vllm_config().additional_config
     if not isinstance(additional, dict):
-        raise TypeError(f"vllm-mcmoe: additional_config is a {type(additional).__name__}; expected a dictionary.")
+        raise UnsupportedModelError(
+            f"vLLM's additional_config is a {type(additional).__name__}; vllm-mcmoe notes its choice of kernels in a "
+            "dictionary there. Give --additional-config as one, or leave it out."
+        )
     chosen = additional.setdefault(_KEY, {}).setdefault(name, [])
     if value not in chosen:
         chosen.append(value)

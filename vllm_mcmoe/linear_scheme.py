@@ -155,7 +155,8 @@ class CpuWNA16(CompressedTensorsScheme):
             ),
         )
         # float32 holds what any checkpoint has, whatever dtype the model is served in; NaN shows what was not loaded.
-        scales = torch.full((outputs, input_size_per_partition // self.vllms.group_size), torch.nan)
+        groups = input_size_per_partition // self.vllms.group_size
+        scales = torch.full((outputs, groups), torch.nan, dtype=torch.float32)
         layer.register_parameter(
             "weight_scale",
             GroupQuantScaleParameter(output_dim=0, input_dim=1, weight_loader=weight_loader, data=scales),

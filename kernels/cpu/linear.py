@@ -86,6 +86,6 @@ def _to_float16(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not math.isfinite(largest):
         raise ValueError("scales are not finite")
     if largest == 0.0:
-        return scales.half(), torch.ones(1)
+        return scales.half(), torch.ones(1, dtype=torch.float32)
     exponent = min(max(_LARGEST_EXPONENT - math.frexp(largest)[1], _EXPONENTS[0]), _EXPONENTS[1])
-    return torch.ldexp(scales, torch.tensor(exponent)).half(), torch.tensor([2.0**-exponent])
+    return torch.ldexp(scales, torch.tensor(exponent)).half(), torch.tensor([2.0**-exponent], dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The custom op `vllm_mcmoe::cpu_linear`: from tensors to one call of compiled code."""
 
 import ctypes
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ def _round_up(nbytes: int) -> int:
 def _run(x, records, factor, bias, bits, group_size, compiled, out) -> None:
     """x [tokens, inputs] and out [tokens, 16 * row blocks] contiguous, bias float32 [16 * row blocks] or None."""
     (tokens, inputs), row_blocks = x.shape, out.shape[1] // ROWS
+    if not tokens:
+        return
     threads, chunk = torch.get_num_threads(), min(CHUNK, tokens)
     task_blocks = max(1, min(row_blocks // (threads * TASKS_PER_THREAD), TASK_SUMS_BYTES // (4 * ROWS * chunk)))
     scratch_bytes = 4 * ROWS * task_blocks * chunk
@@ -62,25 +65,36 @@ def _run(x, records, factor, bias, bits, group_size, compiled, out) -> None:
     compiled.entry(ctypes.addressof(params))
 
 
+@cache
+def _rows_and_bytes(out_features: int, inputs: int, bits: int, group_size: int) -> tuple[int, int]:
+    """Rows in whole row blocks, and the bytes of such a matrix' records."""
+    rows = -(-out_features // ROWS) * ROWS
+    return rows, matrix_bytes(linear_record(bits, group_size), rows, inputs)
+
+
 def _cpu_linear(x, records, factor, bias, out_features, bits, group_size, isa):
-    inputs, rows = x.shape[-1], -(-out_features // ROWS) * ROWS
-    expected = matrix_bytes(linear_record(bits, group_size), rows, inputs)
+    """A decode step calls this hundreds of times for a token each: torch's operators, 1.5 us apiece, are counted."""
+    *leading, inputs = x.shape
+    rows, expected = _rows_and_bytes(out_features, inputs, bits, group_size)
     if inputs % group_size or records.numel() != expected:
         raise ValueError(
             f"{records.numel()} bytes of records are no {bits}-bit matrix [{out_features}, {inputs}] in groups of "
             f"{group_size}, which has {expected}"
         )
-    tokens = x.reshape(-1, inputs).contiguous()
+    tokens = x if len(leading) == 1 else x.reshape(-1, inputs)
+    tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
     if bias is not None:
         bias = F.pad(bias.float(), (0, rows - out_features)) if rows != out_features else bias.float().contiguous()
-    out = torch.empty(tokens.shape[0], rows, dtype=x.dtype)
+    out = torch.empty((tokens.shape[0], rows), dtype=x.dtype)
     compiled = compile_linear(isa, bits, group_size)
-    for first in range(0, tokens.shape[0], MAX_TOKENS):
-        last = first + MAX_TOKENS
-        _run(tokens[first:last], records, factor, bias, bits, group_size, compiled, out[first:last])
+    if tokens.shape[0] <= MAX_TOKENS:
+        _run(tokens, records, factor, bias, bits, group_size, compiled, out)
+    else:
+        for part, out_part in zip(tokens.split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
+            _run(part, records, factor, bias, bits, group_size, compiled, out_part)
     if rows != out_features:
         out = out[:, :out_features].contiguous()
-    return out.reshape(*x.shape[:-1], out_features)
+    return out if len(leading) == 1 else out.reshape(*leading, out_features)
 
 
 _LIBRARY.impl("cpu_linear", _cpu_linear, "CPU")

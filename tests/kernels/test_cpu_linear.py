@@ -228,6 +228,21 @@ def test_scales_of_any_size_are_kept(isa, dtype, largest):
         torch.testing.assert_close(found, expected, rtol=0, atol=error * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("largest", [0.0, 0.02])
+def test_torchs_default_dtype_does_not_matter(isa, largest):
+    """vLLM sets it to the model's while it loads."""
+    packed, scales = random_linear(4, 128, OUTPUTS, INPUTS)
+    scales, x = scales / scales.max() * largest, random_inputs(5, INPUTS)
+    expected = CpuLinear.prepare(packed, scales, bits=4)(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = CpuLinear.prepare(packed, scales, bits=4)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(module(x), expected)
+
+
 def test_compiled_by_torch_equals_eager(isa):
     packed, scales = random_linear(4, 128, OUTPUTS, INPUTS)
     module, x, bias = CpuLinear.prepare(packed, scales, bits=4), random_inputs(5, INPUTS), random_inputs(OUTPUTS)
