@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mcmoe.calibration.artifacts import Factors, parse_factors
+from vllm_mcmoe.calibration.artifacts import Factors, Plan, parse_factors
 from vllm_mcmoe.calibration.pipeline import quantize
 
 # The matrices of tests are too small to share: quantising the reference model takes 58 s with one thread and 137 s with
@@ -51,6 +51,22 @@ def checkpoint(reference_model, calibration_files, tmp_path_factory) -> Path:
     """The reference model at 2.5 bits by the default recipe, attention at 4 bits."""
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-2.5bit"
     quantize(reference_model, out, calibration_files, bits=2.5, **CALIBRATION)
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint_16bit_linears(checkpoint, reference_model, calibration_files, tmp_path_factory) -> Path:
+    """The same experts' widths with attention left alone, for comparisons in float32."""
+    out = tmp_path_factory.mktemp("checkpoints") / "tiny-2.5bit-linear16"
+    quantize(
+        reference_model,
+        out,
+        calibration_files,
+        plan=Plan.load(checkpoint / "plan.json"),
+        recipe="uniform",
+        linear_bits=16,
+        **CALIBRATION,
+    )
     return out
 
 

@@ -20,3 +20,10 @@ def with_pruning(checkpoint: Path, out: Path, calibration_files: list[Path], **o
 def pruned_checkpoint(checkpoint, calibration_files, tmp_path_factory) -> Path:
     """The reference model at 2.5 bits with 4-bit attention and a learned pruning rule."""
     return with_pruning(checkpoint, tmp_path_factory.mktemp("pruned") / "otp", calibration_files, method="otp")
+
+
+@pytest.fixture(scope="session")
+def pruned_checkpoint_16bit_linears(checkpoint_16bit_linears, calibration_files, tmp_path_factory) -> Path:
+    """The same with attention left alone."""
+    out = tmp_path_factory.mktemp("pruned") / "otp-linear16"
+    return with_pruning(checkpoint_16bit_linears, out, calibration_files, method="otp")
