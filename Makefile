@@ -16,7 +16,7 @@ test: $(READY)
 	$(BIN)/pytest -m engine  # an engine takes every core
 
 # The other vLLM of vllm_mcmoe/vllm_versions.py: its Python on the extensions of the CPU build that .venv has. Downloads
-# 340 MB once. The command line does not touch vLLM. Of the engines, those that every CPU can serve: linears in 16 bits.
+# 340 MB once. The command line does not touch vLLM.
 OTHER_VLLM := 0.33.0
 OVERLAY    := $(CURDIR)/build/vllm-$(OTHER_VLLM)
 test-other-vllm: $(READY)

@@ -19,6 +19,8 @@ from unittest.mock import patch
 
 import torch
 
+from tests.vllm_mcmoe.wna16_operator import provide_where_missing
+
 NEW_TOKENS = 12
 
 # Tokens of a prompt and its answer, and float32 [tokens - 1] the logprob of each after the first.
@@ -90,6 +92,7 @@ def _serve_all(jobs_file: Path) -> None:
     document = json.loads(jobs_file.read_text())
     jobs = {name: Job(**job) for name, job in document["jobs"].items()}
     _load_model_classes(jobs.values())
+    provide_where_missing()
     results = {}
     for name, job in jobs.items():
         with patch.dict(os.environ, job.environment):
