@@ -26,15 +26,22 @@ def peak_of_quantising(model: Path, out: Path) -> int:
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """Of three times the layers, none may stay: eight more layers would be 400 MB in float32, 200 MB in bf16.
 
-    The smaller peak of two runs: pages of mapped files count while they are resident, which differs from run to run and
-    on a busy machine can only add, while what stays in memory stays in every run.
+    The smallest peak of two runs, or of up to five: pages of mapped files count while they are resident, which differs
+    from run to run and on a busy machine can only add, while what stays in memory stays in every run.
     """
-    peaks = {}
-    for layers in (4, 12):
-        model = write_random_mixtral(tmp_path / f"model-{layers}", layers, HIDDEN, INTERMEDIATE, EXPERTS)
-        outs = [tmp_path / f"out-{layers}-{run}" for run in range(2)]
-        peaks[layers] = min(child_process.result_of(peak_of_quantising, model, out) for out in outs)
-    assert peaks[12] - peaks[4] < LAYER_BYTES
+    models = {n: write_random_mixtral(tmp_path / f"model-{n}", n, HIDDEN, INTERMEDIATE, EXPERTS) for n in (4, 12)}
+    peaks: dict[int, list[int]] = {4: [], 12: []}
+
+    def grows() -> bool:
+        return min(peaks[12]) - min(peaks[4]) >= LAYER_BYTES
+
+    for run in range(5):
+        for layers, model in models.items():
+            out = tmp_path / f"out-{layers}-{run}"
+            peaks[layers].append(child_process.result_of(peak_of_quantising, model, out))
+        if run >= 1 and not grows():
+            break
+    assert not grows(), peaks
 
 
 def test_only_one_layer_is_loaded_at_a_time_and_embeddings_and_head_only_while_used(reference_model):
