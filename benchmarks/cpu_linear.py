@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from cpu_moe import DECODE_TOKENS, Bandwidth, copies, seconds
+from cpu_moe import BASELINE, DECODE_TOKENS, Bandwidth, copies, seconds, table
 from vllm import _custom_ops  # noqa: F401 -- loads the operators
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
@@ -27,7 +27,7 @@ from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuLinear, select_isa
 
 TOKENS = (1, 8, 64)
 GROUP_SIZE = 128
-BASELINE, VLLM = "bf16", "vLLM's 4 bit"
+VLLM = "vLLM's 4 bit"
 WIDTHS = {"4 bit": 4, "8 bit": 8}
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096)}  # [out, in] of Mixtral-8x7B's attention
 
@@ -132,22 +132,6 @@ def measure(
         )
 
 
-def table(results: list[Result], names: list[str]) -> Iterator[str]:
-    """Markdown: milliseconds, speed-up over bf16, and for decode the share of the measured bandwidth."""
-    yield "| tokens | " + " | ".join(names) + " |"
-    yield "|---:" * (len(names) + 1) + "|"
-    for tokens in sorted({result.tokens for result in results}):
-        cells = []
-        for result in (r for name in names for r in results if (r.tokens, r.variant) == (tokens, name)):
-            cell = f"{result.milliseconds:.2f} ms"
-            if result.variant != BASELINE:
-                cell += f", {result.speedup:.1f}x"
-            if tokens <= DECODE_TOKENS:
-                cell += f", {result.bandwidth_share:.0%}"
-            cells.append(cell)
-        yield f"| {tokens} | " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable; all by default")
@@ -165,7 +149,8 @@ def main() -> None:
     everything: list[Result] = []
     for name in arguments.shape or SHAPES:
         shape = SHAPES[name]
-        print(f"\n{name}: {list(shape)}\nCells: median, speed-up over bf16, share of bandwidth where few tokens\n")
+        print(f"\n{name}: {list(shape)}")
+        print(f"Cells: median, speed-up over bf16, share of bandwidth up to {DECODE_TOKENS} tokens\n")
         variants = {BASELINE: bf16_variant(shape)}
         variants |= {label: our_variant(shape, bits) for label, bits in WIDTHS.items()}
         if hasattr(torch.ops._C, "cpu_gemm_wna16"):

@@ -201,7 +201,10 @@ def measure(
 
 
 def table(results: list[Result], names: list[str]) -> Iterator[str]:
-    """Markdown: milliseconds, speed-up over bf16, and for decode the share of the measured bandwidth."""
+    """Markdown: milliseconds, speed-up over bf16, and for decode the share of the measured bandwidth.
+
+    Also of cpu_linear.py's results, which have the fields it shows.
+    """
     yield "| tokens | " + " | ".join(names) + " |"
     yield "|---:" * (len(names) + 1) + "|"
     for tokens in sorted({result.tokens for result in results}):
