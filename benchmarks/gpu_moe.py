@@ -1,11 +1,13 @@
-"""Time of one MoE layer on a GPU: this project's Triton kernels beside vLLM's bf16 and 4-bit MoE kernels.
+"""Time of one MoE layer on a GPU: this project's Triton kernels beside torch's and vLLM's MoE kernels.
 
     python benchmarks/gpu_moe.py [--shapes mixtral-8x7b ...] [--tokens 1 8 ...] [--bits 2 3] [--json FILE]
+    python benchmarks/gpu_moe.py --parts                    what each kernel of a layer takes, instead of comparing
     python benchmarks/gpu_moe.py --tune tiles.json          measure tiles, then serve with VLLM_MCMOE_TILES=tiles.json
 
 Routing is uniform at random, the experts' widths cycle through --bits. The second level cache is flushed before every
 run, as the other layers of a model would. "of copy" is the bytes of the experts that the routing touches, scales
-included, over the time, as a share of the device's own copy bandwidth. vLLM's rows appear where vLLM is installed.
+included, over the time, as a share of the device's own copy bandwidth. torch's grouped matrix product in bf16 is
+CUTLASS's on Hopper, with routing and activation by plain operators. vLLM's rows appear where vLLM is installed.
 """
 
 import argparse
@@ -109,6 +111,47 @@ def microseconds(run: Callable[[], torch.Tensor]) -> float:
     return do_bench(graph.replay, return_mode="median") * 1e3
 
 
+def kernel_times(run: Callable[[], torch.Tensor], repeats: int = 20) -> dict[str, float]:
+    """Microseconds on the device per kernel and call of `run`, replayed from a graph with cold caches, by name."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            flush.zero_()
+            graph.replay()
+        torch.cuda.synchronize()
+    averages = profile.key_averages()
+    return {
+        e.key: e.self_device_time_total / repeats
+        for e in averages
+        if e.self_device_time_total and "Memset" not in e.key and "FillFunctor" not in e.key
+    }
+
+
+def torch_bf16(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
+    hidden, intermediate, experts = shape.hidden_size, shape.intermediate_size, shape.experts
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    w1 = (torch.randn(experts, 2 * intermediate, hidden, **options) * hidden**-0.5).transpose(-2, -1)
+    w2 = (torch.randn(experts, hidden, intermediate, **options) * intermediate**-0.5).transpose(-2, -1)
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        x, topk_weights, topk_ids = inputs
+        chosen, order = topk_ids.flatten().sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(experts, device="cuda", dtype=chosen.dtype), right=True).int()
+        token = order // shape.top_k
+        gate, up = grouped_mm(x[token], w1, offs=ends).chunk(2, dim=-1)
+        out = grouped_mm(torch.nn.functional.silu(gate) * up, w2, offs=ends)
+        weighted = out * topk_weights.flatten()[order, None].bfloat16()
+        return torch.zeros_like(x).index_add_(0, token, weighted)
+
+    return run
+
+
 def vllm_bf16(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
@@ -148,6 +191,7 @@ def contenders(shape: Shape, bits: Sequence[int]) -> Iterator[tuple[str, float, 
             lambda inputs, run=layer: run(*inputs),
         )
         del layer
+    yield "torch bf16", 16.0, torch_bf16(shape)
     if importlib.util.find_spec("vllm"):
         yield "vLLM bf16", 16.0, vllm_bf16(shape)
         yield "vLLM W4A16", 4 + 16 / GROUP_SIZE, vllm_w4a16(shape)
@@ -173,6 +217,22 @@ def print_measurements(console: Console, measurements: Sequence[Measurement]) ->
         row = {m.kernel: m for m in measurements if m.tokens == tokens}
         cells = (f"{row[k].microseconds:.1f} ({row[k].share_of_copy_bandwidth:.0%})" for k in kernels)
         table.add_row(str(tokens), *cells)
+    console.print(table)
+
+
+def print_parts(console: Console, name: str, tokens: Sequence[int], bits: Sequence[int], activations: str) -> None:
+    layer = prepare_layer(SHAPES[name], bits, activations)
+    rows = {}
+    for count in tokens:
+        inputs = random_inputs(SHAPES[name], count)
+        rows[count] = kernel_times(lambda inputs=inputs: layer(*inputs))
+    kernels = list(dict.fromkeys(kernel for times in rows.values() for kernel in times))
+    table = Table(title=f"{name}: microseconds by kernel")
+    for heading in ("tokens", *kernels, "together"):
+        table.add_column(heading, justify="right")
+    for count, times in rows.items():
+        cells = (f"{times[kernel]:.1f}" if kernel in times else "" for kernel in kernels)
+        table.add_row(str(count), *cells, f"{sum(times.values()):.1f}")
     console.print(table)
 
 
@@ -224,14 +284,19 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--bits", nargs="+", type=int, default=(2, 3), help="widths the experts cycle through")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
-    parser.add_argument("--activations", choices=("int8", "float"), default="int8", help="operands that are tuned")
+    parser.add_argument("--parts", action="store_true", help="time by kernel instead of comparing")
+    parser.add_argument("--activations", choices=("int8", "float"), default="int8", help="of --tune, --parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_moe.py needs a CUDA or ROCm device")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.tune:
         tune(console, arguments.shapes, arguments.tokens, arguments.bits, arguments.activations, arguments.tune)
+        return
+    if arguments.parts:
+        for name in arguments.shapes:
+            print_parts(console, name, arguments.tokens, arguments.bits, arguments.activations)
         return
     bandwidth = copy_bandwidth()
     console.print(f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e9:.0f} GB/s")
