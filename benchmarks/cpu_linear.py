@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_linear.py [--shape qkv] [--tokens 1,8,64] [--isa portable] [--json FILE]
 
-As cpu_moe.py: every round calls every variant once with fresh random activations, medians over the rounds are printed,
-and every variant goes round weights of several times the last-level cache. 16 bits are torch's linear in bfloat16, as
-vLLM runs it; vLLM's operator for 4 bits is missing from its build for CPUs without AVX-512.
+As cpu_moe.py: every round calls every variant with fresh random activations, medians over the rounds are printed, and
+every variant goes round weights of several times the last-level cache. A round times four linears one after another, as
+a decoder layer has them, so that code and threads are warm and weights are not. 16 bits are torch's linear in bfloat16,
+as vLLM runs it; vLLM's operator for 4 bits is missing from its build for CPUs without AVX-512.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuLinear, select_isa
 
 TOKENS = (1, 8, 64)
 GROUP_SIZE = 128
+CALLS = 4
 VLLM = "vLLM's 4 bit"
 WIDTHS = {"4 bit": 4, "8 bit": 8}
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096)}  # [out, in] of Mixtral-8x7B's attention
@@ -112,10 +114,11 @@ def measure(
     while rounds < 6 or time.perf_counter() - start < budget:
         for name, variant in variants.items():
             x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-            linear = variant.linears[rounds % len(variant.linears)]
-            elapsed = seconds(lambda linear=linear, x=x: linear(x))
+            first = rounds * CALLS
+            linears = [variant.linears[i % len(variant.linears)] for i in range(first, first + CALLS)]
+            elapsed = seconds(lambda linears=linears, x=x: [linear(x) for linear in linears])
             if rounds:  # the first round warms up
-                times[name].append(elapsed)
+                times[name].append(elapsed / CALLS)
         bandwidths.append(bandwidth.measure())
         rounds += 1
     for name, variant in variants.items():

@@ -1,5 +1,6 @@
-"""4- and 8-bit linears on CPUs: by vLLM's own operator where it has one for the layer, else by ours.
+"""4- and 8-bit linears on CPUs: by our kernels, or by vLLM's own operator where ours lack the layer or the CPU.
 
+Where both can serve a linear of 4 bits, ours are faster: with AMX, and by more with AVX-512 alone (make bench-linear).
 vLLM picks a kernel by type and shape alone. Its operator for 4-bit linears is missing from the build for CPUs without
 AVX-512, computes in 16 bits only, and none of its builds has 8 bits, which a user would learn from the first request.
 So the plugin asks before it delegates, layer by layer, while the model is built.
@@ -7,7 +8,6 @@ So the plugin asks before it delegates, layer by layer, while the model is built
 
 import torch
 from vllm import envs
-from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
@@ -19,12 +19,10 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.graph_cache import add_to_cache_key
-from vllm_mcmoe.kernels.cpu import CpuLinear, select_isa
+from vllm_mcmoe.kernels.cpu import PORTABLE, CpuLinear, select_isa
 from vllm_mcmoe.kernels.cpu.linear import check_linear
 from vllm_mcmoe.linear_choice import AUTO, LINEARS_VARIABLE, MCMOE, VLLM
 from vllm_mcmoe.memory import release_freed_memory
-
-logger = init_logger(__name__)
 
 
 def why_not_vllm(config: MPLinearLayerConfig) -> str | None:
@@ -78,12 +76,13 @@ def choose_server(name: str, config: MPLinearLayerConfig, request: str) -> str:
         raise UnsupportedModelError(
             f"{name}: {LINEARS_VARIABLE}={MCMOE}, but vllm-mcmoe's kernels cannot serve this linear: {mcmoe}."
         )
-    if request == VLLM or (request == AUTO and vllm is None):
-        return VLLM
-    if mcmoe is None:
-        if request == AUTO:
-            logger.info_once("Linears run on vllm-mcmoe's own kernels where vLLM has none: %s", vllm)
+    if request != AUTO:
+        return request
+    # The portable kernels are for CPUs that were not measured: what vLLM has for one was written for it.
+    if mcmoe is None and (vllm is not None or select_isa() != PORTABLE):
         return MCMOE
+    if vllm is None:
+        return VLLM
     raise UnsupportedModelError(
         f"{name}: nobody can serve this linear on this CPU. vLLM: {vllm}. vllm-mcmoe: {mcmoe}. Use a smaller tensor "
         "parallel size if its inputs are shared out, or quantise with --linear-bits 16."

@@ -14,7 +14,7 @@ phases       moe             linear_phases
 """
 
 from vllm_mcmoe.kernels.cpu.experts import CpuExperts, record_sizes
-from vllm_mcmoe.kernels.cpu.isa import ISA_VARIABLE, available_isas, select_isa
+from vllm_mcmoe.kernels.cpu.isa import ISA_VARIABLE, PORTABLE, available_isas, select_isa
 from vllm_mcmoe.kernels.cpu.layout import LAYOUT_VERSION
 from vllm_mcmoe.kernels.cpu.linear import CpuLinear
 from vllm_mcmoe.kernels.cpu.records_file import PARTIAL_SUFFIX, RecordsError, remove_abandoned
@@ -23,6 +23,7 @@ __all__ = [
     "ISA_VARIABLE",
     "LAYOUT_VERSION",
     "PARTIAL_SUFFIX",
+    "PORTABLE",
     "CpuExperts",
     "CpuLinear",
     "RecordsError",

@@ -1,23 +1,32 @@
 """The matrix product for many tokens on AMX: 16 x 16 x 64 int8 multiply-adds per instruction.
 
 The records of layout.py unpack straight into AMX's operand: a quad of 16 rows is one row of a tile. Per pair of row
-blocks and group of 128 the codes are unpacked once; then every 32 slots ("a step") take two tiles of activations per
-half of the group, and leave four tiles of sums, which are scaled in float32 exactly as products.py does.
+blocks and group of inputs the codes are unpacked once; then every 32 slots ("a step") take two tiles of activations per
+64 inputs, and leave four tiles of sums, which are scaled in float32 exactly as products.py does.
 
 Two waits are hidden by doing something else first: the codes of the next group are unpacked before the tiles of this
 one are multiplied, and the sums of a step are scaled while the tiles of the next are being multiplied.
 """
 
 from llvmlite import ir
-from numba import njit
+from numba import literally, njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from vllm_mcmoe.kernels.cpu.chunks import TILE
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
-from vllm_mcmoe.kernels.cpu.layout import code_bytes_compiled, expert_record, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import (
+    Record,
+    code_bytes_compiled,
+    expert_record,
+    linear_record,
+    linear_record_bytes_compiled,
+    record_bytes_compiled,
+)
 from vllm_mcmoe.kernels.cpu.products import (
     VECTOR_BYTES,
     add_scaled,
+    multiply_linear_rows_vnni,
     multiply_rows_vnni,
     scale_and_zero,
     unpack_function,
@@ -29,13 +38,15 @@ TILE_ROWS = 16
 TILE_BYTES = TILE_ROWS * 64
 STEP_SLOTS = 2 * TILE_ROWS
 MIN_SLOTS = 6  # of an expert; below, VNNI products are faster
+MIN_TOKENS = 2  # of a linear, likewise
 
 # Tile registers
 SUMS = ((0, 1), (2, 3))  # per row block of the pair, per 16 slots of the step
 INPUTS = (4, 5)  # per 16 slots
 WEIGHTS = (6, 7)  # per row block
 
-# Scratch memory of a thread: codes of two groups, each [row block][half] tiles; sums of two steps, [row block][32][16]
+# Scratch memory of a thread: codes of two groups, each [row block][64 inputs] tiles, in room for groups of 128; sums of
+# two steps, [row block][32][16]
 PAIR_BYTES = 4 * TILE_BYTES
 SUMS_START = 2 * PAIR_BYTES
 SUMS_BYTES = 4 * TILE_BYTES
@@ -93,21 +104,25 @@ def scratch_memory(typing_context):
     return types.int64(), emit
 
 
+def _emit_unpack_pair(builder: ir.IRBuilder, kind: Record, record: ir.Value, next_record: ir.Value, out: ir.Value):
+    """Codes of one group of two row blocks as tiles [row block][64 inputs]."""
+    unpack = unpack_function(builder.module, f"mcmoe_amx_unpack_{kind.bits}bit_{kind.group_size}", kind)
+    builder.call(unpack, [record, out])
+    builder.call(unpack, [next_record, builder.add(out, I64(kind.group_size // TILE * TILE_BYTES))])
+
+
 @intrinsic
 def unpack_pair(typing_context, bits, record, next_record, out):
-    """Codes of one group of two row blocks as four tiles [row block][half]."""
+    """Of an expert, whose width is known at run time."""
 
     def emit(context, builder, signature, args):
-        width, record, next_record, out = args
         done = builder.append_basic_block("unpacked")
-        switch = builder.switch(width, done)
+        switch = builder.switch(args[0], done)
         for bits in WIDTHS:
             block = builder.append_basic_block(f"unpack_{bits}bit")
             switch.add_case(I64(bits), block)
             builder.position_at_end(block)
-            unpack = unpack_function(builder.module, f"mcmoe_amx_unpack_{bits}bit", expert_record(bits))
-            builder.call(unpack, [record, out])
-            builder.call(unpack, [next_record, builder.add(out, I64(2 * TILE_BYTES))])
+            _emit_unpack_pair(builder, expert_record(bits), *args[1:])
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -115,20 +130,35 @@ def unpack_pair(typing_context, bits, record, next_record, out):
     return types.void(*[types.int64] * 4), emit
 
 
-def _multiply_tiles(tiles: int):
-    """multiply(weights, activations, half_stride): sums of 16 * tiles slots and two row blocks, in registers."""
+@intrinsic(prefer_literal=True)
+def unpack_linear_pair(typing_context, bits, group_size, record, next_record, out):
+    """Of a linear, whose width and group size are constants."""
+    kind = linear_record(bits.literal_value, group_size.literal_value)
 
-    @intrinsic
-    def multiply(typing_context, weights, activations, half_stride):
+    def emit(context, builder, signature, args):
+        _emit_unpack_pair(builder, kind, *args[2:])
+        return context.get_dummy_value()
+
+    return types.void(bits, group_size, *[types.int64] * 3), emit
+
+
+def _multiply_tiles(tiles: int):
+    """multiply(group_size, weights, activations, tile_stride): sums of 16 * tiles slots and two row blocks, in
+    registers; group_size is a constant."""
+
+    @intrinsic(prefer_literal=True)
+    def multiply(typing_context, group_size, weights, activations, tile_stride):
+        portions = group_size.literal_value // TILE
+
         def emit(context, builder, signature, args):
-            weights, activations, half_stride = args
+            _, weights, activations, tile_stride = args
             stride = I64(64)
             for row_block in range(2):
                 for tile in range(tiles):
                     _tile(builder, "tilezero", I8(SUMS[row_block][tile]))
-            for half in range(2):
+            for portion in range(portions):
                 for row_block in range(2):
-                    source = _pointer(builder, weights, (2 * row_block + half) * TILE_BYTES)
+                    source = _pointer(builder, weights, (portions * row_block + portion) * TILE_BYTES)
                     _tile(builder, "tileloadd64", I8(WEIGHTS[row_block]), source, stride)
                 for tile in range(tiles):
                     source = _pointer(builder, activations, tile * TILE_BYTES)
@@ -137,10 +167,10 @@ def _multiply_tiles(tiles: int):
                     for row_block in range(2):
                         operands = (SUMS[row_block][tile], INPUTS[tile], WEIGHTS[row_block])
                         _tile(builder, "tdpbsud", *map(I8, operands))
-                activations = builder.add(activations, half_stride)
+                activations = builder.add(activations, tile_stride)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64), emit
+        return types.void(group_size, types.int64, types.int64, types.int64), emit
 
     return multiply
 
@@ -166,34 +196,38 @@ multiply_one, multiply_two = _multiply_tiles(1), _multiply_tiles(2)
 store_one, store_two = _store_sums(1), _store_sums(2)
 
 
-def _scale_rows(bits: int):
-    """scale_rows(rescale, next_rescale, scales, slots, sums, totals, totals_stride): add a step's sums to totals.
+def _emit_scale_rows(builder: ir.IRBuilder, kind: Record, rescale, next_rescale, scales, slots, sums, totals, stride):
+    """Add a step's sums to totals.
 
-    rescale: scales and zeros in a record of either row block; totals_stride: from one row block to the next.
+    rescale, next_rescale: scales and zeros in a record of either row block; stride: from one's totals to the next's.
     """
+    factors = [scale_and_zero(builder, kind, address) for address in (rescale, next_rescale)]
+    before, loop = builder.block, builder.append_basic_block("slot")
+    done = builder.append_basic_block("scaled")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    slot = builder.phi(I64)
+    slot.add_incoming(I64(0), before)
+    source = builder.add(sums, builder.mul(slot, I64(VECTOR_BYTES)))
+    token_scale = builder.add(scales, builder.mul(slot, I64(8)))
+    total = builder.add(totals, builder.mul(slot, I64(VECTOR_BYTES)))
+    for row_block, (scale, zero) in enumerate(factors):
+        product = load(builder, VI32, source, row_block * 2 * TILE_BYTES)
+        add_scaled(builder, product, scale, zero, token_scale, 0, total, 0)
+        total = builder.add(total, stride)
+    following = builder.add(slot, I64(1))
+    slot.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, slots), loop, done)
+    builder.position_at_end(done)
+
+
+def _scale_expert_rows(bits: int):
+    """scale_rows(rescale, next_rescale, scales, slots, sums, totals, totals_stride) of experts with such records."""
 
     @intrinsic
     def scale_rows(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
         def emit(context, builder, signature, args):
-            rescale, next_rescale, scales, slots, sums, totals, totals_stride = args
-            factors = [scale_and_zero(builder, expert_record(bits), address) for address in (rescale, next_rescale)]
-            before, loop = builder.block, builder.append_basic_block("slot")
-            done = builder.append_basic_block("scaled")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            slot = builder.phi(I64)
-            slot.add_incoming(I64(0), before)
-            source = builder.add(sums, builder.mul(slot, I64(VECTOR_BYTES)))
-            token_scale = builder.add(scales, builder.mul(slot, I64(8)))
-            total = builder.add(totals, builder.mul(slot, I64(VECTOR_BYTES)))
-            for row_block, (scale, zero) in enumerate(factors):
-                product = load(builder, VI32, source, row_block * 2 * TILE_BYTES)
-                add_scaled(builder, product, scale, zero, token_scale, 0, total, 0)
-                total = builder.add(total, totals_stride)
-            following = builder.add(slot, I64(1))
-            slot.add_incoming(following, loop)
-            builder.cbranch(builder.icmp_signed("<", following, slots), loop, done)
-            builder.position_at_end(done)
+            _emit_scale_rows(builder, expert_record(bits), *args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), emit
@@ -201,56 +235,106 @@ def _scale_rows(bits: int):
     return scale_rows
 
 
-scale_rows_1bit, scale_rows_with_zeros = _scale_rows(1), _scale_rows(2)
+scale_rows_1bit, scale_rows_with_zeros = _scale_expert_rows(1), _scale_expert_rows(2)
+
+
+@intrinsic(prefer_literal=True)
+def scale_linear_rows(
+    typing_context, bits, group_size, rescale, next_rescale, scales, slots, sums, totals, totals_stride
+):
+    kind = linear_record(bits.literal_value, group_size.literal_value)
+
+    def emit(context, builder, signature, args):
+        _emit_scale_rows(builder, kind, *args[2:])
+        return context.get_dummy_value()
+
+    return types.void(bits, group_size, *[types.int64] * 7), emit
+
+
+# What the loop over groups needs to know of its records: of an expert, with its width known at run time, and of a
+# linear, with constants.
+@njit
+def _expert_bytes(bits, group_size):
+    return record_bytes_compiled(bits)
 
 
 @njit
-def _scale_step(bits, record, record_stride, scales, slots, sums, totals, totals_stride):
-    rescale = record + code_bytes_compiled(bits)
+def _unpack_expert(bits, group_size, record, next_record, out):
+    unpack_pair(bits, record, next_record, out)
+
+
+@njit
+def _scale_expert(bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+    rescale, next_rescale = record + code_bytes_compiled(bits), next_record + code_bytes_compiled(bits)
     if bits == 1:
-        scale_rows_1bit(rescale, rescale + record_stride, scales, slots, sums, totals, totals_stride)
+        scale_rows_1bit(rescale, next_rescale, scales, slots, sums, totals, totals_stride)
     else:
-        scale_rows_with_zeros(rescale, rescale + record_stride, scales, slots, sums, totals, totals_stride)
+        scale_rows_with_zeros(rescale, next_rescale, scales, slots, sums, totals, totals_stride)
 
 
 @njit
-def _multiply_pair(bits, record, record_stride, group_count, codes, scales, count, totals, scratch):
-    """Two row blocks, of which record is in the first and record + record_stride in the second."""
-    size = record_bytes_compiled(bits)
-    totals_stride = count * VECTOR_BYTES
-    waiting_slots = waiting_first = waiting_group = step = 0
-    unpack_pair(bits, record, record + record_stride, scratch)
-    for group in range(group_count):
-        weights = scratch + group % 2 * PAIR_BYTES
-        if group + 1 < group_count:
-            following = record + (group + 1) * size
-            unpack_pair(bits, following, following + record_stride, scratch + (group + 1) % 2 * PAIR_BYTES)
-        for first in range(0, count, STEP_SLOTS):
-            slots = min(STEP_SLOTS, count - first)
-            activations = codes + group * GROUP_SIZE * count + first * 64
-            sums = scratch + SUMS_START + step % 2 * SUMS_BYTES
-            other_sums = scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES
-            if slots > TILE_ROWS:
-                multiply_two(weights, activations, count * 64)
-            else:
-                multiply_one(weights, activations, count * 64)
-            if waiting_slots:
-                _scale_step(
-                    bits, record + waiting_group * size, record_stride,
-                    scales + (waiting_group * count + waiting_first) * 8, waiting_slots, other_sums,
-                    totals + waiting_first * VECTOR_BYTES, totals_stride,
-                )  # fmt: skip
-            if slots > TILE_ROWS:
-                store_two(sums)
-            else:
-                store_one(sums)
-            waiting_slots, waiting_first, waiting_group = slots, first, group
-            step += 1
-    _scale_step(
-        bits, record + waiting_group * size, record_stride,
-        scales + (waiting_group * count + waiting_first) * 8, waiting_slots,
-        scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES, totals + waiting_first * VECTOR_BYTES, totals_stride,
+def _unpack_linear(bits, group_size, record, next_record, out):
+    unpack_linear_pair(literally(bits), literally(group_size), record, next_record, out)
+
+
+@njit
+def _scale_linear(bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+    start = code_bytes_compiled(bits, group_size)
+    scale_linear_rows(
+        literally(bits), literally(group_size), record + start, next_record + start,
+        scales, slots, sums, totals, totals_stride,
     )  # fmt: skip
+
+
+def _pair_multiplier(record_bytes, unpack, scale):
+    """multiply_pair: two row blocks, of which record is in the first and record + record_stride in the second."""
+
+    @njit
+    def multiply_pair(bits, group_size, record, record_stride, group_count, codes, scales, count, totals, scratch):
+        size = record_bytes(bits, group_size)
+        totals_stride = count * VECTOR_BYTES
+        waiting_slots = waiting_first = waiting_group = step = 0
+        unpack(bits, group_size, record, record + record_stride, scratch)
+        for group in range(group_count):
+            weights = scratch + group % 2 * PAIR_BYTES
+            if group + 1 < group_count:
+                following = record + (group + 1) * size
+                other_weights = scratch + (group + 1) % 2 * PAIR_BYTES
+                unpack(bits, group_size, following, following + record_stride, other_weights)
+            for first in range(0, count, STEP_SLOTS):
+                slots = min(STEP_SLOTS, count - first)
+                activations = codes + group * group_size * count + first * 64
+                sums = scratch + SUMS_START + step % 2 * SUMS_BYTES
+                other_sums = scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES
+                if slots > TILE_ROWS:
+                    multiply_two(literally(group_size), weights, activations, count * 64)
+                else:
+                    multiply_one(literally(group_size), weights, activations, count * 64)
+                if waiting_slots:
+                    waiting = record + waiting_group * size
+                    scale(
+                        bits, group_size, waiting, waiting + record_stride,
+                        scales + (waiting_group * count + waiting_first) * 8, waiting_slots, other_sums,
+                        totals + waiting_first * VECTOR_BYTES, totals_stride,
+                    )  # fmt: skip
+                if slots > TILE_ROWS:
+                    store_two(sums)
+                else:
+                    store_one(sums)
+                waiting_slots, waiting_first, waiting_group = slots, first, group
+                step += 1
+        waiting = record + waiting_group * size
+        scale(
+            bits, group_size, waiting, waiting + record_stride,
+            scales + (waiting_group * count + waiting_first) * 8, waiting_slots,
+            scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES, totals + waiting_first * VECTOR_BYTES, totals_stride,
+        )  # fmt: skip
+
+    return multiply_pair
+
+
+_multiply_expert_pair = _pair_multiplier(_expert_bytes, _unpack_expert, _scale_expert)
+_multiply_linear_pair = _pair_multiplier(linear_record_bytes_compiled, _unpack_linear, _scale_linear)
 
 
 @njit
@@ -268,8 +352,38 @@ def multiply_rows_amx(bits, records, row_blocks, groups, first_group, group_coun
     configure_tiles()
     for block in range(0, row_blocks, 2):
         record = records + block * block_stride + first_group * record_bytes_compiled(bits)
-        _multiply_pair(
-            bits, record, block_stride, group_count, codes, scales, count,
+        _multiply_expert_pair(
+            bits, GROUP_SIZE, record, block_stride, group_count, codes, scales, count,
+            totals + block * count * VECTOR_BYTES, scratch,
+        )  # fmt: skip
+    release_tiles()
+
+
+@njit
+def multiply_linear_rows_amx(
+    bits, group_size, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+):
+    """As products.multiply_linear_rows_vnni, which it leaves few tokens to, and the last of an odd number of blocks.
+
+    bits and group_size are constants of the caller, and groups are whole tiles: 64 or 128 inputs.
+    """
+    block_stride = groups * linear_record_bytes_compiled(bits, group_size)
+    paired = row_blocks // 2 * 2 if count >= MIN_TOKENS else 0
+    if paired < row_blocks:
+        multiply_linear_rows_vnni(
+            bits, group_size, records + paired * block_stride, row_blocks - paired, groups, first_group, group_count,
+            codes, scales, first, count, totals + paired * count * VECTOR_BYTES,
+        )  # fmt: skip
+    if paired == 0:
+        return
+    codes += first * groups * group_size + first_group * group_size * count
+    scales += (first * groups + first_group * count) * 8
+    scratch = scratch_memory()
+    configure_tiles()
+    for block in range(0, paired, 2):
+        record = records + block * block_stride + first_group * linear_record_bytes_compiled(bits, group_size)
+        _multiply_linear_pair(
+            bits, group_size, record, block_stride, group_count, codes, scales, count,
             totals + block * count * VECTOR_BYTES, scratch,
         )  # fmt: skip
     release_tiles()

@@ -10,7 +10,8 @@ from functools import cache
 
 from numba import cfunc, njit, prange
 
-from vllm_mcmoe.kernels.cpu import avx2, linear_phases, products
+from vllm_mcmoe.kernels.cpu import amx, avx2, linear_phases, products
+from vllm_mcmoe.kernels.cpu.chunks import TILE
 from vllm_mcmoe.kernels.cpu.compiled import LAYER, ROWS, Compiled, source_digest
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
 from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
@@ -77,6 +78,22 @@ def _products_vnni(source: str, width: int, group_size: int):
     return multiply_linear_rows_vnni
 
 
+def _products_amx(source: str, width: int, group_size: int):
+    if group_size % TILE:
+        return _products_vnni(source, width, group_size)  # half of every tile would be empty
+
+    @cfunc(ROWS, cache=True)
+    def multiply_linear_rows_amx(
+        bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        source  # noqa: B018
+        amx.multiply_linear_rows_amx(
+            width, group_size, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        )
+
+    return multiply_linear_rows_amx
+
+
 def _products_avx_vnni(source: str, width: int, group_size: int):
     @cfunc(ROWS, cache=True)
     def multiply_linear_rows_avx_vnni(
@@ -116,9 +133,8 @@ def _products_portable(source: str, width: int, group_size: int):
     return multiply_linear_rows_portable
 
 
-# AMX's tiles are for groups of 128 and for experts, which get many tokens; its machines have VNNI, too.
 _PRODUCTS: dict[str, Callable] = {
-    "amx": _products_vnni,
+    "amx": _products_amx,
     "avx512_vnni": _products_vnni,
     "avx_vnni": _products_avx_vnni,
     "avx2": _products_avx2,

@@ -8,13 +8,14 @@ from functools import cache
 import llvmlite.binding as llvm
 
 ISA_VARIABLE = "VLLM_MCMOE_CPU_ISA"
+PORTABLE = "portable"
 # Features of LLVM's names; each is one sufficient set.
 _NEEDS = {
     "amx": [("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8")],
     "avx512_vnni": [("avx512f", "avx512bw", "avx512vl", "avx512vnni")],
     "avx_vnni": [("avx2", "fma", "f16c", "avxvnni"), ("avx2", "fma", "f16c", "avx512vl", "avx512vnni")],
     "avx2": [("avx2", "fma", "f16c")],
-    "portable": [()],
+    PORTABLE: [()],
 }
 
 

@@ -34,7 +34,8 @@ def _run(x, records, factor, bias, bits, group_size, compiled, out) -> None:
     if not tokens:
         return
     threads, chunk = torch.get_num_threads(), min(CHUNK, tokens)
-    task_blocks = max(1, min(row_blocks // (threads * TASKS_PER_THREAD), TASK_SUMS_BYTES // (4 * ROWS * chunk)))
+    task_blocks = min(row_blocks // (threads * TASKS_PER_THREAD), TASK_SUMS_BYTES // (4 * ROWS * chunk))
+    task_blocks = max(2, task_blocks // 2 * 2)  # AMX takes blocks by pairs
     scratch_bytes = 4 * ROWS * task_blocks * chunk
     codes = COUNTER_BYTES
     scales = codes + _round_up(tokens * inputs)

@@ -78,13 +78,6 @@ def with_int8_linears(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
     return model
 
 
-def vllm_has_4bit_linears() -> bool:
-    """Whether vLLM's build for this CPU serves linears of 4 bits in bfloat16, with 16-bit activations."""
-    from vllm import _custom_ops  # noqa: F401 -- loads the operators
-
-    return hasattr(torch.ops._C, "cpu_gemm_wna16")
-
-
 def with_int8_activations(model: PreTrainedModel, pruning: Sequence[LayerPruning] = ()) -> PreTrainedModel:
     """Let the experts of a dequantised transformers model round their inputs, and drop pairs, as the kernels do."""
     moe_layers = [m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), torch.nn.Parameter)]

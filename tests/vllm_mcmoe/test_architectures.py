@@ -55,7 +55,7 @@ PACKED = {
     "mixtral-odd 4-bit": Packed(ODD),
     "qwen2 4-bit, portable": Packed("qwen2", environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
     "mixtral-odd 8-bit, portable": Packed(ODD, bits=8, environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
-    "mixtral-odd 4-bit, bfloat16": Packed(ODD, dtype="bfloat16", environment={"VLLM_MCMOE_LINEARS": "mcmoe"}),
+    "mixtral-odd 4-bit, bfloat16": Packed(ODD, dtype="bfloat16"),
 }
 # By vLLM's operator, or in its place one in plain torch where vLLM's build for this CPU has none.
 DELEGATED = {

@@ -17,7 +17,6 @@ from tests.vllm_mcmoe.serving import (
     bfloat16_range,
     expected_logprobs,
     pruning_rules,
-    vllm_has_4bit_linears,
     with_int8_activations,
     with_int8_linears,
 )
@@ -81,7 +80,7 @@ def test_logprobs_are_those_of_the_dequantised_model(client, pruned_checkpoint):
     def model(target: float) -> PreTrainedModel:
         rules = pruning_rules(pruned_checkpoint, target)
         model = with_int8_activations(load_dequantized(pruned_checkpoint), rules)
-        return model if vllm_has_4bit_linears() else with_int8_linears(model, pruned_checkpoint)
+        return with_int8_linears(model, pruned_checkpoint)
 
     def beyond_rounding(target: float) -> torch.Tensor:
         lowest, highest = (bound[-generated:] for bound in bfloat16_range(model(target), tokens))

@@ -8,12 +8,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.scalar_type import scalar_types
 
 from tests.kernels.linear_cases import random_inputs, random_linear
-from tests.vllm_mcmoe.serving import vllm_has_4bit_linears
+from tests.vllm_mcmoe.wna16_operator import provide_where_missing
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.graph_cache import add_to_cache_key
+from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, PORTABLE
 from vllm_mcmoe.kernels.reference.linear import symmetric_linear
 from vllm_mcmoe.linear_choice import AUTO, LINEARS_VARIABLE, MCMOE, VLLM, linears_request
-from vllm_mcmoe.linear_scheme import CpuWNA16, choose_server
+from vllm_mcmoe.linear_scheme import CpuWNA16, choose_server, why_not_vllm
 
 NAME = "model.layers.3.self_attn.qkv_proj"
 
@@ -26,22 +27,40 @@ def vllm_config():
 
 
 def linear_config(
-    *, bits: int = 4, dtype: torch.dtype = torch.bfloat16, inputs: int = 256, outputs: int = 96, ranks: int = 1
+    *,
+    bits: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    inputs: int = 256,
+    outputs: int = 96,
+    group_size: int = 128,
+    ranks: int = 1,
 ) -> MPLinearLayerConfig:
-    """Of a row-parallel linear in groups of 128."""
+    """Of a row-parallel linear."""
     return MPLinearLayerConfig(
         full_weight_shape=(inputs, outputs),
         partition_weight_shape=(inputs // ranks, outputs),
         weight_type={4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits],
         act_type=dtype,
-        group_size=128,
+        group_size=group_size,
         zero_points=False,
     )
 
 
-def test_vllm_serves_4_bits_in_bfloat16_where_its_build_can(vllm_config):
-    expected = VLLM if vllm_has_4bit_linears() else MCMOE
-    assert choose_server(NAME, linear_config(), AUTO) == expected
+def test_ours_serve_4_bits_in_bfloat16_being_the_faster(vllm_config):
+    provide_where_missing()
+    assert why_not_vllm(linear_config()) is None
+    assert choose_server(NAME, linear_config(), AUTO) == MCMOE
+
+
+def test_vllm_serves_4_bits_on_cpus_that_ours_were_not_written_for(vllm_config, monkeypatch):
+    provide_where_missing()
+    monkeypatch.setenv(ISA_VARIABLE, PORTABLE)
+    assert choose_server(NAME, linear_config(), AUTO) == VLLM
+
+
+def test_vllm_serves_4_bits_that_ours_lack(vllm_config):
+    provide_where_missing()
+    assert choose_server(NAME, linear_config(group_size=256), AUTO) == VLLM
 
 
 @pytest.mark.parametrize(
