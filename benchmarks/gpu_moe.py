@@ -3,6 +3,7 @@
     python benchmarks/gpu_moe.py [--shapes mixtral-8x7b ...] [--tokens 1 8 ...] [--bits 2 3] [--json FILE]
     python benchmarks/gpu_moe.py --parts                    what each kernel of a layer takes, instead of comparing
     python benchmarks/gpu_moe.py --tune tiles.json          measure tiles, then serve with VLLM_MCMOE_TILES=tiles.json
+    python benchmarks/gpu_moe.py --shapes 256,8,7168,2048   experts, top-k, hidden and intermediate size of any model
 
 Routing is uniform at random, the experts' widths cycle through --bits. The second level cache is flushed before every
 run, as the other layers of a model would. "of copy" is the bytes of the experts that the routing touches, scales
@@ -39,6 +40,24 @@ COPY_BYTES = 1 << 30  # far beyond any cache
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def named_shape(text: str) -> str:
+    """The name, or the four numbers, of a shape, which SHAPES then knows."""
+    if text not in SHAPES:
+        try:
+            SHAPES[text] = Shape(*map(int, text.split(",")))
+        except (TypeError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is none of {', '.join(SHAPES)}, nor EXPERTS,TOP_K,HIDDEN,INTERMEDIATE"
+            ) from None
+    return text
+
+
+def of_one_rank(shape: Shape, tensor_parallel: int, expert_parallel: int) -> Shape:
+    """What one of several ranks computes: a slice of every expert, or some of the experts."""
+    experts, intermediate = shape.experts // expert_parallel, shape.intermediate_size // tensor_parallel
+    return replace(shape, experts=experts, intermediate_size=intermediate, all_experts=shape.experts)
+
+
 @dataclass(frozen=True)
 class Measurement:
     shape: str
@@ -68,10 +87,10 @@ def random_matrices(bits: Sequence[int], out_features: int, in_features: int) ->
         yield PackedMatrix(width, codes, scales, None if width == 1 else zeros)
 
 
-def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> torch.nn.Module:
+def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> Callable[[Inputs], torch.Tensor]:
     widths = [bits[expert % len(bits)] for expert in range(shape.experts)]
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
-    return backend.TritonExperts.prepare(
+    layer = backend.TritonExperts.prepare(
         random_matrices(widths, 2 * intermediate, hidden),
         random_matrices(widths, hidden, intermediate),
         hidden_size=hidden,
@@ -80,20 +99,31 @@ def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> torch.
         down_bits=widths,
         activations=activations,
     )
+    local = expert_map(shape)
+    return lambda inputs: layer(*inputs, local)
 
 
 def random_inputs(shape: Shape, tokens: int) -> Inputs:
     generator = torch.Generator(device="cuda").manual_seed(tokens)
     x = torch.randn(tokens, shape.hidden_size, device="cuda", generator=generator).bfloat16()
-    scores = torch.softmax(torch.randn(tokens, shape.experts, device="cuda", generator=generator), dim=-1)
+    everywhere = shape.all_experts or shape.experts
+    scores = torch.softmax(torch.randn(tokens, everywhere, device="cuda", generator=generator), dim=-1)
     topk_weights, topk_ids = scores.topk(shape.top_k)
     return x, topk_weights, topk_ids.int()
+
+
+def expert_map(shape: Shape) -> torch.Tensor | None:
+    """Of the first rank, where ranks share the experts."""
+    if shape.all_experts <= shape.experts:
+        return None
+    ids = torch.arange(shape.all_experts, dtype=torch.int32, device="cuda")
+    return torch.where(ids < shape.experts, ids, -1)
 
 
 def expert_bytes(shape: Shape, bits_per_weight: float, topk_ids: torch.Tensor) -> float:
     """Weight bytes of the experts that a routing touches."""
     weights = 3 * shape.hidden_size * shape.intermediate_size
-    return topk_ids.unique().numel() * weights * bits_per_weight / 8
+    return topk_ids[topk_ids < shape.experts].unique().numel() * weights * bits_per_weight / 8
 
 
 def stored_bits(bits: Sequence[int]) -> float:
@@ -185,12 +215,10 @@ def contenders(shape: Shape, bits: Sequence[int]) -> Iterator[tuple[str, float, 
     """(name, stored bits per weight, layer); one at a time, so that one set of weights is on the device."""
     for activations in ("int8", "float"):
         layer = prepare_layer(shape, bits, activations)
-        yield (
-            f"{'+'.join(map(str, bits))} bit, {activations}",
-            stored_bits(bits),
-            lambda inputs, run=layer: run(*inputs),
-        )
+        yield f"{'+'.join(map(str, bits))} bit, {activations}", stored_bits(bits), layer
         del layer
+    if shape.all_experts > shape.experts:
+        return  # the others take local experts' tokens alone
     yield "torch bf16", 16.0, torch_bf16(shape)
     if importlib.util.find_spec("vllm"):
         yield "vLLM bf16", 16.0, vllm_bf16(shape)
@@ -225,7 +253,7 @@ def print_parts(console: Console, name: str, tokens: Sequence[int], bits: Sequen
     rows = {}
     for count in tokens:
         inputs = random_inputs(SHAPES[name], count)
-        rows[count] = kernel_times(lambda inputs=inputs: layer(*inputs))
+        rows[count] = kernel_times(lambda inputs=inputs: layer(inputs))
     kernels = list(dict.fromkeys(kernel for times in rows.values() for kernel in times))
     table = Table(title=f"{name}: microseconds by kernel")
     for heading in ("tokens", *kernels, "together"):
@@ -248,13 +276,13 @@ def splits(tiles: Tiles) -> Iterator[Tiles]:
         yield replace(tiles, gate_up_split_k=gate_up, down_split_k=down)
 
 
-def fastest(layer: torch.nn.Module, inputs: Inputs, tried: Iterator[Tiles]) -> Tiles:
+def fastest(layer: Callable[[Inputs], torch.Tensor], inputs: Inputs, tried: Iterator[Tiles]) -> Tiles:
     """Of the tiles that fit the device's shared memory."""
     times = {}
     for tiles in tried:
         with mock.patch.object(backend, "choose_tiles", lambda *_, tiles=tiles: tiles):
             try:
-                times[tiles] = microseconds(lambda: layer(*inputs))
+                times[tiles] = microseconds(lambda: layer(inputs))
             except backend.triton.runtime.errors.OutOfResources:
                 continue
     return min(times, key=times.__getitem__)
@@ -280,7 +308,9 @@ def tune(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", type=named_shape, default=list(SHAPES), help=", ".join(SHAPES))
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="measure one rank's slice of the experts")
+    parser.add_argument("--expert-parallel-size", type=int, default=1, help="measure one rank's experts")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--bits", nargs="+", type=int, default=(2, 3), help="widths the experts cycle through")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
@@ -290,6 +320,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_moe.py needs a CUDA or ROCm device")
+    for name in arguments.shapes:
+        SHAPES[name] = of_one_rank(SHAPES[name], arguments.tensor_parallel_size, arguments.expert_parallel_size)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.tune:
         tune(console, arguments.shapes, arguments.tokens, arguments.bits, arguments.activations, arguments.tune)

@@ -1,7 +1,10 @@
 """The Triton backend: all experts of a layer as one module, computed by one torch custom op."""
 
 import os
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Literal, Self
 
 import torch
@@ -9,189 +12,34 @@ import triton
 
 from vllm_mcmoe.kernels.packing import PackedMatrix
 from vllm_mcmoe.kernels.triton.activation import ACTIVATIONS
-from vllm_mcmoe.kernels.triton.fields import TILE_FEATURES
-from vllm_mcmoe.kernels.triton.gemm import grouped_gemm_kernel
+from vllm_mcmoe.kernels.triton.launches import Routing, are_few, compile_kernel, run_kernel, run_layer
 from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_experts
-from vllm_mcmoe.kernels.triton.quantize import GROUPS_PER_PROGRAM, activate_kernel, quantize_kernel
-from vllm_mcmoe.kernels.triton.routing import CHUNK, SMALLEST_HISTOGRAM, align_kernel, block_capacity, combine_kernel
-from vllm_mcmoe.kernels.triton.tiles import Shape, Tiles, choose_tiles, describe_device
+from vllm_mcmoe.kernels.triton.tiles import Device, Shape, Tiles, choose_tiles, describe_device
 
 MIN_CUDA_CAPABILITY = (8, 0)  # mma.m16n8k32 on int8 and cp.async
 ROCM_ARCHITECTURES = ("gfx942", "gfx950")  # compiled ahead of time in the tests
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOKENS_PER_CHUNK = 4096  # bounds the float32 workspace to 4096 * top_k * hidden: 256 MiB at top-8 and 2048
-COMBINE_BLOCK = 1024
 ACTIVATIONS_VARIABLE = "VLLM_MCMOE_ACTIVATIONS"
 
 
-class Activations:
-    """Rows as matrix operands: int8 or float16 [rows, features], scale and sum float32 [rows, features/128]."""
-
-    def __init__(self, rows: int, features: int, dtype: torch.dtype, device: torch.device):
-        self.values = torch.empty(rows, features, dtype=dtype, device=device)
-        self.scales = torch.empty(rows, features // 128, dtype=torch.float32, device=device)
-        self.sums = torch.empty_like(self.scales)
-
-    @property
-    def is_float(self) -> bool:
-        return self.values.dtype == torch.float16
+# defined without torch.library.custom_op, whose wrappers take longer than the launches
+_LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
+_LIBRARY.define(
+    "triton_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] gate_up, "
+    "Tensor[] down, int widths, int intermediate_size, str activation, bool float_activations) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
 
 
-class Routing:
-    """Which expert computes which slots: the arguments that every kernel about slots shares."""
-
-    def __init__(self, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, block_tokens: int):
-        self.ids, self.slots = topk_ids, topk_ids.numel()
-        self.map = topk_ids if expert_map is None else expert_map  # a pointer that is never read without a map
-        self.constants = {"EXPERTS": experts, "MAPPED": expert_map is not None}
-        self.block_tokens = block_tokens
-        self.blocks = block_capacity(self.slots, experts, block_tokens)
-        self.sorted_slots = topk_ids.new_empty(self.blocks * block_tokens, dtype=torch.int32)
-        self.block_expert = topk_ids.new_empty(self.blocks, dtype=torch.int32)
-
-    def align(self) -> None:
-        experts = self.constants["EXPERTS"]
-        align_kernel[(experts + 1,)](
-            self.ids,
-            self.map,
-            self.sorted_slots,
-            self.block_expert,
-            self.slots,
-            self.blocks,
-            BINS=max(SMALLEST_HISTOGRAM, triton.next_power_of_2(experts)),
-            BLOCK_TOKENS=self.block_tokens,
-            CHUNK=CHUNK,
-            **self.constants,
-        )
-
-
-def _quantize(x: torch.Tensor, dtype: torch.dtype) -> Activations:
-    tokens, features = x.shape
-    quantized = Activations(tokens, features, dtype, x.device)
-    grid = (tokens, triton.cdiv(features // 128, GROUPS_PER_PROGRAM))
-    quantize_kernel[grid](
-        x,
-        quantized.values,
-        quantized.scales,
-        quantized.sums,
-        features,
-        x.stride(0),
-        GROUPS=GROUPS_PER_PROGRAM,
-        FLOAT=quantized.is_float,
-    )
-    return quantized
-
-
-def _grouped_gemm(
-    x: Activations,
-    weights: ExpertStack,
-    routing: Routing,
-    out: torch.Tensor | Activations,
-    tiles: Tiles,
-    split_k: int,
-    activation: str | None,
-) -> None:
-    """Into `out`: float32 [split_k, slots, out_features], or quantised activations where `activation` is given."""
-    fused = isinstance(out, Activations)
-    grid = (triton.cdiv(weights.out_features, TILE_FEATURES), routing.blocks, split_k)
-    grouped_gemm_kernel[grid](
-        x.values,
-        x.scales,
-        x.sums,
-        weights.codes,
-        weights.scales,
-        weights.offsets,
-        weights.bits,
-        routing.sorted_slots,
-        routing.block_expert,
-        out.values if fused else out,
-        out.scales if fused else out,
-        out.sums if fused else out,
-        routing.slots,
-        weights.out_features,
-        weights.in_features,
-        SLOTS_PER_ROW=routing.slots // x.values.shape[0],
-        WIDTHS=weights.widths,
-        BLOCK_TOKENS=tiles.block_tokens,
-        SPLIT_K=split_k,
-        STAGES=tiles.num_stages,
-        ACTIVATION=activation,
-        INLINE_ASM=_has_ptx(x.values.device),
-        FLOAT=x.is_float,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=True,  # Triton 3.10 turns it off by default; without it every scaling takes a third more
-        **describe_device(x.values.device).compiler_options,
-    )
-
-
-def _has_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def _gate_up(x: Activations, weights: ExpertStack, routing: Routing, tiles: Tiles, activation: str) -> Activations:
-    """[slots, intermediate], activated and quantised by the GEMM itself, or after it where the groups were split."""
-    device, split_k = x.values.device, tiles.gate_up_split_k
-    activated = Activations(routing.slots, weights.out_features // 2, x.values.dtype, device)
-    if split_k == 1:
-        _grouped_gemm(x, weights, routing, activated, tiles, 1, activation)
-        return activated
-    partial = torch.empty(split_k, routing.slots, weights.out_features, dtype=torch.float32, device=device)
-    _grouped_gemm(x, weights, routing, partial, tiles, split_k, None)
-    activate_kernel[(routing.slots, weights.out_features // 256)](
-        partial,
-        routing.ids,
-        routing.map,
-        activated.values,
-        activated.scales,
-        activated.sums,
-        routing.slots,
-        weights.out_features,
-        SPLIT_K=split_k,
-        ACTIVATION=activation,
-        FLOAT=x.is_float,
-        **routing.constants,
-    )
-    return activated
-
-
-def _down(
-    x: Activations,
-    weights: ExpertStack,
-    routing: Routing,
-    tiles: Tiles,
-    topk_weights: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Into out [tokens, hidden]: the routed sum over each token's experts."""
-    split_k = tiles.down_split_k
-    partial = torch.empty(split_k, routing.slots, weights.out_features, dtype=torch.float32, device=out.device)
-    _grouped_gemm(x, weights, routing, partial, tiles, split_k, None)
-    combine_kernel[(out.shape[0], triton.cdiv(weights.out_features, COMBINE_BLOCK))](
-        partial,
-        routing.ids,
-        topk_weights,
-        routing.map,
-        out,
-        routing.slots,
-        weights.out_features,
-        TOP_K=topk_weights.shape[1],
-        SPLIT_K=split_k,
-        BLOCK=COMBINE_BLOCK,
-        **routing.constants,
-    )
-
-
-@torch.library.custom_op("mcmoe::triton_experts", mutates_args=())
-def triton_experts(
+def _triton_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
-    gate_up_widths: int,
-    down_widths: int,
+    widths: int,
     intermediate_size: int,
     activation: str,
     float_activations: bool,
@@ -199,28 +47,74 @@ def triton_experts(
     """out[t] = sum_j topk_weights[t, j] * down_e(activation(gate_e(x[t])) * up_e(x[t])),  e = topk_ids[t, j].
 
     x float [tokens, hidden], topk_weights float and topk_ids int [tokens, top_k], expert_map int32 [global experts];
-    gate_up, down: the tensors of an ExpertStack. Shapes alone decide grids and allocations, so it can be captured.
+    gate_up, down: the tensors of an ExpertStack; widths: bit b set where the kernels must know b bits. Shapes alone
+    decide grids and allocations, so it can be captured.
     """
     hidden_size = x.shape[1]
-    gate_up_stack = ExpertStack(*gate_up, 2 * intermediate_size, hidden_size, gated=True, widths=gate_up_widths)
-    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=down_widths)
-    shape = Shape(gate_up_stack.experts, topk_ids.shape[1], hidden_size, intermediate_size, float_activations)
+    gate_up_stack = ExpertStack(*gate_up, 2 * intermediate_size, hidden_size, gated=True, widths=widths)
+    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=widths)
+    device, experts = describe_device(x.device), gate_up_stack.experts
+    all_experts = experts if expert_map is None else expert_map.numel()
+    shape = Shape(experts, topk_ids.shape[1], hidden_size, intermediate_size, float_activations, all_experts)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for begin in range(0, x.shape[0], TOKENS_PER_CHUNK):
         chunk = slice(begin, begin + TOKENS_PER_CHUNK)
         rows, ids, routing_weights = x[chunk], topk_ids[chunk].contiguous(), topk_weights[chunk].contiguous()
-        tiles = choose_tiles(describe_device(x.device), shape, rows.shape[0])
-        routing = Routing(ids, expert_map, shape.experts, tiles.block_tokens)
-        routing.align()
-        quantized = _quantize(rows, torch.float16 if float_activations else torch.int8)
-        activated = _gate_up(quantized, gate_up_stack, routing, tiles, activation)
-        _down(activated, down_stack, routing, tiles, routing_weights, out[chunk])
+        tiles = choose_tiles(device, shape, rows.shape[0])
+        routing = Routing(routing_weights, ids, expert_map, experts, tiles.block_tokens)
+        run_layer(
+            run_kernel, rows, routing, gate_up_stack, down_stack, tiles, activation, float_activations, out[chunk]
+        )
     return out
 
 
-@triton_experts.register_fake
-def _(x, topk_weights, topk_ids, expert_map, gate_up, down, *_) -> torch.Tensor:
+for _device in ("CPU", "CUDA"):  # CPU: interpreted
+    _LIBRARY.impl("triton_experts", _triton_experts, _device)
+
+
+@torch.library.register_fake("vllm_mcmoe::triton_experts", lib=_LIBRARY)
+def _fake(x, topk_weights, topk_ids, expert_map, gate_up, down, *_) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _tiles_of_any_prompt(device: Device, shape: Shape) -> dict[tuple, tuple[int, Tiles]]:
+    """For every kind of kernels that some number of tokens asks for: the fewest tokens that do, and their tiles."""
+    kinds: dict[tuple, tuple[int, Tiles]] = {}
+    for tokens in range(1, TOKENS_PER_CHUNK + 1):
+        tiles = choose_tiles(device, shape, tokens)
+        launched = (are_few(tokens, shape.top_k), tiles.block_tokens, tiles.num_warps, tiles.num_stages)
+        kinds.setdefault(launched, (tokens, tiles))
+    return kinds
+
+
+@lru_cache
+def compile_layer(
+    device: torch.device, shape: Shape, widths: int, activation: str, dtype: torch.dtype, is_mapped: bool
+) -> float:
+    """Compiles what layers of this shape run for any number of tokens of `dtype`, unless Triton's cache has it.
+
+    widths: as in the op. Several kernels at a time, one per CPU core. Returns the seconds it took.
+    """
+    begin = time.monotonic()
+    empty = partial(torch.empty, device=device)
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+
+    def stack(out_features: int, in_features: int, gated: bool) -> ExpertStack:
+        codes, scales = empty(0, dtype=torch.uint8), empty(0, dtype=torch.int32)
+        offsets, bits = empty(shape.experts, 2, dtype=torch.int64), empty(shape.experts, dtype=torch.int32)
+        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, widths)
+
+    gate_up, down = stack(2 * intermediate, hidden, gated=True), stack(hidden, intermediate, gated=False)
+    expert_map = empty(shape.all_experts or shape.experts, dtype=torch.int32) if is_mapped else None
+    described = describe_device(device)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for tokens, tiles in _tiles_of_any_prompt(described, shape).values():
+            x, out = empty(tokens, hidden, dtype=dtype), empty(tokens, hidden, dtype=dtype)
+            ids = empty(tokens, shape.top_k, dtype=torch.int32)
+            weights = empty(tokens, shape.top_k, dtype=torch.float32)
+            routing = Routing(weights, ids, expert_map, shape.experts, tiles.block_tokens)
+            run_layer(compile_kernel, x, routing, gate_up, down, tiles, activation, shape.float_activations, out)
+    return time.monotonic() - begin
 
 
 def check_device(device: torch.device) -> None:
@@ -250,13 +144,16 @@ class TritonExperts(torch.nn.Module):
 
     activations = ACTIVATIONS
 
-    def __init__(self, gate_up: ExpertStack, down: ExpertStack, activation: str, float_activations: bool):
+    def __init__(
+        self, gate_up: ExpertStack, down: ExpertStack, activation: str, float_activations: bool,
+        widths: Iterable[int] = (),
+    ):  # fmt: skip
         super().__init__()
         for name, stack in (("gate_up", gate_up), ("down", down)):
             for field, tensor in stack.tensors().items():
                 self.register_buffer(f"{name}_{field}", tensor, persistent=False)
-        self.gate_up_widths, self.down_widths = gate_up.widths, down.widths
-        self.intermediate_size, self.activation = down.in_features, activation
+        self.widths = gate_up.widths | down.widths | sum(1 << width for width in set(widths))
+        self.hidden_size, self.intermediate_size, self.activation = gate_up.in_features, down.in_features, activation
         self.float_activations = float_activations
 
     @classmethod
@@ -272,12 +169,14 @@ class TritonExperts(torch.nn.Module):
         activation: str = "silu",
         device: torch.device | str = "cuda",
         activations: Literal["int8", "float"] | None = None,
+        widths: Iterable[int] = (),
     ) -> Self:
         """Repack a layer's experts, one matrix at a time, on the device.
 
         gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first; down: [hidden_size, intermediate_size].
         activations: what the activations are multiplied as. "int8" is the contract of all backends; "float" rounds them
         to float16 instead. None takes VLLM_MCMOE_ACTIVATIONS, or int8 without it.
+        widths: of the model's other layers; all of one shape are then computed by the same compiled kernels.
         Raises ValueError for an unsupported device or activation, and where a matrix is not what was announced.
         """
         device = torch.device(device)
@@ -306,6 +205,7 @@ class TritonExperts(torch.nn.Module):
             ),
             activation,
             activations == "float",
+            widths,
         )
 
     def forward(
@@ -322,7 +222,18 @@ class TritonExperts(torch.nn.Module):
         """
         if x.dtype not in INPUT_DTYPES:
             raise ValueError(f"the triton kernels take activations in one of {INPUT_DTYPES}, found {x.dtype}")
-        return triton_experts(*self.arguments(x.contiguous(), topk_weights, topk_ids, expert_map))
+        return torch.ops.vllm_mcmoe.triton_experts(*self.arguments(x.contiguous(), topk_weights, topk_ids, expert_map))
+
+    def compile(self, top_k: int, dtype: torch.dtype, expert_map: torch.Tensor | None = None) -> float:
+        """Compiles every kernel that `forward` can ask for, where it is not yet; returns the seconds it took.
+
+        dtype: of x. topk_weights are float32 and topk_ids int32. Layers of the same shape share their kernels.
+        """
+        hidden_size, experts = self.hidden_size, self.gate_up_bits.numel()
+        all_experts = experts if expert_map is None else expert_map.numel()
+        shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)
+        device = self.gate_up_bits.device
+        return compile_layer(device, shape, self.widths, self.activation, dtype, expert_map is not None)
 
     def arguments(
         self,
@@ -339,8 +250,7 @@ class TritonExperts(torch.nn.Module):
             expert_map,
             [self.gate_up_codes, self.gate_up_scales, self.gate_up_offsets, self.gate_up_bits],
             [self.down_codes, self.down_scales, self.down_offsets, self.down_bits],
-            self.gate_up_widths,
-            self.down_widths,
+            self.widths,
             self.intermediate_size,
             self.activation,
             self.float_activations,

@@ -138,7 +138,7 @@ class ExpertStack:
     offsets  int64 [experts, 2]   where an expert begins: byte of codes, word of scales
     bits     int32 [experts]      width of each expert
     gated    rows are gate and up, interleaved by interleave_gate_up
-    widths   bit b is set where some expert has b bits; known without asking the device
+    widths   bit b is set where some expert has b bits, of this layer or another that shares its kernels
     """
 
     codes: torch.Tensor
@@ -153,6 +153,11 @@ class ExpertStack:
     @property
     def experts(self) -> int:
         return self.bits.shape[0]
+
+    @property
+    def tiles(self) -> int:
+        """Of 256 output features each, the last one padded."""
+        return padded_features(self.out_features) // TILE_FEATURES
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "bits": self.bits}

@@ -15,9 +15,6 @@ codes have as float16 (see gemm.py).
 import triton
 import triton.language as tl
 
-from vllm_mcmoe.kernels.triton.activation import gated_activation
-from vllm_mcmoe.kernels.triton.routing import local_expert
-
 GROUPS_PER_PROGRAM = 8  # 1024 elements: 8 per thread of a 4-warp program, one 16-byte bf16 load each
 
 
@@ -56,17 +53,14 @@ def stored_position(element, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(x_ptr, out_ptr, scale_ptr, sum_ptr, K, stride_x, GROUPS: tl.constexpr, FLOAT: tl.constexpr):
-    """x [tokens, K] of any float type -> out int8 or float16 [tokens, K], scale and sum float32 [tokens, K/128].
-
-    Grid: (tokens, ceil(K / (128 * GROUPS))).
+def quantize_rows(token, group, x_ptr, out_ptr, scale_ptr, sum_ptr, K, FLOAT: tl.constexpr):
+    """Some groups of one row of x [tokens, K], any float type -> out int8 or float16 [tokens, K], scale and sum float32
+    [tokens, K/128]. token int64, group int32 [groups]; those beyond the row are left out.
     """
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     element = tl.arange(0, 128)
     groups = K // 128
     inside = group < groups
-    x_at = x_ptr + token * stride_x + group[:, None] * 128 + element[None, :]
+    x_at = x_ptr + token * K + group[:, None] * 128 + element[None, :]
     x = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), axis=1), FLOAT)
     values = stored_value(x, scale[:, None], FLOAT)
@@ -74,31 +68,3 @@ def quantize_kernel(x_ptr, out_ptr, scale_ptr, sum_ptr, K, stride_x, GROUPS: tl.
     tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(scale_ptr + token * groups + group, scale, mask=inside)
     tl.store(sum_ptr + token * groups + group, stored_sum(tl.sum(values, axis=1), FLOAT), mask=inside)
-
-
-@triton.jit(do_not_specialize=["slots"])  # a prompt of another length must not compile a kernel
-def activate_kernel(
-    partial_ptr, ids_ptr, map_ptr, out_ptr, scale_ptr, sum_ptr, slots, N,
-    SPLIT_K: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT: tl.constexpr, EXPERTS: tl.constexpr, MAPPED: tl.constexpr,
-):  # fmt: skip
-    """What the fused epilogue does, after split-K: add the parts, activate, quantise.
-
-    Grid: (slots, N/256). partial float32 [SPLIT_K, slots, N], in tiles of 128 gate and 128 up features
-    -> out int8 or float16 [slots, N/2], scale and sum float32 [slots, N/256]. Slots without an expert are left alone.
-    """
-    slot, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if local_expert(tl.load(ids_ptr + slot), map_ptr, slot < slots, EXPERTS, MAPPED) >= 0:
-        feature = tl.arange(0, 128)
-        gate = tl.zeros((128,), tl.float32)
-        up = tl.zeros((128,), tl.float32)
-        for part in range(SPLIT_K):
-            at = partial_ptr + (part * slots + slot) * N + group * 256 + feature
-            gate += tl.load(at)
-            up += tl.load(at + 128)
-        activated = gated_activation(gate, up, ACTIVATION)
-        scale = scale_of(tl.max(tl.abs(activated)), FLOAT)
-        values = stored_value(activated, scale, FLOAT)
-        out_at = out_ptr + slot * (N // 2) + group * 128 + stored_position(feature, FLOAT)
-        tl.store(out_at, values.to(out_ptr.dtype.element_ty))
-        tl.store(scale_ptr + slot * (N // 256) + group, scale)
-        tl.store(sum_ptr + slot * (N // 256) + group, stored_sum(tl.sum(values), FLOAT))

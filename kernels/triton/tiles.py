@@ -1,7 +1,8 @@
 """Launch parameters by device architecture, layer shape and number of tokens.
 
-A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry; the defaults here follow
-from registers, spills and instruction counts of the compiled code (docs/triton_aot.md), not from measurements.
+A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry. The defaults of NVIDIA
+were the fastest on an H200 (docs/triton_kernel.md); those of AMD follow from registers, spills and instruction counts
+of the compiled code (docs/triton_aot.md), not from measurements.
 """
 
 import json
@@ -20,18 +21,27 @@ TABLE_VARIABLE = "VLLM_MCMOE_TILES"  # path of a table that was tuned on this ma
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a layer decides its tiles. intermediate_size is this rank's; float_activations: float16 operands."""
+    """What of a layer decides its tiles. experts and intermediate_size are this rank's.
+
+    float_activations: float16 operands. all_experts: of all ranks, where they share the experts; 0 for `experts`.
+    """
 
     experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
     float_activations: bool = False
+    all_experts: int = 0
 
     @property
     def key(self) -> str:
+        parallel = f"of{self.all_experts}" if self.all_experts > self.experts else ""
         operands = "-float" if self.float_activations else ""
-        return f"E{self.experts}-top{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}{operands}"
+        return f"E{self.experts}{parallel}-top{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}{operands}"
+
+    def local_slots(self, tokens: int) -> int:
+        """How many slots of so many tokens this rank's experts get on average, rounded up."""
+        return -(-tokens * self.top_k * self.experts // max(self.all_experts, self.experts))
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,19 @@ def describe_device(device: torch.device) -> Device:
     return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
-# Decode: 2 warps, because 1- and 3-bit tiles have 32 rows. 64 tokens are the most that no width spills: 128 take 128
-# float32 sums a thread, beside operands more than NVIDIA's 255 registers at 2 bits and AMD's 512 at 4 bits; with twice
-# the warps a thread has half the registers. 64 KiB of LDS hold 2 stages of 64 float16 activations, not 3.
+# 2 warps, because 1- and 3-bit tiles have 32 rows. NVIDIA: 32 and 64 tokens took 1.1 to 1.8 times as long as 16 at any
+# length of prompt (H200). AMD: 64 tokens are the most that no width spills: 128 take 128 float32 sums a thread, beside
+# operands more than 512 registers at 4 bits; 64 KiB of LDS hold 2 stages of 64 float16 activations, not 3.
 _NVIDIA_TILES = {
     8: Tiles(8, num_warps=2, num_stages=3),
     16: Tiles(16, num_warps=2, num_stages=3),
-    32: Tiles(32, num_warps=4, num_stages=3),
-    64: Tiles(64, num_warps=8, num_stages=3),
 }
 _AMD_TILES = {
     16: Tiles(16, num_warps=2, num_stages=3),
     32: Tiles(32, num_warps=4, num_stages=3),
     64: Tiles(64, num_warps=4, num_stages=2),
 }
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # 8 warps of loads in flight; the decode kernels fit 4 to 8 programs
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # 8 warps of loads in flight; the decode kernels fit 2 (sm86, sm89, sm120) to 8
 _GROUPS_PER_PART = 4  # shorter loops are all pipeline prologue
 
 
@@ -112,18 +120,18 @@ def tiles_by_block(device: Device) -> dict[int, Tiles]:
 
 def default_tiles(device: Device, shape: Shape, tokens: int) -> Tiles:
     """The smallest block that holds an expert's average share of the slots, with some room; split-K for small grids."""
-    tiles = tiles_by_block(device)
-    slots = tokens * shape.top_k
+    slots = shape.local_slots(tokens)
     busy = min(shape.experts, slots)
     average = slots / max(busy, 1)
     # up to 1.5 times the block: a second one for the busier experts costs less than tiles that are half empty
-    block = 8 if average <= 8 else 16 if average <= 24 else 32 if average <= 48 else 64
-    block = max(block, device.smallest_block)
-    blocks = max(busy, slots // block)
+    wanted = 8 if average <= 8 else 16 if average <= 24 else 32 if average <= 48 else 64
+    *smaller, largest = tiles_by_block(device).values()
+    tiles = next((tiles for tiles in smaller if tiles.block_tokens >= wanted), largest)
+    blocks = max(busy, slots // tiles.block_tokens)
     gate_up = blocks * (2 * shape.intermediate_size // TILE_FEATURES)
     down = blocks * -(-shape.hidden_size // TILE_FEATURES)
     return replace(
-        tiles[block],
+        tiles,
         gate_up_split_k=_split_k(gate_up, shape.hidden_size // GROUP_SIZE, device.multiprocessors),
         down_split_k=_split_k(down, shape.intermediate_size // GROUP_SIZE, device.multiprocessors),
     )
@@ -153,12 +161,16 @@ def write_table(path: Path, table: dict[str, dict[str, dict[int, Tiles]]]) -> No
     path.write_text(json.dumps(plain, indent=1) + "\n")
 
 
+@lru_cache(maxsize=1 << 16)
+def _chosen(device: Device, shape: Shape, tokens: int, path: str | None) -> Tiles:
+    tuned = _table(path).get(device.architecture, {}).get(shape.key, {}) if path else {}
+    reached = [count for count in tuned if count <= tokens]
+    return tuned[max(reached)] if reached else default_tiles(device, shape, tokens)
+
+
 def choose_tiles(device: Device, shape: Shape, tokens: int) -> Tiles:
     """The table's entry for the largest tuned count of at most `tokens`, or the default.
 
     Raises OSError or ValueError where VLLM_MCMOE_TILES names a file that is missing or is not a table.
     """
-    path = os.environ.get(TABLE_VARIABLE)
-    tuned = _table(path).get(device.architecture, {}).get(shape.key, {}) if path else {}
-    reached = [count for count in tuned if count <= tokens]
-    return tuned[max(reached)] if reached else default_tiles(device, shape, tokens)
+    return _chosen(device, shape, tokens, os.environ.get(TABLE_VARIABLE))

@@ -111,6 +111,36 @@ def test_two_runs_give_the_same_bits(backend):
     assert torch.equal(experts(*inputs), experts(*inputs))
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_programs_that_add_up_what_others_stored_always_find_it(backend, monkeypatch, tokens):
+    """Whichever arrives last: a store that came too late would change some run of many."""
+    monkeypatch.setattr(backend, "choose_tiles", lambda *_: backend.Tiles(16, 2, 3, 4, 4))
+    layer, inputs = random_layer(MIXED, 2048, 2048), random_tokens(tokens, 2048, len(MIXED), 2)
+    experts, held = prepare(backend, layer), on_device(inputs)
+    first = experts(*held)
+    assert_agrees(first, layer, inputs)
+    assert all(torch.equal(experts(*held), first) for _ in range(300))
+
+
+def test_nothing_is_compiled_after_loading(backend):
+    from vllm_mcmoe.kernels.triton import gemm, routing
+    from vllm_mcmoe.kernels.triton import prepare as prepare_module
+
+    kernels = (gemm.grouped_gemm_kernel, prepare_module.prepare_kernel, routing.combine_kernel)
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    layer = prepare(backend, random_layer([1, 2], 1280, 1152))
+    before = compiled()
+    layer.compile(2, torch.bfloat16)
+    at_load = compiled()
+    assert at_load > before
+    for tokens in (1, 4, 5, 37, 300, 4097):
+        layer(*on_device(random_tokens(tokens, 1280, 2, 2, torch.bfloat16)))
+    assert compiled() == at_load
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 64, 256])
 def test_a_captured_graph_follows_new_routings(backend, tokens):
     """Grids and allocations come from shapes: the graph of one routing must be right for every other."""

@@ -11,8 +11,9 @@ from tests.kernels.test_triton_experts import DECODE, Tiles, assert_agrees, run
 from tests.kernels.triton_cases import random_layer, random_tokens
 from tests.kernels.triton_interpreter import import_interpreted, strict
 
-triton_experts = import_interpreted("vllm_mcmoe.kernels.triton.experts")
+launches = import_interpreted("vllm_mcmoe.kernels.triton.launches")
 layout = import_interpreted("vllm_mcmoe.kernels.triton.layout")
+gemm = import_interpreted("vllm_mcmoe.kernels.triton.gemm")
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments) -> None:
@@ -139,10 +140,10 @@ def test_a_capacity_that_is_too_small_is_caught():
         return -(-slots // block_tokens)
 
     with (
-        mock.patch.object(triton_experts, "block_capacity", averaged),
+        mock.patch.object(launches, "block_capacity", averaged),
         pytest.raises(Exception, match="stores outside every tensor"),
     ):
-        run(random_layer([2, 3], 128, 128), *random_tokens(2, 128, 2, 2))
+        run(random_layer([2, 3], 128, 128), *random_tokens(9, 128, 2, 2))
 
 
 def test_a_workspace_without_room_for_every_part_of_split_k_is_caught():
@@ -154,7 +155,7 @@ def test_a_workspace_without_room_for_every_part_of_split_k_is_caught():
         return real_empty(*(1, *size[1:]) if len(size) == 3 else size, **options)
 
     with (
-        mock.patch.object(triton_experts.torch, "empty", empty_without_parts),
+        mock.patch.object(launches.torch, "empty", empty_without_parts),
         pytest.raises(Exception, match="outside every tensor"),
     ):
         run(random_layer([2, 3], 256, 128), *random_tokens(2, 256, 2, 2), tiles=split)
@@ -162,14 +163,77 @@ def test_a_workspace_without_room_for_every_part_of_split_k_is_caught():
 
 def test_a_slot_that_two_experts_compute_is_caught():
     """As a sort would leave it that counts an id twice."""
-    real = triton_experts.Routing.align
+    real = launches.prepare
 
-    def align_with_duplicates(routing) -> None:
-        real(routing)
+    def prepare_with_duplicates(launch, x, dtype, routing, counters):
+        quantized = real(launch, x, dtype, routing, counters)
         routing.sorted_slots[:] = routing.sorted_slots[0]
+        return quantized
 
-    with (
-        mock.patch.object(triton_experts.Routing, "align", align_with_duplicates),
-        pytest.raises(Exception, match="race"),
-    ):
-        run(random_layer([2, 3], 128, 128), *random_tokens(2, 128, 2, 2), tiles=DECODE)
+    with mock.patch.object(launches, "prepare", prepare_with_duplicates), pytest.raises(Exception, match="race"):
+        run(random_layer([2, 3], 128, 128), *random_tokens(5, 128, 2, 2), tiles=DECODE)
+
+
+def count_then_store(values_ptr, counter_ptr, out_ptr):
+    tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    at = tl.program_id(0)
+    tl.store(values_ptr + at, at)
+    if at == 1:
+        tl.store(out_ptr, tl.load(values_ptr))
+
+
+def store_then_count(values_ptr, counter_ptr, out_ptr):
+    at = tl.program_id(0)
+    tl.store(values_ptr + at, at + 5)
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == 1:
+        tl.store(out_ptr, tl.load(values_ptr) + tl.load(values_ptr + 1))
+
+
+def store_then_count_elsewhere(values_ptr, counter_ptr, out_ptr):
+    at = tl.program_id(0)
+    tl.store(values_ptr + at, at)
+    tl.atomic_add(counter_ptr + at, 1, sem="acq_rel", scope="gpu")
+    if at == 1:
+        tl.store(out_ptr, tl.load(values_ptr))
+
+
+def count_without_order(values_ptr, counter_ptr, out_ptr):
+    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
+
+
+def integers(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32)
+
+
+def test_the_last_to_count_may_load_what_the_others_stored_before():
+    out = integers(1)
+    launch(store_then_count, (2,), integers(2), integers(1), out)
+    assert out.item() == 5 + 6
+
+
+@pytest.mark.parametrize("kernel", [count_then_store, store_then_count_elsewhere])
+def test_loading_what_was_not_counted_at_the_same_address_is_caught(kernel):
+    with pytest.raises(Exception, match=r"race: program \(1, 0, 0\) loads"):
+        launch(kernel, (2,), integers(2), integers(2), integers(1))
+
+
+def test_an_atomic_operation_that_orders_nothing_is_refused():
+    with pytest.raises(Exception, match="release and acquire"):
+        launch(count_without_order, (1,), integers(1), integers(1), integers(1))
+
+
+def test_an_atomic_operation_outside_is_caught():
+    with pytest.raises(Exception, match="atomic operation outside"):
+        launch(store_then_count, (2,), integers(2), integers(0), integers(1))
+
+
+def test_adding_up_before_the_others_have_stored_is_caught():
+    """As an arrival would that counts from one."""
+    real = gemm._arrive
+
+    def one_more(counter_ptr, AMD):
+        return real(counter_ptr, AMD) + 1
+
+    split = Tiles(8, 2, 3, gate_up_split_k=2, down_split_k=2)
+    with mock.patch.object(gemm, "_arrive", one_more), pytest.raises(Exception, match="race"):
+        run(random_layer([2, 3], 256, 256), *random_tokens(2, 256, 2, 2), tiles=split)

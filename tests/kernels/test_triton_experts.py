@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
-from tests.kernels.triton_interpreter import import_interpreted, strict
+from tests.kernels.triton_interpreter import import_interpreted, programs_backwards, strict
 from vllm_mcmoe.kernels.packing import WIDTHS
 from vllm_mcmoe.kernels.reference import fused_experts, linear_int8
 
 triton_experts = import_interpreted("vllm_mcmoe.kernels.triton.experts")
+launches = import_interpreted("vllm_mcmoe.kernels.triton.launches")
 Tiles = triton_experts.Tiles
 
 # exp(-x) of a very negative gate is infinite, and 1 / (1 + inf) is the right sigmoid
@@ -94,11 +95,34 @@ def test_long_inputs_and_a_hidden_size_that_fills_no_whole_tile():
     assert_agrees(random_layer([3, 4], 128 * 15, 128), *random_tokens(1, 128 * 15, 2, 2))
 
 
+@pytest.mark.parametrize("tokens", [2, 9], ids=["few", "many"])
 @pytest.mark.parametrize(("gate_up", "down"), [(2, 1), (1, 3), (4, 2)])
-def test_split_k_gives_the_same_sums(gate_up, down):
+def test_split_k_gives_the_same_sums(gate_up, down, tokens):
     """Five and three groups divide by none of these: the last part is shorter, or empty."""
     tiles = Tiles(8, 2, 3, gate_up_split_k=gate_up, down_split_k=down)
-    assert_agrees(random_layer([2, 3, 8], 640, 384), *random_tokens(2, 640, 3, 2), tiles=tiles)
+    assert_agrees(random_layer([2, 3, 8], 640, 384), *random_tokens(tokens, 640, 3, 2), tiles=tiles)
+
+
+def test_more_parts_and_slots_than_are_added_at_a_time():
+    tiles = Tiles(8, 2, 3, gate_up_split_k=9, down_split_k=9)
+    assert_agrees(random_layer([2] * 6, 1280, 1152), *random_tokens(2, 1280, 6, 3), tiles=tiles)
+
+
+@pytest.mark.parametrize("tokens", [3, 9], ids=["few", "many"])
+def test_the_order_in_which_programs_arrive_changes_no_bit(tokens):
+    """The first program of a launch is then the last to arrive, and adds up what the others stored."""
+    tiles = Tiles(8, 2, 3, gate_up_split_k=2, down_split_k=2)
+    layer, inputs = random_layer([2, 3, 8], 640, 384), random_tokens(tokens, 640, 3, 2)
+    forwards = run(layer, *inputs, tiles=tiles)
+    with programs_backwards():
+        assert torch.equal(run(layer, *inputs, tiles=tiles), forwards)
+    assert relative_error(forwards, reference(layer, *inputs)) < TOLERANCE
+
+
+def test_blocks_beyond_one_group_of_them():
+    """More blocks than go through the tiles together, in a number that divides by nothing."""
+    bits = [2, 3] * 10
+    assert_agrees(random_layer(bits, 384, 256), *random_tokens(11, 384, len(bits), 3))
 
 
 def test_sixty_four_experts_most_of_them_idle():
@@ -165,7 +189,7 @@ def test_many_tokens_are_computed_in_chunks():
 
 
 def test_the_inline_assembly_computes_the_same():
-    with mock.patch.object(triton_experts, "_has_ptx", lambda _: True):
+    with mock.patch.object(launches, "_has_ptx", lambda _: True):
         assert_agrees(random_layer(MIXED, 128, 128), *random_tokens(3, 128, len(MIXED), 2))
 
 
@@ -178,7 +202,7 @@ FLOAT_TOLERANCE = 2**-11
 def test_float_activations(dtype, split_k, inline_asm):
     layer, tokens = random_layer(MIXED, 256, 128), random_tokens(5, 256, len(MIXED), 2, dtype)
     tiles = Tiles(8, 2, 3, gate_up_split_k=split_k)
-    with mock.patch.object(triton_experts, "_has_ptx", lambda _: inline_asm):
+    with mock.patch.object(launches, "_has_ptx", lambda _: inline_asm):
         found = run(layer, *tokens, tiles=tiles, activations="float")
     expected = fused_experts(*tokens, layer.gate_up, layer.down, activations="float")
     assert relative_error(found, expected) < max(FLOAT_TOLERANCE, torch.finfo(dtype).eps)
@@ -187,9 +211,14 @@ def test_float_activations(dtype, split_k, inline_asm):
 @pytest.mark.parametrize("magnitude", [2.0**-100, 2.0**100])
 def test_float_activations_far_outside_float16s_range_are_kept(magnitude):
     """bfloat16 reaches there; a group's scale is a power of two, so the stored values are the same at any magnitude."""
-    x = random_tokens(2, 256, 1, 1)[0]
+    x, topk_weights, topk_ids = random_tokens(2, 256, 1, 1)
+
+    def quantized(x: torch.Tensor) -> launches.Activations:
+        routing = launches.Routing(topk_weights, topk_ids, None, 1, 8)
+        return launches.prepare(launches.run_kernel, x, torch.float16, routing, torch.empty(1, dtype=torch.int32))
+
     with strict():
-        usual, extreme = (triton_experts._quantize(x * m, torch.float16) for m in (1.0, magnitude))
+        usual, extreme = quantized(x), quantized(x * magnitude)
     assert torch.equal(extreme.values, usual.values)
     assert torch.equal(extreme.scales, usual.scales * magnitude)
 
@@ -271,7 +300,7 @@ def test_the_layer_is_one_opaque_operation_under_torch_compile():
     with strict():
         experts = prepare(random_layer([2, 3], 128, 128))
         torch.library.opcheck(
-            triton_experts.triton_experts,
+            torch.ops.vllm_mcmoe.triton_experts.default,
             experts.arguments(x, topk_weights, topk_ids, None),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -26,14 +26,24 @@ def table(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(1, 8), (32, 8), (64, 16), (192, 32), (193, 64), (4096, 64)])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 8), (32, 8), (33, 16), (64, 16), (193, 16), (4096, 16)])
 def test_the_block_holds_an_experts_average_share(tokens, block):
     assert tiles.default_tiles(H100, MIXTRAL, tokens).block_tokens == block
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(1, 16), (4096, 64)])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 16), (192, 32), (193, 64), (4096, 64)])
 def test_amd_blocks_are_at_least_16_tokens(tokens, block):
     assert tiles.default_tiles(MI300, MIXTRAL, tokens).block_tokens == block
+
+
+def test_ranks_that_share_the_experts_share_the_slots():
+    """256 experts of DeepSeek-V3 on 8 ranks: 256 tokens give each of a rank's 32 experts 8 slots, not 64."""
+    rank = tiles.Shape(32, top_k=8, hidden_size=7168, intermediate_size=2048, all_experts=256)
+    alone = replace(rank, all_experts=0)
+    assert rank.local_slots(256) == 256
+    assert tiles.default_tiles(H100, rank, 256).block_tokens == 8
+    assert tiles.default_tiles(H100, alone, 256).block_tokens == 16
+    assert rank.key != alone.key
 
 
 def test_float_activations_are_tuned_apart(table):

@@ -3,6 +3,7 @@
     python -m tests.kernels.triton_aot [sm90 ...]         print the report
     python -m tests.kernels.triton_aot --write            replace docs/triton_aot.md
     python -m tests.kernels.triton_aot --ci               only what the tests compile, about a third of the time
+    python -m tests.kernels.triton_aot gfx942 --assembly  the code of a GEMM whose last program adds up split-K's parts
 
 Runs in a process of its own: Triton either interprets or compiles, decided when it is imported.
 """
@@ -108,21 +109,27 @@ def _gemm(
     widths: Sequence[int],
     activation: str | None = None,
     is_float: bool = False,
+    combines: bool = False,
     in_ci: bool = True,
 ) -> Case:
+    from vllm_mcmoe.kernels.triton import gemm
+
     constants = {
-        "SLOTS_PER_ROW": 2 if activation else 1,
         "WIDTHS": sum(1 << width for width in widths),
+        "MAPPED": True,
         "BLOCK_TOKENS": tiles.block_tokens,
-        "SPLIT_K": 1,
         "STAGES": tiles.num_stages,
         "ACTIVATION": activation,
         "INLINE_ASM": not _is_amd(target),
+        "AMD": _is_amd(target),
         "FLOAT": is_float,
+        "COMBINE": combines,
+        "GROUP": gemm.BLOCKS_PER_GROUP,
+        "ROWS": gemm.SUMMED_ROWS,
     }
     bits = widths[0] if len(widths) == 1 else 0
-    operands, epilogue = ", float" if is_float else "", ", SiLU" if activation else ""
-    name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{operands}{epilogue}"
+    details = [", float"] * is_float + [", SiLU"] * bool(activation) + [", combining"] * combines
+    name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{''.join(details)}"
     return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, bits, in_ci)
 
 
@@ -136,21 +143,24 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
     The largest tile is also compiled for single widths, for their instructions, and, with all of its widths and the
     fused epilogue, for the most registers and shared memory that any layer can ask for.
     """
+    from vllm_mcmoe.kernels.triton import routing
+    from vllm_mcmoe.kernels.triton.prepare import LARGEST_BLOCK
+    from vllm_mcmoe.kernels.triton.quantize import GROUPS_PER_PROGRAM
     from vllm_mcmoe.kernels.triton.tiles import Device, tiles_by_block
 
     decode, *larger = tiles_by_block(Device(target, 1)).values()
-    routing = {"EXPERTS": 128, "MAPPED": True}
-    align = {"BINS": 128, "BLOCK_TOKENS": decode.block_tokens, "CHUNK": 1024, **routing}
-    small = [
-        ("quantize", "quantize.quantize_kernel", {"GROUPS": 8, "FLOAT": False}),
-        ("activate", "quantize.activate_kernel", {"SPLIT_K": 4, "ACTIVATION": "silu", "FLOAT": False, **routing}),
-        ("align", "routing.align_kernel", align),
-        ("combine", "routing.combine_kernel", {"TOP_K": 8, "SPLIT_K": 4, "BLOCK": 1024, **routing}),
-    ]
+    prepare = {
+        "BINS": 128, "MAPPED": True,
+        "CHUNK": routing.CHUNK, "FEW_SLOTS": routing.FEW_SLOTS, "LARGEST_BLOCK": LARGEST_BLOCK,
+        "GROUPS": GROUPS_PER_PROGRAM, "FLOAT": False,
+    }  # fmt: skip
+    combine = {"MAPPED": True, "BLOCK": routing.COMBINE_BLOCK, "ROWS": routing.COMBINE_ROWS}
+    small = [("prepare", "prepare.prepare_kernel", prepare), ("combine", "routing.combine_kernel", combine)]
     every = [
         *(_gemm(target, decode, [bits]) for bits in DECODE_WIDTHS),
         *(_gemm(target, decode, [bits], is_float=True, in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
         _gemm(target, decode, (1, 2, 3, 4), activation="silu"),
+        _gemm(target, decode, (1, 2, 3, 4), combines=True),
         *(_gemm(target, tiles, DECODE_WIDTHS, activation="silu", in_ci=False) for tiles in larger),
         *(_gemm(target, larger[-1], [bits], in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
         *(_gemm(target, larger[-1], [bits], is_float=True, in_ci=False) for bits in SPLIT_AND_WHOLE),
@@ -162,8 +172,8 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
 # by argument name, and by kernel where the name alone does not say; the rest are float32 pointers
 _POINTEES = {
     "codes_ptr": "u8", "scales_ptr": "i32", "offsets_ptr": "i64", "bits_ptr": "i32", "sorted_slots_ptr": "i32",
-    "block_expert_ptr": "i32", "ids_ptr": "i32", "map_ptr": "i32",
-    "quantize.x_ptr": "bf16", "quantize.out_ptr": "i8", "routing.out_ptr": "bf16",
+    "block_expert_ptr": "i32", "ids_ptr": "i32", "map_ptr": "i32", "counters_ptr": "i32",
+    "prepare.x_ptr": "bf16", "prepare.values_ptr": "i8", "prepare.scales_ptr": "fp32", "out_ptr": "bf16",
 }  # fmt: skip
 
 
@@ -171,7 +181,7 @@ def _pointee(case: Case, name: str) -> str:
     if case.kernel == GEMM and name in ("x_ptr", "out_ptr"):
         constants = dict(case.constants)
         operand = "fp16" if constants["FLOAT"] else "i8"
-        return operand if name == "x_ptr" or constants["ACTIVATION"] else "fp32"
+        return operand if name == "x_ptr" or constants["ACTIVATION"] else "bf16"
     module = case.kernel.split(".")[0]
     return _POINTEES.get(f"{module}.{name}", _POINTEES.get(name, "fp32"))
 
@@ -359,7 +369,8 @@ kernel.
 - **bytes per weight**: the codes and scales that the loop loads. **bytes per weight load**: of the widest load that
   carries all codes.
 - **registers**: of AMD, vector and accumulation registers together, of 512.
-- **float16 operands at 64 tokens and 3 bits** spill on NVIDIA: three planes and both halves of the activations are more
+- **combining**: the down projection of few tokens, whose last program of a tile adds up each token's experts.
+- **float16 operands at 16 tokens and 3 bits** spill on NVIDIA: three planes and both halves of the activations are more
   than 255 registers. The float variant is not the default, and its decode tiles do not spill.
 - **gfx950**: Triton copies activations straight into LDS there and loads codes into registers, so that each masked
   field goes to its matrix operand through LDS, where gfx942 loads the operand once and masks it in registers. That
@@ -392,9 +403,16 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--ci", action="store_true", help="only what the tests compile")
+    parser.add_argument("--assembly", action="store_true", help="print the code of the decode GEMM with SiLU")
     parser.add_argument("--write", action="store_true", help=f"replace {REPORT.name}")
     parser.add_argument("--output", type=Path, help="write the report to this file instead")
     arguments = parser.parse_args()
+    if arguments.assembly:
+        for target in arguments.targets:
+            case = next(case for case in cases(target) if case.name.endswith(", SiLU"))
+            code = compile_case(target, case).asm
+            print(code["amdgcn"] if _is_amd(target) else code["ptx"])
+        return
     report = to_markdown(measure(arguments.targets, arguments.ci, arguments.processes), triton.__version__)
     output = REPORT if arguments.write else arguments.output
     if output:

@@ -6,7 +6,7 @@ The negative control of the instruction bar; in a process of its own, as it repl
 import triton
 
 from tests.kernels.triton_aot import cases, figures
-from vllm_mcmoe.kernels.triton import gemm
+from vllm_mcmoe.kernels.triton import accumulate
 
 
 @triton.constexpr_function
@@ -17,7 +17,7 @@ def shift_and_mask_four_bytes(mask):
 
 
 def main() -> None:
-    gemm.and_four_bytes = shift_and_mask_four_bytes
+    accumulate.and_four_bytes = shift_and_mask_four_bytes
     row = figures("sm80", next(case for case in cases("sm80") if case.bits == 2))
     print(row.instructions_per_weight)
 

@@ -4,7 +4,8 @@
 
 - an access outside the launch's tensors, or misaligned, is an error; the interpreter would read the neighbour's memory
 - two programs of one launch that touch the same element, one of them writing, are an error; on a GPU that is a race,
-  the interpreter runs programs one after the other and always gets the same answer
+  the interpreter runs programs one after the other and always gets the same answer. A program may read what another
+  stored before an atomic operation, if it has itself come to the same address with one since
 - a false `tl.multiple_of` promise is an error; the interpreter ignores it, the compiler believes it
 - bfloat16 is converted at casts, and arithmetic on it is an error; the interpreter would add raw bit patterns
 - the kernels' inline assembly, three bitwise instructions, is emulated
@@ -16,6 +17,7 @@ import functools
 import importlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,6 +29,7 @@ import triton.language as tl
 from triton.runtime import JITFunction, interpreter
 
 NOBODY, SEVERAL = -1, -2
+RELEASE_AND_ACQUIRE = "ACQUIRE_RELEASE"
 
 
 class AccessError(Exception):
@@ -40,6 +43,7 @@ class Region:
     begin: int
     end: int
     writer: np.ndarray
+    written: np.ndarray  # how many atomic operations the writer had done before
     reader: np.ndarray
 
     @classmethod
@@ -47,7 +51,7 @@ class Region:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         size = (last + 1) * tensor.element_size() if tensor.numel() else 0
         begin = tensor.data_ptr()
-        return cls(begin, begin + size, np.full(size, NOBODY), np.full(size, NOBODY))
+        return cls(begin, begin + size, np.full(size, NOBODY), np.zeros(size, int), np.full(size, NOBODY))
 
 
 class AccessGuard:
@@ -55,6 +59,9 @@ class AccessGuard:
 
     def __init__(self) -> None:
         self.regions: list[Region] = []
+        self.atomics: Counter[int] = Counter()  # by program
+        self.seen: dict[int, Counter[int]] = {}  # by program: up to which of their atomic operations it sees others
+        self.released: dict[int, Counter[int]] = {}  # the same by address: what the next one to come there will see
 
     def begin_launch(self, arguments: list) -> None:
         regions = {}
@@ -63,6 +70,17 @@ class AccessGuard:
                 region = Region.of(argument)
                 regions[region.begin, region.end] = region
         self.regions = list(regions.values())
+        self.atomics, self.seen, self.released = Counter(), {}, {}
+
+    def synchronize(self, pointer: int) -> None:
+        """An atomic operation of the running program, which releases its stores and acquires those of others."""
+        if not any(region.begin <= pointer < region.end for region in self.regions):
+            raise AccessError(f"an atomic operation outside every tensor, by program {_program()}")
+        program = _program_number()
+        self.atomics[program] += 1
+        known = self.seen.get(program, Counter()) | self.released.get(pointer, Counter())
+        self.seen[program] = known
+        self.released[pointer] = known | Counter({program: self.atomics[program]})
 
     def check(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, is_store: bool) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -82,14 +100,21 @@ class AccessGuard:
 
     def _check_races(self, region: Region, at: np.ndarray, is_store: bool) -> None:
         program = _program_number()
-        others = [region.writer[at]] + ([region.reader[at]] if is_store else [])
-        if any(((other != NOBODY) & (other != program)).any() for other in others):
+        writer = region.writer[at]
+        racing = (writer != NOBODY) & (writer != program)
+        if racing.any():
+            seen = self.seen.get(program, Counter())
+            racing &= region.written[at] >= np.array([seen[int(other)] for other in writer])
+        if is_store:
+            reader = region.reader[at]
+            racing |= (reader != NOBODY) & (reader != program)
+        if racing.any():
             verb = "stores" if is_store else "loads"
             raise AccessError(f"race: program {_program()} {verb} what another program of the launch has touched")
         if is_store:
             if np.unique(at).size != at.size:
                 raise AccessError(f"race: program {_program()} stores one element from two lanes")
-            region.writer[at] = program
+            region.writer[at], region.written[at] = program, self.atomics[program]
         else:
             seen = region.reader[at]
             region.reader[at] = np.where((seen == NOBODY) | (seen == program), program, SEVERAL)
@@ -145,6 +170,7 @@ def _bf16_patches() -> dict:
 def _access_patches(guard: AccessGuard) -> dict:
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
+    atomic = builder.create_atomic_rmw
 
     def create_masked_load(self, pointers, mask, *rest):
         guard.check(pointers, mask, is_store=False)
@@ -154,7 +180,18 @@ def _access_patches(guard: AccessGuard) -> dict:
         guard.check(pointers, mask, is_store=True)
         return store(self, pointers, value, mask, *rest)
 
-    return {"create_masked_load": create_masked_load, "create_masked_store": create_masked_store}
+    def create_atomic_rmw(self, operation, pointer, value, mask, semantics, scope):
+        if pointer.data.size != 1 or self.ir_sem_to_interpreter_sem[semantics].name != RELEASE_AND_ACQUIRE:
+            raise NotImplementedError("the checks know scalar atomic operations that release and acquire")
+        guard.synchronize(int(pointer.data.item()))
+        always = interpreter.TensorHandle(np.ones_like(pointer.data, dtype=bool), tl.int1)
+        return atomic(self, operation, pointer, value, always, semantics, scope)
+
+    return {
+        "create_masked_load": create_masked_load,
+        "create_masked_store": create_masked_store,
+        "create_atomic_rmw": create_atomic_rmw,
+    }
 
 
 _ASSEMBLY = {
@@ -247,6 +284,19 @@ def strict(bf16: bool = True) -> Iterator[None]:
         _patched_core(),
         _poisoned_allocations(),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def programs_backwards() -> Iterator[None]:
+    """The programs of every launch run from the last to the first; a GPU promises no order."""
+    builder = interpreter.interpreter_builder
+    place = type(builder).set_grid_idx
+
+    def mirrored(self, *at: int) -> None:
+        place(self, *(size - 1 - index for size, index in zip(self.grid_dim, at, strict=True)))
+
+    with mock.patch.object(type(builder), "set_grid_idx", mirrored):
         yield
 
 
