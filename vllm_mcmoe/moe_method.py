@@ -117,11 +117,14 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
         layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
-        self.weights = self.loading = None
         if self.pruning is not None:
-            layer.mcmoe_pruning = self.pruning.on_device(device, self.backend)
+            counts = self.loading.activation_counts(device)
+            layer.mcmoe_pruning = self.pruning.on_device(
+                device, self.backend, dtype=self.moe.in_dtype, counts=counts
+            )
             if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens
-                monitor().watch(layer.mcmoe_pruning)
+                monitor().watch(counts)
+        self.weights = self.loading = None
 
     def apply(
         self,

@@ -42,10 +42,16 @@ def replaced(call: tuple[torch.Tensor, ...], **changes: torch.Tensor) -> tuple[t
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 130])
-@pytest.mark.parametrize("top_k", [2, 3, 4, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("rank", "ids_dtype"), [(0, torch.int32), (8, torch.int64)])
 def test_it_keeps_and_weighs_what_the_reference_does(tokens, top_k, rank, ids_dtype):
     assert_agrees(random_call(tokens, top_k, rank, ids_dtype))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_programs_of_several_tokens_do_the_same(top_k):
+    assert pruning.block_sizes(300, top_k, rank=8)[0] > pruning.block_sizes(130, top_k, rank=8)[0] == 1
+    assert_agrees(random_call(300, top_k))
 
 
 def test_the_random_calls_drop_some_experts_but_not_all():
@@ -125,6 +131,18 @@ def test_ids_beyond_the_last_expert_are_no_expert():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_hidden_states_of_half_precision_and_any_size_are_projected_in_float32(dtype, tokens):
+    """A size that is no whole number of blocks, a rank that is no power of two."""
+    x, weights, ids, *rule = random_call(tokens, 4, rank=3)
+    hidden = 5000
+    generator = torch.Generator().manual_seed(1)
+    projection = torch.randn(3, hidden, generator=generator) * hidden**-0.5
+    call = replaced((x, weights, ids, *rule), x=torch.randn(tokens, hidden, generator=generator), projection=projection)
+    assert_agrees(replaced(call, x=call[0].to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_taken_as_they_are(dtype):
     call = random_call(20, 4)
     assert_agrees(replaced(call, weights=call[1].to(dtype)))
@@ -174,4 +192,4 @@ def test_compiled_for_gpus_it_spills_nothing(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert found.stdout.splitlines() == ["sm90 0", "gfx942 0"]
+    assert found.stdout.splitlines() == ["sm90 1 0", "gfx942 1 0", "sm90 4 0", "gfx942 4 0"]
