@@ -92,6 +92,7 @@ class ExpertLoading:
                     gate_up_bits=weights.gate_up.bits,
                     down_bits=weights.down.bits,
                     activation=activation,
+                    device=weights.device,
                 )
             weights.release()
             release_freed_memory()
