@@ -1,5 +1,6 @@
 """Online pruning in one Triton kernel, interpreted on the CPU with every check on, against the reference."""
 
+import json
 import os
 import subprocess
 import sys
@@ -178,6 +179,27 @@ def test_tracing_sees_the_shapes_and_dtypes_of_the_result():
         weights, ids = pruning.prune_experts(*map(mode.from_tensor, call))
     assert (weights.shape, weights.dtype) == (call[1].shape, torch.float32)
     assert (ids.shape, ids.dtype) == (call[2].shape, torch.int64)
+
+
+def test_what_a_model_needs_is_compiled_while_it_is_loaded_and_nothing_later():
+    """By Triton's own launcher, with bfloat16 as the default dtype, as vLLM loads a model. Two kernels a rule: for few
+    tokens and for many; one launch a call."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_pruning_variants"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for found in json.loads(printed).values():
+        assert [kernel["BLOCK_TOKENS"] for kernel in found["at load"]] == [1, 8]
+        assert {kernel["x_ptr"] for kernel in found["at load"]} == {"*bf16"}
+        assert {kernel["weights_ptr"] for kernel in found["at load"]} == {"*fp32"}
+        assert found["at calls"] == []
+        assert found["launches per call"] == 1
+        assert set(found["buffers"].values()) == {"torch.float32", "torch.int64"}
 
 
 def test_compiled_for_gpus_it_spills_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Triton's own launcher on CPU tensors, for a GPU that is not there: which kernels a run would compile.
 
-The launcher decides by itself what makes a kernel another one: the types of its arguments, whether addresses and numbers
-are divisible by 16, constants. Only the driver, the compiler and the launch itself are replaced.
+The launcher decides by itself what makes a kernel another one: the types of its arguments, constants, whether addresses
+and numbers are divisible by 16. Only the driver, the compiler and the launch itself are replaced.
 
 For processes that do not interpret: Triton decides that when a kernel is decorated.
 """
@@ -65,7 +65,7 @@ class _Kernel:
 
 @contextlib.contextmanager
 def pretended_gpu(capability: int = 90) -> Iterator[Recorder]:
-    """Records what is compiled and launched inside; a kernel compiled before is compiled again. capability: 90, sm90."""
+    """Records what is compiled and launched inside, every kernel anew. capability: 90 for sm90."""
     recorder = Recorder()
     caches: list[dict] = []
 
