@@ -214,8 +214,8 @@ def _model_directory(file_name: str) -> Path:
 def register_with_vllm() -> None:
     """Make `mcmoe` a quantization method of this process, and our variables known to vLLM. Idempotent."""
     for name in VARIABLES:
-        # vLLM warns of variables it does not know, and hands those it does to Ray's workers. It also reads them into the
-        # key of compiled graphs, which ours are not for: what matters there, graph_cache.py adds.
+        # vLLM warns of variables it does not know, and hands those it knows to Ray's workers. It also reads them into
+        # the key of compiled graphs: as nothing, since graph_cache.py adds what matters there.
         envs.environment_variables.setdefault(name, lambda: None)
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(McmoeConfig)

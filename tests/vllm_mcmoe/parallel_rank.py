@@ -2,10 +2,10 @@
 
     python -m tests.vllm_mcmoe.parallel_rank '{"rank": 0, "dp": 2, "tp": 1, "ep": true, "port": 29501, ...}'
 
-Prints one line, "result " and JSON: the largest difference to the experts' definition, and the rows that the router saw.
+Prints "result " and JSON in one line: the largest difference to the experts' definition, the rows the router saw, ...
 
-vLLM's groups, ranks, token counts and all2all manager are real. Its communicator for CPUs cannot gather; `gathers` gives
-it the two collectives that the one for GPUs has, in gloo.
+vLLM's groups, ranks, token counts and all2all manager are real. Its communicator for CPUs cannot gather; `gathers`
+gives it the two collectives that the one for GPUs has, in gloo.
 """
 
 import json

@@ -117,7 +117,7 @@ def test_adapters_of_linears_are_not_refused(quantized_config):
 def test_batch_invariance_is_refused(quantized_config, monkeypatch):
     config = engine_config(quantized_config)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(UnsupportedModelError, match="VLLM_BATCH_INVARIANT is set, but the cpu kernels.*Unset it"):
+    with pytest.raises(UnsupportedModelError, match=r"VLLM_BATCH_INVARIANT is set, but the cpu kernels.*Unset it"):
         make_layer(config)
 
 
@@ -139,7 +139,11 @@ def test_loading_weights_into_a_running_engine_is_refused(quantized_config, monk
 def checkpoint_tensors():
     """Of the experts above, under the names they have behind the layer's."""
     for expert in range(8):
-        for name, bits, shape in (("w1", 2, (512, 256)), ("w3", 2, (512, 256)), ("w2", 3, (256, 512))):
+        for name, bits, shape in (
+            ("gate_proj", 2, (512, 256)),
+            ("up_proj", 2, (512, 256)),
+            ("down_proj", 3, (256, 512)),
+        ):
             matrix = random_matrix(bits, *shape, seed=expert)
             for suffix in ("qweight", "scales", "zeros"):
                 yield f"{expert}.{name}.{suffix}", getattr(matrix, suffix)
