@@ -1,8 +1,8 @@
 """Grouped GEMM over experts of different bit-widths.
 
 `experts_class(name)` gives the module that holds one layer's experts. Every backend has the same two methods:
-`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, activation)`, which repacks the
-checkpoint's matrices one at a time, and `forward(x, topk_weights, topk_ids)`.
+`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, activation, device)`, which repacks
+the checkpoint's matrices one at a time, and `forward(x, topk_weights, topk_ids, expert_map=None)`.
 """
 
 import importlib

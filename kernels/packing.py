@@ -118,6 +118,10 @@ class PackedMatrix:
     scales: torch.Tensor
     zeros: torch.Tensor | None
 
+    def to(self, device: torch.device | str) -> "PackedMatrix":
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return PackedMatrix(self.bits, self.qweight.to(device), self.scales.to(device), zeros)
+
     @property
     def out_features(self) -> int:
         return self.qweight.shape[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from vllm.config import VllmConfig
@@ -14,6 +15,7 @@ from vllm.logger import init_logger
 from vllm_mcmoe.expert_weights import LayerWeights
 from vllm_mcmoe.kernels import experts_class
 from vllm_mcmoe.memory import release_freed_memory
+from vllm_mcmoe.pruning import ActivationCounts
 from vllm_mcmoe.start_cache import CACHE_VARIABLE, StartCache, cache_root
 
 logger = init_logger("vllm.mcmoe")
@@ -34,6 +36,7 @@ class ExpertLoading:
         self.backend = backend
         self.cache, self.no_cache = _open_cache(config, backend)
         self._experts: dict[str, nn.Module] = {}  # of the layers that are ready and not finished
+        self._activation_counts: ActivationCounts | None = None
         self._begun = self._finished = 0
         self._mapped = self._written = self._repacked = 0
         self._seconds = 0.0
@@ -68,6 +71,12 @@ class ExpertLoading:
             self._report()
         return experts
 
+    def activation_counts(self, device: torch.device) -> ActivationCounts:
+        """What all pruned layers of this model count together; they are on one device."""
+        if self._activation_counts is None:
+            self._activation_counts = ActivationCounts(device)
+        return self._activation_counts
+
     def _repack(self, weights: LayerWeights, activation: str) -> None:
         with self._timed():
             experts = None if self.cache is None else self.cache.write(weights, activation)
@@ -83,6 +92,7 @@ class ExpertLoading:
                     gate_up_bits=weights.gate_up.bits,
                     down_bits=weights.down.bits,
                     activation=activation,
+                    device=weights.device,
                 )
             weights.release()
             release_freed_memory()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS, tensor_suffixes
-from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
 
 # vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down.
@@ -103,6 +103,7 @@ class LayerWeights:
     down                             [hidden_size, intermediate_size]
     intermediate_groups              this rank's groups of the whole layer's intermediate size
     loading_seconds                  spent on copying tensors so far
+    finished                         the kernels have them: what comes now is a reload, which cannot reach them
     on_complete                      called once, when the last tensor has been loaded; set by whoever wants the tensors
 
     Where nobody wants them, tensors are checked and noted, but not read. Memory is there from the first that comes, or
@@ -147,7 +148,13 @@ class LayerWeights:
         ]
         self._missing = set(self._tensors)
         self.loading_seconds = 0.0
+        self.finished = False
         self.on_complete: Callable[[], None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where vLLM wants the layer."""
+        return self.gate_up.qweight.device
 
     def allocate(self) -> None:
         """Memory for every parameter."""
@@ -189,6 +196,11 @@ class LayerWeights:
 
     def _load(self, loaded: torch.Tensor, suffix: str, shard_id: str, expert: int, global_id: int) -> None:
         where = f"{self.layer_name}, expert {global_id}, {shard_id} {suffix}"
+        if self.finished:
+            raise UnsupportedModelError(
+                f"{where}: the experts of a running engine cannot be loaded again (reload_weights): the kernels have "
+                "them in another layout. Quantise the new weights and start another engine."
+            )
         projection = self.down if shard_id == DOWN else self.gate_up
         bits = projection.bits[expert]
         if suffix not in tensor_suffixes(bits):

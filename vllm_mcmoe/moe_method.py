@@ -6,10 +6,13 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_ep_group, get_tensor_model_parallel_rank
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 
 from vllm_mcmoe.checkpoint import ExpertBits
@@ -19,7 +22,7 @@ from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
-from vllm_mcmoe.support import check_layer
+from vllm_mcmoe.support import check_cpu_routing, check_layer, check_options, check_parallelism
 
 BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
 
@@ -43,6 +46,10 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     """Experts of different bit-widths in one layer; activations int8 per token and group of 128.
 
     pruning   the rule that drops some of a token's experts, or None
+
+    Where ranks hold different tokens, data or sequence parallel, each routes its own, and `apply` gathers them and
+    shares out the sums, as vLLM's modular kernels do. vLLM would gather hidden states before routing for a method
+    without one, but masks padding by this rank's tokens while it routes.
     """
 
     def __init__(self, moe: FusedMoEConfig, bits: ExpertBits, pruning: LayerPruning | None = None):
@@ -54,6 +61,11 @@ class McmoeMoEMethod(FusedMoEMethodBase):
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
         return None  # describes weights of vLLM's own kernels
+
+    @property
+    def supports_internal_mk(self) -> bool:
+        """Whether vLLM leaves the tokens of other ranks to this method."""
+        return self.moe.dp_size > 1 or self.moe.is_sequence_parallel
 
     def create_weights(
         self,
@@ -86,6 +98,15 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             fused_shared_experts=layer.expert_map_manager.num_fused_shared_experts,
             own_class=_own_class(layer, self.moe),
         )
+        config = get_current_vllm_config()
+        check_options(layer.layer_name, config, self.backend)
+        check_parallelism(
+            layer.layer_name,
+            gathers_tokens=self.supports_internal_mk,
+            can_gather=not self.supports_internal_mk or _can_gather(),
+            all2all_backend=self.moe.moe_parallel_config.all2all_backend,
+            pcp_size=self.moe.pcp_size,
+        )
         shard = Shard(
             expert_ids=_local_expert_ids(layer, num_experts),
             tp_rank=self.moe.tp_rank,
@@ -99,7 +120,6 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             model_hidden_size=hidden_size,
             model_intermediate_size=self.moe.intermediate_size,
         )
-        config = get_current_vllm_config()
         self.loading = expert_loading(config, self.backend)
         self.loading.begin(self.weights, layer.activation.value)
         for name, parameter in self.weights.parameters():
@@ -111,17 +131,22 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         """Puts the experts in the backend's layout in the place of the checkpoint's."""
         if self.weights is None:
             return  # vLLM may call this twice; the first call has done it
+        if current_platform.is_cpu():
+            _check_cpu_routing(layer.layer_name, self.loading.config)
         if self.check_loaded:
             self.weights.check_complete()
         device = next(parameter.device for _, parameter in self.weights.parameters())
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
         layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
-        self.weights = self.loading = None
+        self.weights.finished = True
         if self.pruning is not None:
-            layer.mcmoe_pruning = self.pruning.on_device(device, self.backend)
-            if self.moe.tp_rank == 0 and self.moe.ep_rank == 0:  # every rank prunes the same tokens
-                monitor().watch(layer.mcmoe_pruning)
+            counts = self.loading.activation_counts(device)
+            layer.mcmoe_pruning = self.pruning.on_device(device, self.backend, dtype=self.moe.in_dtype, counts=counts)
+            # Tensor parallel ranks prune the same tokens, unless they share them out.
+            if self.moe.is_sequence_parallel or get_tensor_model_parallel_rank() == 0:
+                monitor().watch(counts)
+        self.weights = self.loading = None
 
     def apply(
         self,
@@ -135,14 +160,42 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden] in x.dtype."""
         if self.pruning is not None:
             topk_weights, topk_ids = layer.mcmoe_pruning(x, topk_weights, topk_ids)
-        if layer.expert_map is not None:
-            local = layer.expert_map[topk_ids.clamp(min=0).long()]
-            topk_ids = torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
-        hidden_size = x.shape[-1]
-        missing = -hidden_size % GROUP_SIZE
-        if not missing:
-            return layer.mcmoe_experts(x, topk_weights, topk_ids)
-        return layer.mcmoe_experts(F.pad(x, (0, missing)), topk_weights, topk_ids)[:, :hidden_size].contiguous()
+        if not self.supports_internal_mk:
+            return _computed(layer, x, topk_weights, topk_ids)
+        group, shares_sequence = get_ep_group(), self.moe.is_sequence_parallel
+        x, topk_weights, topk_ids = group.dispatch(x, topk_weights, topk_ids, is_sequence_parallel=shares_sequence)
+        return group.combine(_computed(layer, x, topk_weights, topk_ids), shares_sequence)
+
+
+def _computed(
+    layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """This rank's part of the experts' sums, [tokens, hidden]; the kernels want whole groups of hidden features."""
+    hidden_size = x.shape[-1]
+    missing = -hidden_size % GROUP_SIZE
+    if not missing:
+        return layer.mcmoe_experts(x, topk_weights, topk_ids, layer.expert_map)
+    out = layer.mcmoe_experts(F.pad(x, (0, missing)), topk_weights, topk_ids, layer.expert_map)
+    return out[:, :hidden_size].contiguous()
+
+
+def _check_cpu_routing(name: str, config: VllmConfig) -> None:
+    """Only now: the router belongs to the layer's runner, which vLLM makes after the layer."""
+    router = getattr(config.compilation_config.static_forward_context.get(name), "router", None)
+    if isinstance(router, CPURouter):
+        check_cpu_routing(
+            name,
+            scoring=router.scoring_func,
+            has_correction_bias=router.e_score_correction_bias is not None,
+            own_function=router.custom_routing_function is not None,
+            grouped=router.use_grouped_topk,
+        )
+
+
+def _can_gather() -> bool:
+    """Whether this platform's communicator has what gathering other ranks' tokens takes; not all of vLLM's do."""
+    communicator = get_ep_group().device_communicator
+    return communicator is not None and type(communicator).all_gatherv is not DeviceCommunicatorBase.all_gatherv
 
 
 @functools.cache

@@ -29,6 +29,8 @@ from vllm_mcmoe.kernels import prune_experts
 PRUNING_OVERRIDE = "mcmoe_pruning"
 PRUNING_VARIABLE = "VLLM_MCMOE_PRUNING"
 METHODS = ("odp", "otp")
+# Calls that a layer makes while it is loaded: few tokens and many may be computed by different kernels.
+COMPILED_TOKENS = (1, 1024)
 ROUTER_TENSORS = ("weight_slopes", "expert_bias", "projection", "expert_features")
 
 
@@ -105,6 +107,28 @@ def resolve_target(config: PruningConfig, request: str | float, source: str = "p
     return target
 
 
+class ActivationCounts:
+    """Expert activations that the layers of one model saw and dropped, in this process.
+
+    device   int64 [2], which every layer adds to
+    host     int64 [2] for a reader on another thread, who must not touch a device: its memory may be unmapped while
+             the engine sleeps, and a call beside the capture of a graph would break the capture. On CPUs, `device`
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = torch.zeros(2, dtype=torch.int64, device=device)
+        self.host = self.device
+        if device.type != "cpu":
+            self.host = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        self._taken = False
+
+    def take_messenger(self) -> bool:
+        """True for the first layer that asks, which copies what is on the device, of whole passes, to the host."""
+        first = not self._taken and self.host is not self.device
+        self._taken = True
+        return first
+
+
 class LayerPruning(nn.Module):
     """The rule of one MoE layer, for one target. See kernels/reference/pruning.py for what it computes.
 
@@ -114,7 +138,8 @@ class LayerPruning(nn.Module):
     expert_bias      float32 [experts], c
     projection       float32 [rank, hidden], U
     expert_features  float32 [experts, rank], A
-    counts           int64 [2], expert activations seen and dropped since the engine started
+    counts           int64 [2], expert activations seen and dropped since the engine started, of all layers that were
+                     given the same ActivationCounts
     """
 
     def __init__(self, thresholds: torch.Tensor, renormalize: torch.Tensor, router: Mapping[str, torch.Tensor]):
@@ -124,24 +149,31 @@ class LayerPruning(nn.Module):
         for name in ROUTER_TENSORS:
             self.register_buffer(name, router[name])
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
-        self._pinned_counts: torch.Tensor | None = None
+        self._activation_counts: ActivationCounts | None = None  # alive as long as one of its layers
+        self._host_counts: torch.Tensor | None = None
         self._prune_experts = prune_experts("reference")
 
-    @property
-    def host_counts(self) -> torch.Tensor:
-        """counts for a reader on another thread, which must not touch a device's streams."""
-        return self.counts if self._pinned_counts is None else self._pinned_counts
-
-    def on_device(self, device: torch.device, backend: str) -> "LayerPruning":
-        """This rule with its tensors on `device`, computed by a kernel backend; its counts then reach the host with
-        every forward pass."""
+    def on_device(
+        self,
+        device: torch.device,
+        backend: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        counts: ActivationCounts | None = None,
+    ) -> "LayerPruning":
+        """This rule with its tensors on `device`, computed by a kernel backend and added to `counts`, or to counts of
+        its own. dtype: of the hidden states to come; what they need is compiled now."""
         moved = self.to(device)
         moved._prune_experts = prune_experts(backend)
-        if device.type != "cpu":
-            moved._pinned_counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
-        top_k = len(self.thresholds) + 1
-        nothing = torch.zeros(0, top_k, device=device)
-        moved(torch.zeros(0, self.projection.shape[1], device=device), nothing, nothing.int())  # compiles it now
+        counts = moved._activation_counts = counts or ActivationCounts(device)
+        moved.counts = counts.device
+        if counts.take_messenger():
+            moved._host_counts = counts.host
+        top_k, hidden_size = len(self.thresholds) + 1, self.projection.shape[1]
+        for tokens in COMPILED_TOKENS:
+            x = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
+            weights = torch.zeros(tokens, top_k, dtype=torch.float32, device=device)
+            moved._prune(x, weights, torch.full((tokens, top_k), -1, dtype=torch.int32, device=device))
         return moved
 
     def forward(
@@ -149,7 +181,14 @@ class LayerPruning(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden], topk_weights and topk_ids [T, k] in any order, -1 for no expert -> float32 weights and ids
         in any order, with -1 for dropped experts and the kept weights renormalised."""
-        weights, ids = self._prune_experts(
+        if self._host_counts is not None:
+            self._host_counts.copy_(self.counts, non_blocking=True)
+        return self._prune(x, topk_weights, topk_ids)
+
+    def _prune(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._prune_experts(
             x,
             topk_weights,
             topk_ids,
@@ -161,18 +200,16 @@ class LayerPruning(nn.Module):
             self.renormalize,
             self.counts,
         )
-        if self._pinned_counts is not None:
-            self._pinned_counts.copy_(self.counts, non_blocking=True)
-        return weights, ids
 
 
 def ratio_pruning(ratios: torch.Tensor, renormalize: torch.Tensor, num_experts: int, hidden_size: int) -> LayerPruning:
     """ODP: rank r is dropped where w_r / w_0 is below ratios[r - 1], whatever the token and the expert."""
+    float32 = {"dtype": torch.float32}  # whatever the default is: vLLM's, while it builds a model, is the model's
     router = {
-        "weight_slopes": torch.tensor([[1.0], [-1.0]]).repeat(1, len(ratios)),
-        "expert_bias": torch.zeros(num_experts),
-        "projection": torch.zeros(0, hidden_size),
-        "expert_features": torch.zeros(num_experts, 0),
+        "weight_slopes": torch.tensor([[1.0], [-1.0]], **float32).repeat(1, len(ratios)),
+        "expert_bias": torch.zeros(num_experts, **float32),
+        "projection": torch.zeros(0, hidden_size, **float32),
+        "expert_features": torch.zeros(num_experts, 0, **float32),
     }
     return LayerPruning(ratios.log(), renormalize, router)
 
@@ -239,7 +276,7 @@ class PruningRules:
         levels = self._tensor(name, "thresholds", (len(self.config.levels), top_k - 1))
         renormalize = self._tensor(name, "renormalize", ()).clone()
         if target <= 0:
-            thresholds = torch.full((top_k - 1,), -torch.inf)
+            thresholds = torch.full((top_k - 1,), -torch.inf, dtype=torch.float32)
         else:
             thresholds = interpolate(levels, self.config.levels, target)
         if self.config.method == "odp":

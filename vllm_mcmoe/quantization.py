@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -19,6 +20,17 @@ from vllm_mcmoe.graph_cache import add_to_cache_key
 from vllm_mcmoe.linear_choice import LINEARS_VARIABLE, MCMOE, linears_request
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
 from vllm_mcmoe.support import check_model
+
+# Every variable of the plugin. The modules that read them name them; a test holds this list against the sources.
+VARIABLES = (
+    "VLLM_MCMOE_ACTIVATIONS",
+    "VLLM_MCMOE_BACKEND",
+    "VLLM_MCMOE_CACHE",
+    "VLLM_MCMOE_CPU_ISA",
+    "VLLM_MCMOE_LINEARS",
+    "VLLM_MCMOE_PRUNING",
+    "VLLM_MCMOE_TILES",
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -200,6 +212,10 @@ def _model_directory(file_name: str) -> Path:
 
 
 def register_with_vllm() -> None:
-    """Make `mcmoe` a quantization method of this process. Idempotent."""
+    """Make `mcmoe` a quantization method of this process, and our variables known to vLLM. Idempotent."""
+    for name in VARIABLES:
+        # vLLM warns of variables it does not know, and hands those it knows to Ray's workers. It also reads them into
+        # the key of compiled graphs: as nothing, since graph_cache.py adds what matters there.
+        envs.environment_variables.setdefault(name, lambda: None)
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(McmoeConfig)

@@ -1,12 +1,15 @@
 """Which models and MoE layers can be quantised and served; others are refused before weights are read."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels import supported_activations
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, group_count
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def check_model(where: str, config: Any) -> None:
@@ -100,3 +103,73 @@ def check_layer(
         raise UnsupportedModelError(f"{name}: models that apply routing weights to the input are not supported.")
     if has_bias:
         raise UnsupportedModelError(f"{name}: experts with biases are not supported.")
+
+
+def check_parallelism(
+    name: str, *, gathers_tokens: bool, can_gather: bool, all2all_backend: str, pcp_size: int
+) -> None:
+    """Raises UnsupportedModelError where ranks with tokens of their own cannot exchange them.
+
+    gathers_tokens    data parallel, or tensor parallel ranks that share out the sequence
+    can_gather        the platform's communicator can do so
+    all2all_backend   vLLM's, which matters to ranks that gather only
+    pcp_size          prefill context parallel ranks
+    """
+    if pcp_size > 1:
+        raise UnsupportedModelError(
+            f"{name}: prefill context parallelism is not supported with mcmoe checkpoints. "
+            "Drop --prefill-context-parallel-size."
+        )
+    if gathers_tokens and all2all_backend != "allgather_reducescatter":
+        raise UnsupportedModelError(
+            f"{name}: --all2all-backend {all2all_backend} sends tokens in a layout that the kernels do not read. "
+            "Use --all2all-backend allgather_reducescatter."
+        )
+    if gathers_tokens and not can_gather:
+        raise UnsupportedModelError(
+            f"{name}: vLLM cannot gather the tokens of data parallel ranks on this platform, for no mixture of "
+            "experts. Start one server per replica, without --data-parallel-size, behind a load balancer."
+        )
+
+
+def check_options(name: str, config: "VllmConfig", backend: str) -> None:
+    """Raises UnsupportedModelError for an option of vLLM's that this layer would disregard or break under."""
+    from vllm import envs
+    from vllm.lora.utils import is_in_target_modules
+
+    lora = config.lora_config
+    if lora is not None and is_in_target_modules(name, lora.target_modules):
+        raise UnsupportedModelError(
+            f"{name}: adapters (--enable-lora) cannot change quantised experts. Name the linears to adapt, for example "
+            "--lora-target-modules q_proj k_proj v_proj o_proj, and serve adapters that change nothing else."
+        )
+    offload = config.offload_config
+    if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+        raise UnsupportedModelError(
+            f"{name}: experts are repacked into the device's memory and stay there, so --cpu-offload-gb and "
+            "--offload-group-size would not save what they promise. Spread the model over more devices "
+            "(--tensor-parallel-size, --pipeline-parallel-size), or quantise it to fewer bits."
+        )
+    if envs.VLLM_BATCH_INVARIANT and backend != "reference":
+        raise UnsupportedModelError(
+            f"{name}: VLLM_BATCH_INVARIANT is set, but the {backend} kernels add up in an order that depends on the "
+            "number of tokens. Unset it, or set VLLM_MCMOE_BACKEND=reference, which is slow."
+        )
+
+
+def check_cpu_routing(name: str, *, scoring: str, has_correction_bias: bool, own_function: bool, grouped: bool) -> None:
+    """Raises UnsupportedModelError where vLLM's router for CPUs fails, or chooses other experts than its one for GPUs.
+
+    scoring        of logits: "softmax", "sigmoid", ...
+    own_function   the model brings the whole routing; the rest is not used then
+    grouped        the router chooses groups of experts first, a code path that has all of it
+    """
+    if grouped or own_function:
+        return
+    if scoring == "sigmoid":
+        problem = "cannot route by sigmoid without groups of experts"
+    elif scoring == "softmax" and has_correction_bias:
+        problem = "leaves out the router's correction bias, and would choose other experts"
+    else:
+        return
+    raise UnsupportedModelError(f"{name}: on CPUs vLLM {problem}. Serve this model on a GPU.")

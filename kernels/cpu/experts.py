@@ -16,7 +16,7 @@ from vllm_mcmoe.kernels.cpu.records_file import PrivateRecords, RecordsWriter, m
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
 from vllm_mcmoe.kernels.cpu.vectors import GATES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix
-from vllm_mcmoe.kernels.reference import check_matrix
+from vllm_mcmoe.kernels.reference import check_matrix, local_ids
 
 
 def record_sizes(
@@ -62,17 +62,20 @@ class CpuExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         activation: str = "silu",
+        device: torch.device | str = "cpu",
         file: Path | None = None,
         key: Mapping[str, Any] | None = None,
     ) -> Self:
         """Repack, experts side by side on torch's number of threads, and compile.
 
         gate_up yields [2I, H] matrices, gate rows first, down yields [H, I]. Raises ValueError for an activation, width
-        or size the kernels lack, and for a matrix other than announced.
+        size or device the kernels lack, and for a matrix other than announced.
 
         With `file` the records are written there and mapped from there, for `from_file` to find under the same key (see
         records_file.py). Raises OSError where that fails; nothing is left of the file then.
         """
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"the cpu kernels run on CPUs, not on {device}")
         experts = cls(hidden_size, intermediate_size, activation)
         for name, bits in (("gate_up", gate_up_bits), ("down", down_bits)):
             unknown = sorted(set(bits) - set(WIDTHS))
@@ -117,8 +120,16 @@ class CpuExperts(torch.nn.Module):
             self.register_buffer(name, records, persistent=False)
             self.register_buffer(f"{name}_table", table, persistent=False)
 
-    def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """x: float32, bfloat16 or float16 [T, H]; topk_weights: float [T, J]; topk_ids: int [T, J] -> [T, H] like x."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: float32, bfloat16 or float16 [T, H]; topk_weights: float [T, J]; topk_ids: int [T, J], of experts here or,
+        with a map, of all of them -> [T, H] like x."""
+        topk_ids = local_ids(topk_ids, expert_map)
         return torch.ops.vllm_mcmoe.cpu_fused_experts(
             x,
             topk_weights,

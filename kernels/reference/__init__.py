@@ -110,15 +110,16 @@ class ReferenceExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         activation: str = "silu",
+        device: torch.device | str = "cpu",
     ) -> Self:
-        """Collect the experts. Raises ValueError where a matrix or the activation is not what was announced."""
+        """Collect the experts on `device`. Raises ValueError where a matrix or activation is not what was announced."""
         check_activation("reference", activation)
         shapes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         collected = []
         for name, matrices, bits, shape in zip(
             ("gate_up", "down"), (gate_up, down), (gate_up_bits, down_bits), shapes, strict=True
         ):
-            experts = list(matrices)
+            experts = [matrix.to(device) for matrix in matrices]
             if len(experts) != len(bits):
                 raise ValueError(f"{name}: {len(bits)} widths were given for {len(experts)} experts")
             for expert, (matrix, width) in enumerate(zip(experts, bits, strict=True)):
@@ -126,9 +127,27 @@ class ReferenceExperts(torch.nn.Module):
             collected.append(experts)
         return cls(*collected, activation)
 
-    def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """x: [T, H], topk_weights and topk_ids: [T, J] -> [T, H] in x.dtype."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [T, H], topk_weights and topk_ids: [T, J], expert_map as for local_ids -> [T, H] in x.dtype."""
+        topk_ids = local_ids(topk_ids, expert_map)
         return fused_experts(x, topk_weights, topk_ids, self.gate_up, self.down, activation=self.activation)
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """topk_ids [T, J] with the numbers experts have on this rank, -1 for those of other ranks.
+
+    expert_map: int32 [global experts], the number of each on this rank, -1 elsewhere; None where they are the same.
+    """
+    if expert_map is None:
+        return topk_ids
+    local = expert_map[topk_ids.clamp(min=0).long()]
+    return torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
 
 
 def check_activation(backend: str, activation: str) -> None:

@@ -50,10 +50,14 @@ def by_weight(topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch
 
 
 def renormalized(weights: torch.Tensor, keep: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """weights [T, k] scaled so that the kept ones take over a share of what was dropped; exact where nothing was."""
+    """weights [T, k] scaled so that the kept ones take over a share of what was dropped.
+
+    A token of which nothing was dropped keeps its weights bit for bit, in whatever order a device adds them up.
+    """
     total = weights.sum(dim=-1, keepdim=True)
     kept = (weights * keep).sum(dim=-1, keepdim=True)
-    return weights * (1 + strength * (total / kept.clamp_min(TINY) - 1))
+    scaled = weights * (1 + strength * (total / kept.clamp_min(TINY) - 1))
+    return torch.where(keep.all(dim=-1, keepdim=True), weights, scaled)
 
 
 def drop(
@@ -67,8 +71,9 @@ def drop(
 
     counts, int64 [2], is increased by the experts seen and dropped; ids of -1 are neither.
     """
-    keep = torch.cat((torch.ones_like(above_first[:, :1]), above_first), dim=-1)
-    counts += torch.stack(((ids >= 0).sum(), ((ids >= 0) & ~keep).sum()))
+    first = above_first.new_ones(len(ids), 1)
+    keep = torch.cat((first, above_first), dim=-1) | (ids < 0)
+    counts += torch.stack(((ids >= 0).sum(), (~keep).sum()))
     return renormalized(weights, keep, renormalize), torch.where(keep, ids, -1)
 
 

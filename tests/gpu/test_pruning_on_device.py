@@ -9,8 +9,9 @@ that, the decision may differ: no score of these seeds lies within 1e-5 of its t
 import pytest
 import torch
 
-from tests.kernels.pruning_cases import by_expert, random_call
+from tests.kernels.pruning_cases import EXPERTS, HIDDEN, by_expert, random_call
 from vllm_mcmoe.kernels.reference import pruning as reference
+from vllm_mcmoe.pruning import ActivationCounts, ratio_pruning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +78,29 @@ def test_a_captured_graph_follows_new_routings(prune_experts, tokens):
             kept.copy_(new)
         graph.replay()
         assert_agrees(out, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_hidden_states_of_half_precision_are_projected_in_float32(prune_experts, tokens, dtype):
+    x, *rest = random_call(tokens, 8)
+    call = (x.to(dtype), *rest)
+    assert_agrees(prune_experts(*on_device(call)), call)
+
+
+def test_the_counts_of_a_captured_pass_reach_the_host():
+    """Of two layers; the first copies, so the host has every pass but the last."""
+    device, (x, weights, ids, *_) = torch.device("cuda"), on_device(random_call(8, 2))
+    ids.clamp_(min=0)
+    counts = ActivationCounts(device)
+    rules = [ratio_pruning(torch.tensor([2.0]), torch.tensor(0.0), EXPERTS, HIDDEN) for _ in range(2)]
+    layers = [rule.on_device(device, "triton", counts=counts) for rule in rules]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            layer(x, weights, ids)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert counts.device.tolist() == [3 * 2 * 16, 3 * 2 * 8]
+    assert counts.host.tolist() == [2 * 2 * 16, 2 * 2 * 8]

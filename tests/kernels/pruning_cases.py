@@ -14,7 +14,9 @@ def random_call(
     Thresholds and scores are centred on about the same value, so that a part of the experts is dropped.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:top_k] for _ in range(tokens)])
+    ids = torch.empty(tokens, top_k, dtype=torch.int64)
+    for token in range(tokens):
+        ids[token] = torch.randperm(EXPERTS, generator=generator)[:top_k]
     ids[torch.rand(tokens, top_k, generator=generator) < 0.1] = -1
     return (
         torch.randn(tokens, HIDDEN, generator=generator),

@@ -274,3 +274,17 @@ def test_an_instruction_set_this_cpu_lacks_is_refused(monkeypatch):
 def test_a_layer_the_kernels_cannot_hold_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CpuExperts.prepare(**(random_layer([2, 3], [3, 2], 128, 128) | change))
+
+
+def test_experts_of_other_ranks_are_left_out_by_a_map():
+    module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
+    x, weights = torch.randn(4, 128), torch.rand(4, 2)
+    everywhere = torch.tensor([[0, 3], [1, 2], [3, 1], [-1, 0]], dtype=torch.int32)
+    expert_map = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
+    here = torch.tensor([[-1, 0], [1, -1], [0, 1], [-1, -1]], dtype=torch.int32)
+    assert torch.equal(module(x, weights, everywhere, expert_map), module(x, weights, here))
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match="run on CPUs, not on cuda"):
+        CpuExperts.prepare(**random_layer([2], [2], 128, 128), device="cuda")

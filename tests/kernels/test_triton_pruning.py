@@ -1,5 +1,6 @@
 """Online pruning in one Triton kernel, interpreted on the CPU with every check on, against the reference."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,10 +43,16 @@ def replaced(call: tuple[torch.Tensor, ...], **changes: torch.Tensor) -> tuple[t
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 130])
-@pytest.mark.parametrize("top_k", [2, 3, 4, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("rank", "ids_dtype"), [(0, torch.int32), (8, torch.int64)])
 def test_it_keeps_and_weighs_what_the_reference_does(tokens, top_k, rank, ids_dtype):
     assert_agrees(random_call(tokens, top_k, rank, ids_dtype))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_programs_of_several_tokens_do_the_same(top_k):
+    assert pruning.block_sizes(300, top_k, rank=8)[0] > pruning.block_sizes(130, top_k, rank=8)[0] == 1
+    assert_agrees(random_call(300, top_k))
 
 
 def test_the_random_calls_drop_some_experts_but_not_all():
@@ -125,6 +132,18 @@ def test_ids_beyond_the_last_expert_are_no_expert():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_hidden_states_of_half_precision_and_any_size_are_projected_in_float32(dtype, tokens):
+    """A size that is no whole number of blocks, a rank that is no power of two."""
+    x, weights, ids, *rule = random_call(tokens, 4, rank=3)
+    hidden = 5000
+    generator = torch.Generator().manual_seed(1)
+    projection = torch.randn(3, hidden, generator=generator) * hidden**-0.5
+    call = replaced((x, weights, ids, *rule), x=torch.randn(tokens, hidden, generator=generator), projection=projection)
+    assert_agrees(replaced(call, x=call[0].to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_taken_as_they_are(dtype):
     call = random_call(20, 4)
     assert_agrees(replaced(call, weights=call[1].to(dtype)))
@@ -162,6 +181,27 @@ def test_tracing_sees_the_shapes_and_dtypes_of_the_result():
     assert (ids.shape, ids.dtype) == (call[2].shape, torch.int64)
 
 
+def test_what_a_model_needs_is_compiled_while_it_is_loaded_and_nothing_later():
+    """By Triton's own launcher, with bfloat16 as the default dtype, as vLLM loads a model. Two kernels a rule: for few
+    tokens and for many; one launch a call."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_pruning_variants"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for found in json.loads(printed).values():
+        assert [kernel["BLOCK_TOKENS"] for kernel in found["at load"]] == [1, 8]
+        assert {kernel["x_ptr"] for kernel in found["at load"]} == {"*bf16"}
+        assert {kernel["weights_ptr"] for kernel in found["at load"]} == {"*fp32"}
+        assert found["at calls"] == []
+        assert found["launches per call"] == 1
+        assert set(found["buffers"].values()) == {"torch.float32", "torch.int64"}
+
+
 def test_compiled_for_gpus_it_spills_nothing(tmp_path):
     """One of each vendor, in a process that does not interpret and a cache that holds nothing of another Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -174,4 +214,4 @@ def test_compiled_for_gpus_it_spills_nothing(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert found.stdout.splitlines() == ["sm90 0", "gfx942 0"]
+    assert found.stdout.splitlines() == ["sm90 1 0", "gfx942 1 0", "sm90 4 0", "gfx942 4 0"]

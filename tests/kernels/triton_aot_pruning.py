@@ -7,14 +7,20 @@ import sys
 
 from tests.kernels import triton_aot
 
-LARGEST = {"EXPERTS": 512, "RANK": 8, "TOP_K": 10, "LANES": 16, "BLOCK_TOKENS": 4}  # Qwen3-Next: 512 experts, top-10
+# Of a wide model with many experts: 512 of them, top-10, 7168 features; the default rule's rank
+SHAPE = {"EXPERTS": 512, "HIDDEN": 7168, "RANK": 8, "TOP_K": 10, "LANES": 16, "RANK_LANES": 8}
 
 
 def main() -> None:
-    triton_aot._POINTEES |= {"counts_ptr": "i64", "out_ids_ptr": "i32"}
-    case = triton_aot.Case("prune", "pruning.prune_kernel", tuple(LARGEST.items()))
-    for target in sys.argv[1:]:
-        print(target, triton_aot.figures(target, case).spills)
+    from vllm_mcmoe.kernels.triton.pruning import FEW_TOKENS, WARPS, block_sizes
+
+    triton_aot._POINTEES |= {"counts_ptr": "i64", "out_ids_ptr": "i32", "projection_ptr": "fp32"}
+    for tokens in (FEW_TOKENS, FEW_TOKENS + 1):
+        block_tokens, block = block_sizes(tokens, SHAPE["TOP_K"], SHAPE["RANK"])
+        constants = SHAPE | {"BLOCK_TOKENS": block_tokens, "BLOCK": block}
+        case = triton_aot.Case("prune", "pruning.prune_kernel", tuple(constants.items()), num_warps=WARPS)
+        for target in sys.argv[1:]:
+            print(target, block_tokens, triton_aot.figures(target, case).spills)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What vLLM decides before it starts an engine: which method a checkpoint gets, and which it refuses."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -8,9 +10,12 @@ import pytest
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.platforms import current_platform
 
 import vllm_mcmoe
-from vllm_mcmoe.quantization import McmoeConfig, _pruning_request
+from vllm_mcmoe.quantization import VARIABLES, McmoeConfig, _pruning_request
+
+ROOT = Path(__file__).parents[2]
 
 
 def engine_config(model: Path, **options) -> VllmConfig:
@@ -31,6 +36,19 @@ def test_registering_twice_changes_nothing():
     vllm_mcmoe.register()
     assert QUANTIZATION_METHODS.count("mcmoe") == 1
     assert get_quantization_config("mcmoe") is McmoeConfig
+
+
+def test_vllm_knows_every_variable_of_the_plugin(monkeypatch):
+    """It warns of others that begin like its own, or refuses them."""
+    sources = [path for folder in ("vllm_mcmoe", "kernels", "calibration") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"VLLM_MCMOE_[A-Z_]+", path.read_text())}
+    assert named == set(VARIABLES)
+    for name in os.environ:
+        if name.startswith("VLLM_"):
+            monkeypatch.delenv(name)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1")
+    current_platform.validate_environ(hard_fail=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "mcmoe"}], ids=["found", "named"])

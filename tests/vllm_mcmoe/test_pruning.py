@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from vllm_mcmoe.errors import FormatError, PruningError
-from vllm_mcmoe.pruning import LayerPruning, PruningConfig, PruningRules, ratio_pruning, resolve_target
+from vllm_mcmoe.pruning import (
+    ActivationCounts,
+    LayerPruning,
+    PruningConfig,
+    PruningRules,
+    ratio_pruning,
+    resolve_target,
+)
 
 LAYER = "model.layers.0.mlp.experts"
 TOKENS, HIDDEN, EXPERTS = 40, 16, 6
@@ -141,6 +148,27 @@ def test_the_compiled_rule_agrees_with_the_reference_for_few_tokens_and_many(ids
         torch.testing.assert_close(found_weights[kept], wanted_weights[kept])
     assert 0 < rules["cpu"].counts[1] < rules["cpu"].counts[0]
     assert torch.equal(rules["cpu"].counts, rules["reference"].counts)
+
+
+def test_a_model_s_layers_count_together_and_the_first_copies_for_a_reader():
+    counts = ActivationCounts(torch.device("cpu"))
+    assert counts.host is counts.device
+    counts.host = torch.zeros(2, dtype=torch.int64)  # as on a device
+    x, weights, ids = routed(2)
+    first, second = (ratio([2.0], 1.0).on_device(torch.device("cpu"), "cpu", counts=counts) for _ in range(2))
+    for layer in (first, second):
+        layer(x, weights, ids)
+    assert counts.device.tolist() == [4 * TOKENS, 2 * TOKENS]
+    assert counts.host.tolist() == [0, 0]  # of whole passes: what there was when this one began
+    first(x, weights, ids)
+    assert counts.host.tolist() == [4 * TOKENS, 2 * TOKENS]
+
+
+def test_the_only_expert_of_a_token_stays():
+    x, weights, ids = routed(1)
+    for backend in ("reference", "cpu"):
+        rule = ratio(torch.zeros(0), 1.0).on_device(torch.device("cpu"), backend)
+        assert as_dicts(*rule(x, weights, ids)) == as_dicts(weights, ids)
 
 
 def test_an_expert_the_rule_does_not_know_is_an_error():

@@ -13,7 +13,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
+from tests.vllm_mcmoe.test_expert_weights import random_matrix
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.moe_method import McmoeMoEMethod
@@ -70,6 +72,81 @@ def test_layers_that_the_kernels_compute_get_the_method(quantized_config, option
 def test_a_clamped_activation_is_refused_though_it_calls_itself_silu(quantized_config, parameter, value):
     with pytest.raises(UnsupportedModelError, match=f"{LAYER}: {parameter} is {value}, beside the activation 'silu'"):
         make_layer(engine_config(quantized_config), activation="silu", **{parameter: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scoring_func": "sigmoid"}, "cannot route by sigmoid without groups"),
+        ({"e_score_correction_bias": torch.zeros(8)}, "leaves out the router's correction bias"),
+    ],
+    ids=["sigmoid", "correction bias"],
+)
+def test_what_vllm_cannot_route_on_cpus_is_refused(quantized_config, options, message):
+    """When the layer is finished: its runner, which has the router, is made after it."""
+    config = engine_config(quantized_config)
+    layer = make_layer(config, **options)
+    with pytest.raises(UnsupportedModelError, match=f"{LAYER}: on CPUs vLLM {message}.*Serve this model on a GPU"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+# ---- vLLM's options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "--enable-lora.*--lora-target-modules q_proj"),
+        ({"enable_lora": True, "lora_target_modules": ["experts"]}, "--enable-lora"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb.*Spread the model over more devices"),
+        ({"offload_group_size": 2}, "--offload-group-size"),
+    ],
+    ids=["adapters", "adapters of experts", "offloading", "prefetching"],
+)
+def test_an_option_that_experts_would_disregard_is_refused_by_name(quantized_config, options, message):
+    config = engine_config(quantized_config, **options)
+    with pytest.raises(UnsupportedModelError, match=f"{LAYER}: .*{message}"):
+        make_layer(config)
+
+
+def test_adapters_of_linears_are_not_refused(quantized_config):
+    layer = make_layer(engine_config(quantized_config, enable_lora=True, lora_target_modules=["q_proj", "o_proj"]))
+    assert isinstance(layer.quant_method, McmoeMoEMethod)
+
+
+def test_batch_invariance_is_refused(quantized_config, monkeypatch):
+    config = engine_config(quantized_config)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UnsupportedModelError, match=r"VLLM_BATCH_INVARIANT is set, but the cpu kernels.*Unset it"):
+        make_layer(config)
+
+
+def test_loading_weights_into_a_running_engine_is_refused(quantized_config, monkeypatch):
+    """By vLLM's own steps of reload_weights."""
+    monkeypatch.setenv("VLLM_MCMOE_BACKEND", "reference")
+    layer = make_layer(engine_config(quantized_config))
+    model = torch.nn.Module()
+    model.experts = layer
+    record_metadata_for_reloading(model)
+    assert set(layer.load_weights(checkpoint_tensors()))
+    layer.quant_method.process_weights_after_loading(layer)
+    initialize_layerwise_reload(model)
+    message = f"{LAYER}, expert 0, w1 qweight: the experts of a running engine cannot be loaded again.*another engine"
+    with pytest.raises(UnsupportedModelError, match=message):
+        list(layer.load_weights(checkpoint_tensors()))
+
+
+def checkpoint_tensors():
+    """Of the experts above, under the names they have behind the layer's."""
+    for expert in range(8):
+        for name, bits, shape in (
+            ("gate_proj", 2, (512, 256)),
+            ("up_proj", 2, (512, 256)),
+            ("down_proj", 3, (256, 512)),
+        ):
+            matrix = random_matrix(bits, *shape, seed=expert)
+            for suffix in ("qweight", "scales", "zeros"):
+                yield f"{expert}.{name}.{suffix}", getattr(matrix, suffix)
 
 
 # ---- classes that models bring

@@ -2,7 +2,7 @@ import pytest
 
 from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import McmoeError
-from vllm_mcmoe.support import check_layer
+from vllm_mcmoe.support import check_cpu_routing, check_layer, check_parallelism
 
 LAYER = "model.layers.0.block_sparse_moe.experts"
 MIXTRAL_OVER_TWO_RANKS = {
@@ -65,3 +65,44 @@ def test_groups_that_ranks_share_unevenly_are_accepted():
 def test_a_layer_that_cannot_be_served_is_refused_by_name(change, message):
     with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}"):
         check(**change)
+
+
+GATHERING = {"gathers_tokens": True, "can_gather": True, "all2all_backend": "allgather_reducescatter", "pcp_size": 1}
+
+
+@pytest.mark.parametrize("change", [{}, {"gathers_tokens": False, "all2all_backend": "deepep_low_latency"}])
+def test_ranks_that_can_exchange_their_tokens_or_need_not_are_accepted(change):
+    check_parallelism(LAYER, **(GATHERING | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"all2all_backend": "deepep_low_latency"},
+            "deepep_low_latency.*Use --all2all-backend allgather_reducescatter",
+        ),
+        ({"can_gather": False}, "cannot gather the tokens.*Start one server per replica"),
+        ({"pcp_size": 2}, "Drop --prefill-context-parallel-size"),
+    ],
+    ids=["all2all backend", "platform", "context parallel"],
+)
+def test_ranks_that_cannot_exchange_their_tokens_are_refused_by_name(change, message):
+    with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}"):
+        check_parallelism(LAYER, **(GATHERING | change))
+
+
+SOFTMAX = {"scoring": "softmax", "has_correction_bias": False, "own_function": False, "grouped": False}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"scoring": "sigmoid", "has_correction_bias": True, "grouped": True},
+        {"scoring": "sigmoid", "own_function": True},
+    ],
+    ids=["softmax", "groups", "own function"],
+)
+def test_what_vllm_routes_on_cpus_is_accepted(change):
+    check_cpu_routing(LAYER, **(SOFTMAX | change))
