@@ -72,15 +72,21 @@ class AccessGuard:
         self.regions = list(regions.values())
         self.atomics, self.seen, self.released = Counter(), {}, {}
 
-    def synchronize(self, pointer: int) -> None:
-        """An atomic operation of the running program, which releases its stores and acquires those of others."""
-        if not any(region.begin <= pointer < region.end for region in self.regions):
-            raise AccessError(f"an atomic operation outside every tensor, by program {_program()}")
+    def count(self, pointers: np.ndarray, orders: bool) -> None:
+        """Atomic operations of the running program. orders: they release its stores and acquire those of others."""
+        for pointer in pointers.tolist():
+            if not any(region.begin <= pointer < region.end for region in self.regions):
+                raise AccessError(f"an atomic operation outside every tensor, by program {_program()}")
+        if not orders:
+            return
         program = _program_number()
         self.atomics[program] += 1
-        known = self.seen.get(program, Counter()) | self.released.get(pointer, Counter())
+        known = self.seen.get(program, Counter())
+        for pointer in pointers.tolist():
+            known = known | self.released.get(pointer, Counter())
         self.seen[program] = known
-        self.released[pointer] = known | Counter({program: self.atomics[program]})
+        for pointer in pointers.tolist():
+            self.released[pointer] = known | Counter({program: self.atomics[program]})
 
     def check(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, is_store: bool) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -180,12 +186,12 @@ def _access_patches(guard: AccessGuard) -> dict:
         guard.check(pointers, mask, is_store=True)
         return store(self, pointers, value, mask, *rest)
 
-    def create_atomic_rmw(self, operation, pointer, value, mask, semantics, scope):
-        if pointer.data.size != 1 or self.ir_sem_to_interpreter_sem[semantics].name != RELEASE_AND_ACQUIRE:
-            raise NotImplementedError("the checks know scalar atomic operations that release and acquire")
-        guard.synchronize(int(pointer.data.item()))
-        always = interpreter.TensorHandle(np.ones_like(pointer.data, dtype=bool), tl.int1)
-        return atomic(self, operation, pointer, value, always, semantics, scope)
+    def create_atomic_rmw(self, operation, pointers, values, mask, semantics, scope):
+        active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        orders = self.ir_sem_to_interpreter_sem[semantics].name == RELEASE_AND_ACQUIRE
+        guard.count(pointers.data[active].astype(np.int64), orders)
+        bits = interpreter.TensorHandle(np.ascontiguousarray(active), tl.int1)  # as they come, they may be integers
+        return atomic(self, operation, pointers, values, bits, semantics, scope)
 
     return {
         "create_masked_load": create_masked_load,
