@@ -44,6 +44,10 @@ class ExpertBits:
     def num_experts(self) -> int:
         return len(self.gate_up)
 
+    @property
+    def widths(self) -> frozenset[int]:
+        return frozenset(self.gate_up) | frozenset(self.down)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ logger = init_logger("vllm.mcmoe")
 
 CACHED_LOAD_FORMATS = ("auto", "hf", "safetensors")  # those that read the checkpoint's own files
 GB = 1e9
+WORTH_REPORTING = 1.0  # second; kernels that Triton's cache has take less
 
 
 class ExpertLoading:
@@ -70,6 +71,28 @@ class ExpertLoading:
         if self.complete:
             self._report()
         return experts
+
+    def compile_kernels(
+        self,
+        experts: nn.Module,
+        widths: Collection[int],
+        top_k: int,
+        dtype: torch.dtype,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        """What a request would otherwise wait for; nothing on CPUs, whose kernels are compiled as experts are packed.
+
+        widths: of all layers' experts. dtype: of the hidden states. The layers of a model share their kernels, so the
+        first one takes the time.
+        """
+        if self.backend != "triton":
+            return
+        begin = time.perf_counter()
+        experts.compile_kernels(widths=widths, top_k=top_k, dtype=dtype, expert_map=expert_map)
+        seconds = time.perf_counter() - begin
+        if seconds > WORTH_REPORTING:
+            found = ", ".join(map(str, sorted(widths)))
+            logger.info("Kernels for experts of %s bits took %.1f s to compile; Triton keeps them.", found, seconds)
 
     def activation_counts(self, device: torch.device) -> ActivationCounts:
         """What all pruned layers of this model count together; they are on one device."""

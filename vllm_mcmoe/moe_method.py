@@ -45,16 +45,24 @@ def select_backend() -> str:
 class McmoeMoEMethod(FusedMoEMethodBase):
     """Experts of different bit-widths in one layer; activations int8 per token and group of 128.
 
-    pruning   the rule that drops some of a token's experts, or None
+    pruning       the rule that drops some of a token's experts, or None
+    model_widths  of the experts of all layers, where this is not the only one
 
     Where ranks hold different tokens, data or sequence parallel, each routes its own, and `apply` gathers them and
     shares out the sums, as vLLM's modular kernels do. vLLM would gather hidden states before routing for a method
     without one, but masks padding by this rank's tokens while it routes.
     """
 
-    def __init__(self, moe: FusedMoEConfig, bits: ExpertBits, pruning: LayerPruning | None = None):
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        bits: ExpertBits,
+        pruning: LayerPruning | None = None,
+        model_widths: frozenset[int] = frozenset(),
+    ):
         super().__init__(moe)
         self.bits = bits
+        self.model_widths = model_widths | bits.widths
         self.pruning = pruning
         self.backend = select_backend()
         self.weights: LayerWeights | None = None
@@ -139,6 +147,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         for name, _ in list(self.weights.parameters()):
             delattr(layer, name)
         layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
+        top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype
+        self.loading.compile_kernels(layer.mcmoe_experts, self.model_widths, top_k, dtype, layer.expert_map)
         self.weights.finished = True
         if self.pruning is not None:
             counts = self.loading.activation_counts(device)

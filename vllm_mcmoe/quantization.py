@@ -117,7 +117,8 @@ class McmoeConfig(QuantizationConfig):
                 )
             self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
-            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer))
+            widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
+            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer), widths)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             method = self.linear.get_quant_method(layer, prefix)

@@ -1,7 +1,6 @@
 """The Triton backend: all experts of a layer as one module, computed by one torch custom op."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -90,12 +89,11 @@ def _tiles_of_any_prompt(device: Device, shape: Shape) -> dict[tuple, tuple[int,
 @lru_cache
 def compile_layer(
     device: torch.device, shape: Shape, widths: int, activation: str, dtype: torch.dtype, is_mapped: bool
-) -> float:
+) -> None:
     """Compiles what layers of this shape run for any number of tokens of `dtype`, unless Triton's cache has it.
 
-    widths: as in the op. Several kernels at a time, one per CPU core. Returns the seconds it took.
+    widths: as in the op. Several kernels at a time, one per CPU core.
     """
-    begin = time.monotonic()
     empty = partial(torch.empty, device=device)
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
 
@@ -114,7 +112,6 @@ def compile_layer(
             weights = empty(tokens, shape.top_k, dtype=torch.float32)
             routing = Routing(weights, ids, expert_map, shape.experts, tiles.block_tokens)
             run_layer(compile_kernel, x, routing, gate_up, down, tiles, activation, shape.float_activations, out)
-    return time.monotonic() - begin
 
 
 def check_device(device: torch.device) -> None:
@@ -152,7 +149,7 @@ class TritonExperts(torch.nn.Module):
         for name, stack in (("gate_up", gate_up), ("down", down)):
             for field, tensor in stack.tensors().items():
                 self.register_buffer(f"{name}_{field}", tensor, persistent=False)
-        self.widths = gate_up.widths | down.widths | sum(1 << width for width in set(widths))
+        self.widths = gate_up.widths | down.widths
         self.hidden_size, self.intermediate_size, self.activation = gate_up.in_features, down.in_features, activation
         self.float_activations = float_activations
 
@@ -169,14 +166,12 @@ class TritonExperts(torch.nn.Module):
         activation: str = "silu",
         device: torch.device | str = "cuda",
         activations: Literal["int8", "float"] | None = None,
-        widths: Iterable[int] = (),
     ) -> Self:
         """Repack a layer's experts, one matrix at a time, on the device.
 
         gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first; down: [hidden_size, intermediate_size].
         activations: what the activations are multiplied as. "int8" is the contract of all backends; "float" rounds them
         to float16 instead. None takes VLLM_MCMOE_ACTIVATIONS, or int8 without it.
-        widths: of the model's other layers; all of one shape are then computed by the same compiled kernels.
         Raises ValueError for an unsupported device or activation, and where a matrix is not what was announced.
         """
         device = torch.device(device)
@@ -205,7 +200,6 @@ class TritonExperts(torch.nn.Module):
             ),
             activation,
             activations == "float",
-            widths,
         )
 
     def forward(
@@ -224,16 +218,22 @@ class TritonExperts(torch.nn.Module):
             raise ValueError(f"the triton kernels take activations in one of {INPUT_DTYPES}, found {x.dtype}")
         return torch.ops.vllm_mcmoe.triton_experts(*self.arguments(x.contiguous(), topk_weights, topk_ids, expert_map))
 
-    def compile(self, top_k: int, dtype: torch.dtype, expert_map: torch.Tensor | None = None) -> float:
-        """Compiles every kernel that `forward` can ask for, where it is not yet; returns the seconds it took.
+    def compile_kernels(
+        self, *, widths: Iterable[int], top_k: int, dtype: torch.dtype, expert_map: torch.Tensor | None = None
+    ) -> None:
+        """Compiles every kernel that `forward` can ask for, where it is not yet.
 
-        dtype: of x. topk_weights are float32 and topk_ids int32. Layers of the same shape share their kernels.
+        widths: of all layers of the model: those of the same shape then share their kernels. dtype: of x; topk_weights
+        are float32 and topk_ids int32.
         """
+        if triton.knobs.runtime.interpret:
+            return
+        self.widths |= sum(1 << width for width in set(widths))
         hidden_size, experts = self.hidden_size, self.gate_up_bits.numel()
         all_experts = experts if expert_map is None else expert_map.numel()
         shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)
         device = self.gate_up_bits.device
-        return compile_layer(device, shape, self.widths, self.activation, dtype, expert_map is not None)
+        compile_layer(device, shape, self.widths, self.activation, dtype, expert_map is not None)
 
     def arguments(
         self,

@@ -133,7 +133,7 @@ def test_nothing_is_compiled_after_loading(backend):
 
     layer = prepare(backend, random_layer([1, 2], 1280, 1152))
     before = compiled()
-    layer.compile(2, torch.bfloat16)
+    layer.compile_kernels(widths=[1, 2, 3], top_k=2, dtype=torch.bfloat16)
     at_load = compiled()
     assert at_load > before
     for tokens in (1, 4, 5, 37, 300, 4097):

@@ -43,7 +43,7 @@ def experts_of(shape: tiles.Shape, layer: Layer) -> torch.nn.Module:
 
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     gate_up, down = stack(2 * intermediate, hidden, layer.gate_up, True), stack(hidden, intermediate, layer.down, False)
-    return experts.TritonExperts(gate_up, down, "silu", False, widths=WIDTHS)
+    return experts.TritonExperts(gate_up, down, "silu", False)
 
 
 def call(layer: torch.nn.Module, shape: tiles.Shape, tokens: int, expert_map: torch.Tensor | None = None) -> None:
@@ -62,7 +62,7 @@ def counts(shape: tiles.Shape, layers: tuple[Layer, ...]) -> dict:
     with pretended_gpu() as recorder:
         modules = [experts_of(shape, layer) for layer in layers]
         for module in modules:
-            module.compile(shape.top_k, torch.bfloat16)
+            module.compile_kernels(widths=WIDTHS, top_k=shape.top_k, dtype=torch.bfloat16)
         at_load, by_tokens = names(recorder), {}
         for module in modules:
             for tokens in TOKENS:
