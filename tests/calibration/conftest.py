@@ -12,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import make_qwen3
-from vllm_mcmoe.calibration import layer_quantization, pipeline
-from vllm_mcmoe.calibration.artifacts import Plan
-from vllm_mcmoe.calibration.gptq import GPTQOptions
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
-from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.calibration.quantize import checkpoint_run
+from vllm_mcmoe.calibration.quantize import layer as layer_quantization
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 
 SEQUENCES, LENGTH = 8, 128
@@ -68,7 +70,7 @@ def interrupted_at_the_last_layer() -> Iterator[None]:
         return layer_quantization.quantize_layer(model, index, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "quantize_layer", quantize_first_layers)
+        patch.setattr(checkpoint_run, "quantize_layer", quantize_first_layers)
         yield
 
 

@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from vllm_mcmoe.calibration.allocation import allocate, average_bits, written_bits
-from vllm_mcmoe.calibration.artifacts import PROJECTIONS, Factors, LayerFactors, Plan
+from vllm_mcmoe.calibration.allocate.bits import average_bits, written_bits
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.allocate.program import allocate
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 from vllm_mcmoe.errors import PlanError
 
@@ -239,11 +241,11 @@ def test_a_model_of_many_experts_is_solved_to_a_small_proven_gap():
 
 
 def test_the_core_of_a_large_problem_is_as_good_as_the_whole(monkeypatch):
-    from vllm_mcmoe.calibration import allocation
+    from vllm_mcmoe.calibration.allocate import program
 
     factors = random_factors(8, 16, widths=(1, 2, 3, 4))
     exact = allocate(factors, bits=2.0)
-    monkeypatch.setattr(allocation, "EXACT_VARIABLES", 0)
+    monkeypatch.setattr(program, "EXACT_VARIABLES", 0)
     reduced = allocate(factors, bits=2.0)
     assert exact.objective <= reduced.objective * (1 + 1e-12)
     assert reduced.objective <= exact.objective / (1 - reduced.extra["relative_gap"]) * (1 + 1e-9)

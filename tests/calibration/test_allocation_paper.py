@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mcmoe.calibration.allocation import allocate
+from vllm_mcmoe.calibration.allocate.program import allocate
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -13,11 +13,13 @@ from transformers import AutoConfig
 
 from tests.calibration.conftest import QUICK, layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
-from vllm_mcmoe.calibration.artifacts import Factors
-from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized, open_weights
-from vllm_mcmoe.calibration.inspection import inspect_model
-from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
-from vllm_mcmoe.calibration.models import FAMILIES, MoeModel, describe_model
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized, open_weights
+from vllm_mcmoe.calibration.evaluate.inspection import inspect_model
+from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.families import FAMILIES
+from vllm_mcmoe.calibration.model.layerwise import load_full_model
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.errors import UnsupportedModelError

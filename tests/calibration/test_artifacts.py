@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from vllm_mcmoe.calibration.artifacts import Factors, Plan, parse_factors, parse_plan
+from vllm_mcmoe.calibration.allocate.plan import Plan, parse_plan
+from vllm_mcmoe.calibration.measure.factors import Factors, parse_factors
 from vllm_mcmoe.errors import FormatError, PlanError
 
 LAYER = "model.layers.0.block_sparse_moe.experts"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_mcmoe.calibration.data import load_sequences
+from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.errors import DataError
 
 

@@ -21,16 +21,18 @@ from typer.testing import CliRunner
 from tests.calibration import child_process
 from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer
 from tests.tiny_models import make_tiny
-from vllm_mcmoe.calibration import pipeline, rowwise
-from vllm_mcmoe.calibration.artifacts import Plan
-from vllm_mcmoe.calibration.device import choose_device
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.gptq import GPTQOptions
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel, WeightFiles
-from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.common.device import choose_device
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix import row_loops
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.pruning import otp
-from vllm_mcmoe.calibration.pruning.prune import prune
+from vllm_mcmoe.calibration.prune import otp
+from vllm_mcmoe.calibration.prune.prune import prune
+from vllm_mcmoe.calibration.quantize import checkpoint_run
 from vllm_mcmoe.calibration.recipes import RECIPES
 from vllm_mcmoe.cli import app
 from vllm_mcmoe.errors import DeviceError, WorkDirectoryError
@@ -177,7 +179,7 @@ def begin_on_the_cpu_and_go_on(model: Path, out: Path, text: list[Path], *, devi
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    pipeline.quantize_layer = stop
+    checkpoint_run.quantize_layer = stop
     with pytest.raises(KeyboardInterrupt):
         quantize_by_plan(model, out, text, device="cpu")
     quantize_by_plan(model, out, text, device=device)
@@ -197,8 +199,8 @@ def _rows_after_a_loop() -> tuple[list, ...]:
         consumed += 1
 
     host, (wanted, consumed) = torch.zeros(2, 3), torch.zeros(2, 2, 3).to(PRETEND).unbind()
-    rowwise.over_rows(kernel, (host, host.clone()), written=(host,))
-    rowwise.over_rows(kernel, (wanted, consumed), written=(wanted,))
+    row_loops.over_rows(kernel, (host, host.clone()), written=(host,))
+    row_loops.over_rows(kernel, (wanted, consumed), written=(wanted,))
     return host.tolist(), wanted.tolist(), consumed.tolist(), torch.zeros(2, 3).tolist()
 
 

@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.calibration.conftest import LENGTH
 from tests.tiny_models import make_qwen3
-from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
-from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.experts import moe_inputs
-from vllm_mcmoe.calibration.experts_forward import experts_forward, round_activations
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.linears import linear_bits
-from vllm_mcmoe.calibration.models import activation_function, describe_model
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
+from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, round_activations
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.measure.expert_tokens import moe_inputs
+from vllm_mcmoe.calibration.model.description import activation_function, describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_sequences
+from vllm_mcmoe.calibration.quantize.linears import linear_bits
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import PackedMatrix
 from vllm_mcmoe.kernels.reference import fused_experts

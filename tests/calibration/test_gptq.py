@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.calibration.test_quantizers import gaussian, representable
-from vllm_mcmoe.calibration.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
-from vllm_mcmoe.calibration.quantizers import quantize_rtn
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
+from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
 from vllm_mcmoe.kernels.packing import WIDTHS
 
 PLAIN = GPTQOptions()

@@ -2,8 +2,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
-from vllm_mcmoe.calibration.gptq import HessianFactor
-from vllm_mcmoe.calibration.linears import (
+from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
+from vllm_mcmoe.calibration.quantize.linears import (
     GROUP_SIZES,
     choose_group_size,
     dequantize_linear,

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.calibration.conftest import layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import edit_config, make_qwen3
-from vllm_mcmoe.calibration.layerwise import WeightFiles, load_full_model
-from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import load_full_model
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
 

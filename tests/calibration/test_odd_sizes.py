@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from tests.calibration.conftest import QUICK
 from tests.tiny_models import make_tiny
-from vllm_mcmoe.calibration import pipeline
-from vllm_mcmoe.calibration.artifacts import Plan
-from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.inspection import inspect_checkpoint
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
+from vllm_mcmoe.calibration.evaluate.inspection import inspect_checkpoint
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.calibration.quantize import checkpoint_run
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 192, 160, 4, 2
@@ -91,11 +91,11 @@ def test_a_run_continued_after_its_first_layer_writes_the_same(
             raise KeyboardInterrupt
         return finish(model, index, *arguments)
 
-    finish = pipeline.quantize_layer
-    monkeypatch.setattr(pipeline, "quantize_layer", stop_before_the_last)
+    finish = checkpoint_run.quantize_layer
+    monkeypatch.setattr(checkpoint_run, "quantize_layer", stop_before_the_last)
     with pytest.raises(KeyboardInterrupt):
         quantize(odd_model, tmp_path / "out", calibration_files, **OPTIONS)
-    monkeypatch.setattr(pipeline, "quantize_layer", finish)
+    monkeypatch.setattr(checkpoint_run, "quantize_layer", finish)
     quantize(odd_model, tmp_path / "out", calibration_files, **OPTIONS)
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(odd_checkpoint))
     for path in odd_checkpoint.glob("*.safetensors"):

@@ -10,14 +10,15 @@ from transformers import AutoTokenizer
 
 from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise, mixed_plan
 from tests.tiny_models import make_qwen3
-from vllm_mcmoe.calibration.artifacts import Factors, Plan
-from vllm_mcmoe.calibration.checkpoint_weights import CheckpointWeights
-from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.layer_quantization import split_rows
-from vllm_mcmoe.calibration.models import describe_model
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
+from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.calibration.pipeline import quantize, quantize_model
-from vllm_mcmoe.calibration.quantizers import quantize_rtn
+from vllm_mcmoe.calibration.quantize.layer import split_rows
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.errors import DataError, FormatError, PlanError, UnsupportedModelError
 

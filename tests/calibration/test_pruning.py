@@ -9,23 +9,18 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.calibration.conftest import LENGTH
-from vllm_mcmoe.calibration.checkpoint_weights import open_weights
-from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.models import describe_model
-from vllm_mcmoe.calibration.pruning import rules as rules_module
-from vllm_mcmoe.calibration.pruning.costs import (
-    RoutedTokens,
-    best_renormalization,
-    drop_costs,
-    mask_costs,
-    routed_tokens,
-)
-from vllm_mcmoe.calibration.pruning.odp import GRID, allocated_thresholds, divide_budget, measure_curves
-from vllm_mcmoe.calibration.pruning.otp import router_scores, train_mask_router
-from vllm_mcmoe.calibration.pruning.prune import prune, write_rules
-from vllm_mcmoe.calibration.pruning.rules import calibrate_rules, layer_rules, target_levels
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
+from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_sequences
+from vllm_mcmoe.calibration.prune import rules as rules_module
+from vllm_mcmoe.calibration.prune.costs import RoutedTokens, best_renormalization, drop_costs, mask_costs, routed_tokens
+from vllm_mcmoe.calibration.prune.odp import GRID, allocated_thresholds, divide_budget, measure_curves
+from vllm_mcmoe.calibration.prune.otp import router_scores, train_mask_router
+from vllm_mcmoe.calibration.prune.prune import prune, write_rules
+from vllm_mcmoe.calibration.prune.rules import calibrate_rules, target_levels
 from vllm_mcmoe.errors import PruningError
 from vllm_mcmoe.kernels.reference.pruning import by_weight, drop, renormalized
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_mcmoe.calibration.quantizers import SMALLEST_SCALE, QuantizedMatrix, quantize_rtn
+from vllm_mcmoe.calibration.matrix.grids import SMALLEST_SCALE, QuantizedMatrix, quantize_rtn
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, group_count
 
 

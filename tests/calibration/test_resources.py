@@ -3,8 +3,8 @@
 import pytest
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
+from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.resources import plan_resources
 
 QWEN3_30B = {
     "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,

@@ -14,10 +14,13 @@ import pytest
 
 from tests.calibration import child_process
 from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer, mixed_plan
-from vllm_mcmoe.calibration import layer_quantization, pipeline, statistics
+from vllm_mcmoe.calibration import pipeline
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.checkpoint.workdir import work_path, working_on
+from vllm_mcmoe.calibration.measure import statistics
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.report import QuantizationReport
-from vllm_mcmoe.calibration.workdir import work_path, working_on
+from vllm_mcmoe.calibration.quantize import checkpoint_run
+from vllm_mcmoe.calibration.quantize import layer as layer_quantization
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
 # Gradients for the Hessians, too, so that every kind of unit there is gets written and read.
@@ -57,7 +60,7 @@ def run_counting_restored_layers(model: Path, out: Path, data: list[Path], **cha
         restored.append(index)
         layer_quantization.restore(model, index, *arguments)
 
-    pipeline.restore = restore
+    checkpoint_run.restore = restore
     run(model, out, data, **changes)
     return len(restored)
 
@@ -84,7 +87,7 @@ def calibrate_interrupted(model: Path, out: Path, data: list[Path]) -> None:
 def calibrate_tiny(model: Path, out: Path, data: list[Path]) -> list[str]:
     messages: list[str] = []
     options = {"recipe": RECIPE, "sequences": 8, "length": 64, "activations": "disk"}
-    statistics.calibrate(model, data, out, log=messages.append, **options)
+    pipeline.calibrate(model, data, out, log=messages.append, **options)
     return messages
 
 

@@ -7,19 +7,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise
-from vllm_mcmoe.calibration.allocation import allocate
-from vllm_mcmoe.calibration.artifacts import Factors, LayerFactors
-from vllm_mcmoe.calibration.data import load_sequences
-from vllm_mcmoe.calibration.quantizers import quantize_rtn
+from vllm_mcmoe.calibration.allocate.program import allocate
+from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
+from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
+from vllm_mcmoe.calibration.measure.sensitivity import _output_gradients, backward_traces, forward_traces, sample_labels
+from vllm_mcmoe.calibration.measure.statistics import _measure_layer, measure, routing_statistics
+from vllm_mcmoe.calibration.measure.super_experts import flag_super_experts
+from vllm_mcmoe.calibration.model.text import load_sequences
+from vllm_mcmoe.calibration.pipeline import calibrate
 from vllm_mcmoe.calibration.recipes import RECIPES
-from vllm_mcmoe.calibration.sensitivity import _output_gradients, backward_traces, forward_traces, sample_labels
-from vllm_mcmoe.calibration.statistics import (
-    _measure_layer,
-    calibrate,
-    flag_super_experts,
-    measure,
-    routing_statistics,
-)
 
 LAYER = "model.layers.2.block_sparse_moe.experts"
 RTN = dataclasses.replace(QUICK, name="rtn", error_quantizer="rtn")

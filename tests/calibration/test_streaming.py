@@ -8,10 +8,10 @@ import torch
 from benchmarks.streaming_memory import quantize_within, write_random_mixtral
 from tests.calibration import child_process
 from tests.calibration.conftest import layerwise
-from vllm_mcmoe.calibration import activations
-from vllm_mcmoe.calibration.activations import SCRATCH, ActivationStore, DiskRows
-from vllm_mcmoe.calibration.experts import ExpertTokens, second_moment
-from vllm_mcmoe.calibration.sensitivity import choose_store
+from vllm_mcmoe.calibration.measure.expert_tokens import ExpertTokens, second_moment
+from vllm_mcmoe.calibration.measure.sensitivity import choose_store
+from vllm_mcmoe.calibration.model import activations
+from vllm_mcmoe.calibration.model.activations import SCRATCH, ActivationStore, DiskRows
 
 HIDDEN, INTERMEDIATE, EXPERTS = 512, 512, 16
 LAYER_BYTES = 4 * EXPERTS * 3 * HIDDEN * INTERMEDIATE  # 50 MB in float32; attention adds 6%

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_mcmoe.calibration.quantizers import quantize_rtn
-from vllm_mcmoe.calibration.writer import Shard, copy_side_files, shard_name, write_index
+from vllm_mcmoe.calibration.checkpoint.writer import Shard, copy_side_files, shard_name, write_index
+from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import PackedMatrix
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.calibration.conftest import QUICK, interrupted_at_the_last_layer, layer_by_layer_logits
-from vllm_mcmoe.calibration.artifacts import Factors, Plan
-from vllm_mcmoe.calibration.evaluate import evaluate
-from vllm_mcmoe.calibration.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
+from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.pruning.prune import prune
+from vllm_mcmoe.calibration.prune.prune import prune
 
 pytestmark = [
     pytest.mark.gpu,

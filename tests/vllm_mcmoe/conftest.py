@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CALIBRATION
-from vllm_mcmoe.calibration.pruning.prune import prune
+from vllm_mcmoe.calibration.prune.prune import prune
 
 
 def with_pruning(checkpoint: Path, out: Path, calibration_files: list[Path], **options) -> Path:

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from vllm_mcmoe.calibration.experts_forward import round_activations
-from vllm_mcmoe.calibration.linears import SCALE
-from vllm_mcmoe.calibration.models import describe_model
-from vllm_mcmoe.calibration.pruning.rules import layer_rules
-from vllm_mcmoe.calibration.tensors import TensorFiles
+from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules, round_activations
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+from vllm_mcmoe.calibration.quantize.linears import SCALE
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.kernels.reference import quantize_activations
 from vllm_mcmoe.pruning import LayerPruning, PruningRules

@@ -16,10 +16,10 @@ from tests.vllm_mcmoe.serving import (
     with_int8_activations,
     with_int8_linears,
 )
-from vllm_mcmoe.calibration.artifacts import Plan
-from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
-from vllm_mcmoe.calibration.gptq import GPTQOptions
-from vllm_mcmoe.calibration.models import MoeModel, describe_model
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.recipes import RECIPES
 

@@ -20,7 +20,7 @@ from tests.vllm_mcmoe.serving import (
     with_int8_activations,
     with_int8_linears,
 )
-from vllm_mcmoe.calibration.checkpoint_weights import load_dequantized
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
 from vllm_mcmoe.local_server import serve
 
 pytestmark = pytest.mark.engine

@@ -1,0 +1,5 @@
+"""In: factors and a budget of bits. Out: plan.json, the bit-width of every expert.
+
+Read program.py first: the integer program. problem.py states it, core.py reduces large ones, bits.py counts what is
+written, plan.py is the file.
+"""

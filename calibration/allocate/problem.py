@@ -1,0 +1,179 @@
+"""What is to be decided under one budget: items, what each width costs and takes, and whether any plan fits."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_mcmoe.calibration.allocate.bits import EIGHTHS, written_eighths
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
+from vllm_mcmoe.calibration.recipes import Recipe
+from vllm_mcmoe.errors import PlanError
+
+ROUNDING = 1e-12  # forgives 0.1 + 0.2: asked-for budgets are floating point, sizes are integers
+
+
+@dataclass(frozen=True)
+class Item:
+    """What gets one width: an expert's projections that are quantised alike.
+
+    costs, sizes   per width of the problem; sizes in eighths of a bit, or in bits under bits_per_layer
+    """
+
+    layer: str
+    expert: int
+    projections: tuple[str, ...]
+    costs: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What shares one budget: the items of one layer, or of all.
+
+    budget   in the unit of the items' sizes
+    per_ask  budget / per_ask is in the unit the user asked in, which is called unit
+    forced   layer -> experts held at the top width
+    where    what errors call it
+    """
+
+    recipe: Recipe
+    items: list[Item]
+    budget: int
+    per_ask: float
+    unit: str
+    forced: dict[str, list[int]]
+    where: str
+
+    def asked(self, size: int) -> str:
+        return f"{size / self.per_ask:.4f}"
+
+
+def problems_of(factors: Factors, recipe: Recipe, bits: float | None, bits_per_layer: float | None) -> list[Problem]:
+    names = list(factors.layers)
+    problems = []
+    for shared in [names] if recipe.scope == "model" else [[name] for name in names]:
+        layers = [factors.layers[name] for name in shared]
+        if bits is not None:
+            amount, unit = bits, "bits per weight as written"
+            per_ask = EIGHTHS * sum(layer.num_experts * layer.expert_numel for layer in layers)
+        else:
+            amount, unit = bits_per_layer, "bits per layer"
+            per_ask = sum(layer.expert_numel for layer in layers)
+        problems.append(
+            Problem(
+                recipe,
+                [item for name in shared for item in _items(name, factors.layers[name], recipe, bits is not None)],
+                budget=math.floor(amount * per_ask * (1 + ROUNDING)),
+                per_ask=per_ask,
+                unit=unit,
+                forced=forced_experts(factors, recipe, shared),
+                where=f"layer {shared[0]!r}" if recipe.scope == "layer" else "the model",
+            )
+        )
+    return problems
+
+
+def forced_experts(factors: Factors, recipe: Recipe, layers: Sequence[str]) -> dict[str, list[int]]:
+    if not recipe.keep_super_experts:
+        return {}
+    return {n: sorted(factors.layers[n].super_experts) for n in layers if factors.layers[n].super_experts}
+
+
+def _items(name: str, layer: LayerFactors, recipe: Recipe, as_written: bool) -> list[Item]:
+    costs = _costs(name, layer, recipe)
+    groups = [(p,) for p in PROJECTIONS] if recipe.granularity == "projection" else [PROJECTIONS]
+    items = []
+    for expert in range(layer.num_experts):
+        for projections in groups:
+            if as_written:
+                sizes = [sum(map(layer.written_numel, projections)) * written_eighths(w) for w in recipe.widths]
+            else:
+                sizes = [sum(map(layer.numel, projections)) * w for w in recipe.widths]
+            items.append(Item(name, expert, projections, costs[projections][expert], np.array(sizes)))
+    return items
+
+
+def _costs(name: str, layer: LayerFactors, recipe: Recipe) -> dict[tuple[str, ...], np.ndarray]:
+    """Projections quantised alike -> cost [E, widths] of giving them each width."""
+    per_projection = [(p,) for p in PROJECTIONS]
+    if recipe.objective == "uniform":
+        nothing = np.zeros((layer.num_experts, len(recipe.widths)))
+        return dict.fromkeys([*per_projection, PROJECTIONS], nothing)
+    if recipe.objective == "loss_increase":
+        if layer.loss_increase is None:
+            raise PlanError(
+                f"layer {name!r}: the factors have no loss_increase, which recipe {recipe.name!r} minimises; measure "
+                'it, or choose objective="weighted_error"'
+            )
+        costs = {(p,): _table(name, f"loss_increase[{p!r}]", layer.loss_increase[p], recipe) for p in PROJECTIONS}
+        return {**costs, PROJECTIONS: sum(costs.values())}
+    if recipe.granularity == "projection":
+        raise PlanError(
+            f'layer {name!r}: objective "weighted_error" is measured per expert; choose granularity="expert", or the '
+            'objective "loss_increase"'
+        )
+    return {PROJECTIONS: _weighted_error(name, layer, recipe)}
+
+
+def _weighted_error(name: str, layer: LayerFactors, recipe: Recipe) -> np.ndarray:
+    """frequency^alpha * routing weight^beta * error^gamma, [E, widths] (docs/method.md)."""
+    frequency = np.array(layer.activation_count, dtype=np.float64)
+    routing_weight = np.array(layer.routing_weight_sum, dtype=np.float64)
+    error = _table(name, "quantization_error", layer.quantization_error, recipe)
+    if recipe.normalise:
+        frequency, routing_weight, error = (v / max(v.sum(), 1e-300) for v in (frequency, routing_weight, error))
+    return (frequency**recipe.alpha * routing_weight**recipe.beta)[:, None] * error**recipe.gamma
+
+
+def _table(name: str, key: str, per_width: Mapping[int, Sequence[float]], recipe: Recipe) -> np.ndarray:
+    missing = [w for w in recipe.widths if w not in per_width]
+    if missing:
+        raise PlanError(
+            f"layer {name!r}: {key} was measured for widths {sorted(per_width)}, not for {missing}; calibrate with "
+            f"them or allocate with widths {[w for w in recipe.widths if w in per_width]}"
+        )
+    return np.array([per_width[w] for w in recipe.widths], dtype=np.float64).T
+
+
+def check_feasible(problem: Problem) -> None:
+    """Raises PlanError where the budget is below the smallest plan, or (for "=") above the largest."""
+    smallest, largest = _extreme_size(problem, min), _extreme_size(problem, max)
+    if problem.budget < smallest or (problem.recipe.budget == "=" and problem.budget > largest):
+        smallest_asked = math.ceil(1e4 * smallest / problem.per_ask) / 1e4  # rounded down it would not be feasible
+        raise PlanError(
+            f"{problem.where}: {problem.asked(problem.budget)} {problem.unit} cannot be met with "
+            f"{constraints(problem)}; feasible are {smallest_asked:.4f} to {problem.asked(largest)}"
+        )
+
+
+def constraints(problem: Problem) -> str:
+    parts = [f"widths {list(problem.recipe.widths)}"]
+    parts += [f"at least {n} expert(s) per layer at {w} bits" for w, n in problem.recipe.minimum_counts.items() if n]
+    held = sum(len(experts) for experts in problem.forced.values())
+    if held:
+        parts.append(f"{held} super expert(s) held at {max(problem.recipe.widths)} bits")
+    return ", ".join(parts)
+
+
+def _extreme_size(problem: Problem, extreme: Callable[[np.ndarray], int]) -> int:
+    """Size of the smallest or largest plan that keeps the least counts and forced experts."""
+    widths = problem.recipe.widths
+    total = 0
+    for (layer, _), items in kinds(problem).items():
+        sizes = items[0].sizes  # the experts of a layer are of one shape
+        least = np.array([problem.recipe.minimum_counts.get(width, 0) for width in widths])
+        least[-1] = max(least[-1], len(problem.forced.get(layer, ())))
+        if least.sum() > len(items):
+            raise PlanError(f"layer {layer!r} has {len(items)} experts, too few for {constraints(problem)}")
+        total += int(least @ sizes) + (len(items) - int(least.sum())) * int(extreme(sizes))
+    return total
+
+
+def kinds(problem: Problem) -> dict[tuple[str, tuple[str, ...]], list[Item]]:
+    """(layer, projections) -> its items, one per expert."""
+    kinds: dict[tuple[str, tuple[str, ...]], list[Item]] = {}
+    for item in problem.items:
+        kinds.setdefault((item.layer, item.projections), []).append(item)
+    return kinds

@@ -1,0 +1,135 @@
+"""A quantised checkpoint read as if it were the 16-bit model: every matrix dequantised, exactly, under its old name.
+
+model = load_dequantized("mixtral-2.5bit")     # a transformers model in float32
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.layerwise import load_full_model
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+from vllm_mcmoe.calibration.model.weights import WeightFiles, WeightSource
+from vllm_mcmoe.calibration.quantize.linears import PACKED, SUFFIXES, dequantize_linear, linear_bits
+from vllm_mcmoe.checkpoint import (
+    QWEIGHT,
+    SCALES,
+    ZEROS,
+    CheckpointConfig,
+    is_mcmoe_checkpoint,
+    read_checkpoint_config,
+    tensor_suffixes,
+)
+from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, packed_bytes_per_group
+
+
+class CheckpointWeights:
+    """The WeightSource of a quantised checkpoint.
+
+    config   its quantization_config
+    """
+
+    def __init__(self, model: MoeModel):
+        """Raises FormatError: a config that is invalid or newer, tensors that are missing or misshapen."""
+        self.model = model
+        self.config: CheckpointConfig = read_checkpoint_config(model.path)
+        self.files = TensorFiles(model.path)
+        self.linear_bits = linear_bits(self.config.linear) if self.config.linear else 16
+        _check_layers(model, self.config)
+        for layer_name in model.moe_layers.values():
+            for expert in range(model.num_experts):
+                for projection in (model.family.gate, model.family.up, model.family.down):
+                    self._check_matrix(layer_name, expert, projection)
+
+    def _bits(self, layer_name: str, expert: int, projection: str) -> int:
+        layer = self.config.experts[layer_name]
+        return (layer.down if projection == self.model.family.down else layer.gate_up)[expert]
+
+    def _check_matrix(self, layer_name: str, expert: int, projection: str) -> None:
+        base = self.model.expert_tensor(layer_name, expert, projection)
+        bits = self._bits(layer_name, expert, projection)
+        rows, columns = self.model.projection_shape(projection)
+        groups = group_count(columns)
+        expected = {
+            QWEIGHT: ("U8", (rows, groups, packed_bytes_per_group(bits))),
+            SCALES: ("F16", (rows, groups)),
+            ZEROS: ("F16", (rows, groups)),
+        }
+        for suffix in tensor_suffixes(bits):
+            name = f"{base}.{suffix}"
+            info = self.files.info.get(name)
+            if info is None:
+                raise FormatError(f"{self.model.path}: tensor {name} is missing; the checkpoint is incomplete.")
+            if (info.dtype, info.shape) != expected[suffix]:
+                dtype, shape = expected[suffix]
+                raise FormatError(
+                    f"{info.file}: {name} is {info.dtype} {list(info.shape)}; "
+                    f"a {bits}-bit {projection} needs {dtype} {list(shape)}."
+                )
+
+    def names(self) -> list[str]:
+        names = []
+        for name in self.files.info:
+            base, _, suffix = name.rpartition(".")
+            if suffix in (QWEIGHT, PACKED):
+                names.append(f"{base}.weight")
+            elif suffix not in (SCALES, ZEROS, *SUFFIXES):
+                names.append(name)
+        return names
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor dequantised to float32, or as stored where it is not quantised."""
+        base = name.removesuffix(".weight")
+        if f"{base}.{QWEIGHT}" in self.files.info:
+            _, in_features = self.model.projection_shape(base.rpartition(".")[2])
+            return self.read_matrix(base).dequantize(in_features=in_features)
+        if f"{base}.{PACKED}" in self.files.info:
+            tensors = {suffix: self.files.read(f"{base}.{suffix}") for suffix in SUFFIXES}
+            return dequantize_linear(tensors, self.linear_bits)
+        return self.files.read(name)
+
+    def read_matrix(self, base: str) -> PackedMatrix:
+        """A matrix of an expert as stored; base: "{layer}.{expert}.{projection}"."""
+        layer_name, expert, projection = base.rsplit(".", 2)
+        bits = self._bits(layer_name, int(expert), projection)
+        zeros = None if bits == 1 else self.files.read(f"{base}.{ZEROS}")
+        qweight, scales = self.files.read(f"{base}.{QWEIGHT}"), self.files.read(f"{base}.{SCALES}")
+        return PackedMatrix(bits, qweight, scales, zeros)
+
+    def numel(self, name: str) -> int:
+        base = name.removesuffix(".weight")
+        if self.model.is_expert_tensor(name):
+            rows, columns = self.model.projection_shape(base.rpartition(".")[2])
+            return rows * columns
+        packed = self.files.info.get(f"{base}.{PACKED}")
+        return self.files.info[name].numel if packed is None else packed.numel * 32 // self.linear_bits
+
+
+def _check_layers(model: MoeModel, config: CheckpointConfig) -> None:
+    where = model.path / "config.json"
+    layers = list(model.moe_layers.values())
+    if sorted(config.experts) != sorted(layers):
+        differing = sorted(set(config.experts) ^ set(layers))
+        raise FormatError(f"{where}: quantization_config.experts and the model's MoE layers differ in {differing[0]}.")
+    for name, bits in config.experts.items():
+        if bits.num_experts != model.num_experts:
+            raise FormatError(
+                f"{where}: {name} has widths for {bits.num_experts} experts, the model has {model.num_experts}."
+            )
+
+
+def open_weights(path: str | Path) -> WeightSource:
+    """The weights of a 16-bit model or of a quantised checkpoint.
+
+    Raises UnsupportedModelError or FormatError as describe_model and the two classes do.
+    """
+    description = describe_model(path)
+    return CheckpointWeights(description) if is_mcmoe_checkpoint(description.path) else WeightFiles(description)
+
+
+def load_dequantized(checkpoint: str | Path) -> PreTrainedModel:
+    """A checkpoint (or a 16-bit model) as a transformers model in float32, all of it in memory."""
+    return load_full_model(open_weights(checkpoint))

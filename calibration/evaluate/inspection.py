@@ -1,0 +1,171 @@
+"""What a model directory holds, without loading a tensor.
+
+A checkpoint is read from config.json and the safetensors headers; whether a 16-bit model can be quantised, and what it
+will take then, from its config.json alone, which may be all that has been downloaded.
+"""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_mcmoe.calibration.evaluate.resources import plan_resources
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
+from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
+from vllm_mcmoe.kernels.packing import packed_bytes_per_group
+
+# Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
+KINDS = (
+    ("expert codes", re.compile(r"\.experts\.\d+\..*\.qweight$")),
+    ("expert scales and zeros", re.compile(r"\.experts\.\d+\..*\.(scales|zeros)$")),
+    ("experts, not quantised", re.compile(r"\.experts\.\d+\..*\.weight$")),
+    ("other linears, quantised", re.compile(r"\.weight_(packed|scale|shape|zero_point|g_idx)$")),
+    ("embeddings and output head", re.compile(r"(embed_tokens|lm_head)\.")),
+    ("attention, router, norms", re.compile(r"")),
+)
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros."""
+
+    config: CheckpointConfig
+    bytes_by_kind: dict[str, int]
+    expert_parameters: int
+    expert_bits: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes_by_kind.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quantization_config": self.config.to_dict(),
+            "bytes_by_kind": self.bytes_by_kind,
+            "total_bytes": self.total_bytes,
+            "expert_parameters": self.expert_parameters,
+            "expert_bits": self.expert_bits,
+            "warnings": self.warnings,
+        }
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A 16-bit model that can be quantised.
+
+    experts, top_k, hidden, intermediate   of each of the moe_layers
+    parameters, expert_parameters, active_parameters   the last: those a token is multiplied with
+    model_bytes        of its 16-bit files
+    checkpoint_bytes   at `bits` per expert weight, linears at the default recipe's width
+    notes              what to know of this architecture
+    """
+
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    parameters: int
+    expert_parameters: int
+    active_parameters: int
+    model_bytes: int
+    bits: float
+    checkpoint_bytes: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def inspect_model(model: Path, bits: float) -> ModelSummary:
+    """Summarise a 16-bit model from its config.json. bits: of expert weights in the checkpoint whose size is wanted.
+
+    Raises UnsupportedModelError, with the reason, for a model that cannot be quantised.
+    """
+    description = describe_model(model)
+    resources = plan_resources(model, bits=bits)
+    return ModelSummary(
+        architecture=description.architecture,
+        layers=description.num_layers,
+        moe_layers=len(description.moe_layers),
+        experts=description.num_experts,
+        top_k=description.top_k,
+        hidden=description.hidden,
+        intermediate=description.intermediate,
+        parameters=resources.parameters.total,
+        expert_parameters=resources.parameters.experts,
+        active_parameters=resources.parameters.active,
+        model_bytes=resources.quantization.model_bytes,
+        bits=bits,
+        checkpoint_bytes=resources.serving.checkpoint_bytes,
+        notes=list(description.family.notes),
+    )
+
+
+def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
+    """Summarise a quantised checkpoint; faults that serving would refuse come back as warnings.
+
+    Raises FormatError where config.json is not of this format or a file cannot be read.
+    """
+    config = read_checkpoint_config(checkpoint)
+    headers = TensorFiles(Path(checkpoint)).info
+    by_kind: Counter[str] = Counter()
+    for name, info in headers.items():
+        by_kind[next(kind for kind, pattern in KINDS if pattern.search(name))] += info.nbytes
+    parameters, warnings = _check_experts(config, headers)
+    expert_bytes = by_kind["expert codes"] + by_kind["expert scales and zeros"]
+    return CheckpointSummary(
+        config=config,
+        bytes_by_kind={kind: by_kind[kind] for kind, _ in KINDS if by_kind[kind]},
+        expert_parameters=parameters,
+        expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
+        warnings=warnings,
+    )
+
+
+def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> tuple[int, list[str]]:
+    """Number of expert weights found, and what is missing, misshapen or not in the config."""
+    parameters, warnings = 0, []
+    pattern = re.compile(r"^(.*\.experts)\.(\d+)\.([^.]+)\.qweight$")
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in headers:
+        if match := pattern.match(name):
+            found.setdefault((match[1], int(match[2])), []).append(match[3])
+    for layer, bits in config.experts.items():
+        for expert in range(bits.num_experts):
+            projections = found.pop((layer, expert), [])
+            if len(projections) != 3:
+                warnings.append(f"{layer}, expert {expert}: {len(projections)} of 3 projections have a qweight")
+            rows = [headers[f"{layer}.{expert}.{projection}.{QWEIGHT}"].shape[0] for projection in projections]
+            # Gate and up have as many rows as the intermediate size, down as the hidden size: columns are padded.
+            parameters += len(rows) * min(rows, default=0) * max(rows, default=0)
+            for projection in projections:
+                base = f"{layer}.{expert}.{projection}"
+                width = bits.down[expert] if projection in ("w2", "down_proj") else bits.gate_up[expert]
+                warnings += _check_matrix(base, width, headers)
+    warnings += [f"{layer}, expert {expert}: stored, but config.json does not list it" for layer, expert in found]
+    return parameters, warnings
+
+
+def _check_matrix(base: str, bits: int, headers: dict[str, TensorInfo]) -> list[str]:
+    rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
+    warnings = []
+    for suffix in tensor_suffixes(bits):
+        info = headers.get(f"{base}.{suffix}")
+        is_codes = suffix == QWEIGHT
+        dtype, shape = ("U8", (rows, groups, packed_bytes_per_group(bits))) if is_codes else ("F16", (rows, groups))
+        if info is None:
+            warnings.append(f"{base}.{suffix} is missing; {bits}-bit experts have one")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            warnings.append(
+                f"{info.file.name}: {base}.{suffix} is {info.dtype} {list(info.shape)}, "
+                f"{bits} bits need {dtype} {list(shape)}"
+            )
+    return warnings

@@ -1,0 +1,75 @@
+"""README.md of a checkpoint: what it is, what it weighs, what it scores, how to serve it."""
+
+from collections import Counter
+
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.evaluate.scores import Evaluation
+from vllm_mcmoe.calibration.model.description import MoeModel
+
+
+def model_card(
+    description: MoeModel,
+    report: QuantizationReport,
+    evaluation: tuple[Evaluation, Evaluation] | None = None,
+    held_out: bool = True,
+) -> str:
+    """Markdown. evaluation: of the original and of the checkpoint, on the same text; held_out says whether that text
+    was kept out of calibration."""
+    name = description.path.resolve().name
+    sections = [
+        f"# {name}, experts at {report.average_bits['experts']:.2f} bits",
+        f"A quantised copy of `{name}` ({description.architecture}, {len(description.moe_layers)} MoE layers of "
+        f"{description.num_experts} experts, top-{description.top_k}). Every expert has its own bit-width. "
+        "vLLM serves it where the plugin vllm-mcmoe is installed:",
+        "```\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
+        _quantization(report),
+        _quality(evaluation, held_out),
+        "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _quantization(report: QuantizationReport) -> str:
+    widths: Counter[int] = Counter()
+    for experts in report.layers.values():
+        for expert in experts:
+            widths.update((expert.gate_up, expert.gate_up, expert.down))  # gate, up and down have the same size
+    share = ", ".join(f"{bits} bit: {count / widths.total():.0%}" for bits, count in sorted(widths.items()))
+    linears = "16 bits" if report.linear_bits == 16 else f"{report.linear_bits} bits (compressed-tensors)"
+    if report.linear_bits != 16 and report.unquantized_linears:
+        linears += f", {len(report.unquantized_linears)} of them left at 16"
+    rows = [
+        ("recipe", report.recipe),
+        ("calibration tokens", f"{report.calibration_tokens:,}"),
+        ("bits per expert weight, scales and zeros included", f"{report.average_bits['experts']:.3f}"),
+        ("bits per weight of the whole model", f"{report.average_bits['model']:.3f}"),
+        ("expert bytes", f"{report.expert_bytes:,} of {report.original_expert_bytes:,}"),
+        ("model bytes", f"{report.total_bytes:,} of {report.original_total_bytes:,}"),
+        ("share of expert weights by code width", share),
+        ("attention and dense linears", linears),
+    ]
+    if report.super_experts:
+        listed = "; ".join(f"{layer}: {ids}" for layer, ids in report.super_experts.items())
+        rows.append(("super experts (rare extreme activations)", listed))
+    return _table("quantisation", "", rows)
+
+
+def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -> str:
+    if evaluation is None:
+        return "Not evaluated. `mcmoe evaluate PATH --against ORIGINAL --data TEXT` measures perplexity and KL."
+    before, after = evaluation
+    lines = ["| perplexity | original | quantised |", "|---|---|---|"]
+    for file, perplexity in after.perplexity_by_file.items():
+        lines.append(f"| {file} | {before.perplexity_by_file[file]:.3f} | {perplexity:.3f} |")
+    means = before.geometric_mean_perplexity, after.geometric_mean_perplexity
+    lines.append(f"| geometric mean | {means[0]:.3f} | {means[1]:.3f} |")
+    source = "not used for calibration" if held_out else "of the calibration text, so somewhat flattering"
+    lines.append(
+        f"\n{after.tokens:,} tokens {source}, expert activations {after.activations}. KL to the original "
+        f"{after.mean_kl:.4f} nats per token, same first choice on {after.top1_agreement:.1%} of the tokens."
+    )
+    return "\n".join(lines)
+
+
+def _table(left: str, right: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])

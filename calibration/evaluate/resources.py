@@ -1,0 +1,265 @@
+"""What quantising and serving a model will take, from its config.json alone: no weight is read or downloaded.
+
+    plan = plan_resources("DeepSeek-V3", bits=2.5)
+    plan.quantization.seconds(flops_per_second())     # on this machine
+    plan.serving.placements                           # GPUs of several sizes, and vLLM's options for them
+
+Sizes are exact, of transformers' own modules on the meta device. Memory is what the pipeline is built to stay within
+(docs/design.md, Memory and resuming). Work is counted in multiply-adds of matrix products, which are nearly all of it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
+from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.layerwise import skeleton
+from vllm_mcmoe.calibration.quantize.layer import find_linear
+from vllm_mcmoe.calibration.quantize.linears import choose_group_size
+from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.kernels.packing import group_count
+
+BITS_16 = 2  # bytes
+SCALE_BITS = 16  # of a group of a linear in pack-quantized form
+# Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
+# of what was quantised. A loss gradient costs a forward again and twice as much backward.
+FORWARD_PASSES, GRADIENT_PASSES = 3, 3
+# Multiply-adds per weight and input: refinement makes one product with the Hessian and updates it once in every sweep;
+# GPTQ itself updates what lies right of a column, half the matrix.
+SWEEP_PRODUCTS, REFINEMENT_START, GPTQ_PRODUCTS = 1, 1, 0.5
+# Cholesky factor, its inverse and their products, in units of in^3.
+FACTOR_PRODUCTS = 1.5
+
+MEMORY_SIZES = {"24 GB GPU": 24, "48 GB GPU": 48, "80 GB GPU": 80, "141 GB GPU": 141}
+# vLLM's default for --gpu-memory-utilization: the rest is for activations, graphs and what else runs there.
+USABLE_SHARE = 0.9
+GPUS_PER_NODE = 8
+# Below this many rows of an expert's gate per rank, slices are too thin to keep a GPU's tiles full.
+THINNEST_SLICE = 512
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights of a model: routed experts, linears that compressed-tensors quantises, and everything else.
+
+    active   weights a token is multiplied with: top-k experts of each layer, all else but the embeddings
+    """
+
+    experts: int
+    linears: int
+    rest: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.linears + self.rest
+
+
+@dataclass(frozen=True)
+class QuantizationNeeds:
+    """Bytes, and multiply-adds.
+
+    model_bytes        of the 16-bit files, which must be at hand
+    layer_bytes        of the largest decoder layer in float32
+    activation_bytes   hidden states and gradients of the calibration tokens, in memory or on disk
+    memory_bytes       resident, with activations on disk
+    disk_bytes         checkpoint and activations, beside the model
+    expert_products    of quantising every expert, at each width that is measured and at the one it gets
+    forward_products   of running the calibration tokens through the layers
+    """
+
+    model_bytes: int
+    layer_bytes: int
+    activation_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    expert_products: float
+    forward_products: float
+
+    def seconds(self, flops: float) -> float:
+        """On a machine that does this many float32 operations per second in matrix products."""
+        return 2 * (self.expert_products + self.forward_products) / flops
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A number of equal devices that hold the checkpoint and the KV cache, and vLLM's options for them.
+
+    per_device_bytes   of weights and KV cache
+    """
+
+    device: str
+    devices: int
+    options: str
+    per_device_bytes: int
+
+
+@dataclass(frozen=True)
+class ServingNeeds:
+    """Bytes.
+
+    checkpoint_bytes    weights, scales and zeros included
+    kv_bytes_per_token  over all layers, 16-bit cache
+    kv_bytes            of kv_tokens tokens
+    step_bytes          weights read for one token of one stream: the bound of decoding is bandwidth / step_bytes
+    """
+
+    checkpoint_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    kv_bytes: int
+    step_bytes: int
+    placements: list[Placement]
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    architecture: str
+    bits: float
+    parameters: Parameters
+    quantization: QuantizationNeeds
+    serving: ServingNeeds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan_resources(
+    model_dir: str | Path,
+    *,
+    bits: float = 2.5,
+    linear_bits: int | None = None,
+    sequences: int = 128,
+    length: int = 2048,
+    recipe: str | Recipe = "mcmoe",
+    kv_tokens: int = 65536,
+) -> ResourcePlan:
+    """bits: of expert weights, scales and zeros included. sequences x length calibration tokens.
+
+    kv_tokens: of all requests that are served at once. Raises UnsupportedModelError as describe_model does.
+    """
+    description, recipe = describe_model(model_dir), find_recipe(recipe)
+    linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
+    model = skeleton(description)
+    linears = _linears(description, model)
+    parameters = _parameters(description, model, linears)
+    layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
+    checkpoint_bytes = round(
+        parameters.experts * bits / 8
+        + parameters.linears * _bytes_per_linear_weight(linears, linear_bits)
+        + parameters.rest * BITS_16
+    )
+    tokens = sequences * length
+    with_gradients = needs_gradients(recipe)
+    kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
+    layer_bytes = FLOAT_BYTES * max(layer_weights)
+    passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
+    quantization = QuantizationNeeds(
+        model_bytes=BITS_16 * parameters.total,
+        layer_bytes=layer_bytes,
+        activation_bytes=kept_bytes,
+        memory_bytes=2 * layer_bytes + OTHER_BYTES,
+        disk_bytes=checkpoint_bytes + kept_bytes,
+        expert_products=_expert_products(description, recipe),
+        forward_products=float(passes * parameters.active * tokens),
+    )
+    step_bytes = checkpoint_bytes - round(
+        (parameters.total - parameters.active - _looked_up_weights(model)) * bits / 8
+        + _looked_up_weights(model) * BITS_16
+    )
+    kv_bytes_per_token = BITS_16 * description.num_layers * _kv_values(description)
+    kv_bytes = kv_bytes_per_token * kv_tokens
+    serving = ServingNeeds(
+        checkpoint_bytes,
+        kv_bytes_per_token,
+        kv_tokens,
+        kv_bytes,
+        step_bytes,
+        [_place(description, name, size * 10**9, checkpoint_bytes, kv_bytes) for name, size in MEMORY_SIZES.items()],
+    )
+    return ResourcePlan(description.architecture, bits, parameters, quantization, serving)
+
+
+def flops_per_second(size: int = 2048, seconds: float = 1.0) -> float:
+    """float32 operations per second of this machine's matrix product, with torch's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    torch.mm(a, b)
+    products, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        torch.mm(a, b)
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - start)
+
+
+def _linears(description: MoeModel, model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Those that compressed-tensors quantises."""
+    names = [description.module_name(name) for stage in description.family.linears for name in stage]
+    found = (find_linear(layer, name) for layer in model.model.layers for name in names)
+    return [linear for linear in found if linear is not None]
+
+
+def _looked_up_weights(model: torch.nn.Module) -> int:
+    """Embeddings, of which a token reads one row; none where they are the output head as well."""
+    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+    return 0 if model.config.tie_word_embeddings or embedding is head else embedding.numel()
+
+
+def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[torch.nn.Linear]) -> Parameters:
+    expert = 3 * description.hidden * description.intermediate
+    layers = len(description.moe_layers)
+    experts = layers * description.num_experts * expert
+    quantised = sum(linear.weight.numel() for linear in linears)
+    total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
+    unused = layers * (description.num_experts - description.top_k) * expert
+    return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
+
+
+def _bytes_per_linear_weight(linears: Sequence[torch.nn.Linear], bits: int) -> float:
+    if bits == 16 or not linears:
+        return BITS_16
+    return (bits + SCALE_BITS / choose_group_size(linear.in_features for linear in linears)) / 8
+
+
+def _expert_products(description: MoeModel, recipe: Recipe) -> float:
+    """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets."""
+    measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
+    sweeps = recipe.gptq.refinement_sweeps
+    weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
+    per_expert = 0.0
+    for out_features, in_features in description.part_shapes().values():
+        per_expert += (measured + 1) * weight_products * out_features * in_features**2
+        per_expert += (bool(measured) + 1) * FACTOR_PRODUCTS * in_features**3
+    return per_expert * description.num_experts * len(description.moe_layers)
+
+
+def _kv_values(description: MoeModel) -> int:
+    """Numbers that one layer caches per token."""
+    config = description.config
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_key_value_heads * head_size
+
+
+def _place(description: MoeModel, device: str, memory: int, weights: int, kv_bytes: int) -> Placement:
+    """The smallest power of two of devices: attention heads and experts divide evenly among as many."""
+    devices = 1
+    while weights + kv_bytes > USABLE_SHARE * memory * devices:
+        devices *= 2
+    tensor, pipeline = min(devices, GPUS_PER_NODE), max(1, devices // GPUS_PER_NODE)
+    options = []
+    if tensor > 1:
+        options.append(f"--tensor-parallel-size {tensor}")
+        rows = description.intermediate // tensor
+        if rows < THINNEST_SLICE or group_count(description.intermediate) < tensor:
+            options.append("--enable-expert-parallel")
+    if pipeline > 1:
+        options.append(f"--pipeline-parallel-size {pipeline}")
+    return Placement(device, devices, " ".join(options), round((weights + kv_bytes) / devices))

@@ -1,0 +1,247 @@
+"""Evaluation of a 16-bit model or a quantised checkpoint: perplexity, distance to another model, bytes.
+
+    result = evaluate("mixtral-2.5bit", ["wikitext.txt"], against="mixtral")
+    result.geometric_mean_perplexity, result.mean_kl, result.average_bits["experts"]
+
+Everything is computed in float32 with dequantised weights, one layer in memory at a time. With activations="int8" the
+experts' inputs go through the kernels' activation quantisation, which makes the results those of every kernel up to
+float32 rounding.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_mcmoe.calibration.common.device import choose_device
+from vllm_mcmoe.calibration.common.progress import progress
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
+from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, layer_rules, round_activations
+from vllm_mcmoe.calibration.measure.sensitivity import kl_divergence
+from vllm_mcmoe.calibration.model.description import activation_function
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_calibration_data
+from vllm_mcmoe.calibration.model.weights import WeightSource
+from vllm_mcmoe.errors import PruningError, UnsupportedModelError
+from vllm_mcmoe.pruning import LayerPruning, PruningRules, pruned_fraction, resolve_target
+
+Activations = Literal["int8", "float"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    model, against     the directories compared
+    activations        "int8" or "float", of the experts; always "float" for a 16-bit model
+    tokens             predicted tokens
+    perplexity_by_file file name -> perplexity
+    geometric_mean_perplexity   over the files, each counting alike
+    token_perplexity   over all tokens together
+    mean_kl            KL(against || model), nats per token; None without against
+    top1_agreement     share of positions where both models' most likely token is the same; None without against
+    expert_bytes, total_bytes   bytes of the tensors on disk
+    average_bits       {"experts", "model"}: bits per weight on disk, scales and zeros included
+    pruned             fraction of expert activations that online pruning dropped
+    """
+
+    model: Path
+    against: Path | None
+    activations: Activations
+    tokens: int
+    perplexity_by_file: dict[str, float]
+    geometric_mean_perplexity: float
+    token_perplexity: float
+    mean_kl: float | None
+    top1_agreement: float | None
+    expert_bytes: int
+    total_bytes: int
+    average_bits: dict[str, float]
+    pruned: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "model": str(self.model), "against": self.against and str(self.against)}
+
+
+def evaluate(
+    model: str | Path,
+    data: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    activations: Activations = "int8",
+    pruning: str | float | Mapping[str, LayerPruning] = "on",
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    device: str | torch.device = "auto",
+    log: Callable[[str], None] = lambda message: None,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Evaluate a model directory on text.
+
+    data         as load_sequences takes it; one file is one domain
+    against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
+    activations  of the quantised experts, here and in `against`
+    pruning      of model, never of `against`: "on" as it would be served, "off", a fraction of the expert activations
+                 by the checkpoint's own rule, or a rule for every MoE layer by its name, which is moved to the device
+    device       what computes, as choose_device takes it; hidden states of the text stay in host memory
+
+    Raises DeviceError, UnsupportedModelError, FormatError, PruningError or DataError before any long work.
+    """
+    device = choose_device(device, log)
+    weights = open_weights(model)
+    pruners = _pruners(weights, pruning)
+    reference = None if against is None else open_weights(against)
+    if reference is not None and reference.model.config.vocab_size != weights.model.config.vocab_size:
+        raise UnsupportedModelError(
+            f"{against} has a vocabulary of {reference.model.config.vocab_size} tokens, {model} one of "
+            f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
+        )
+    text = load_calibration_data(weights.model, data, sequences, length, log)
+    subject = _FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
+    base = None if reference is None else _FinalStates(reference, device, text.tokens, activations, show_progress)
+    return _evaluation(subject, base, text, activations)
+
+
+def evaluate_pruning(
+    checkpoint: str | Path,
+    data: Sequence[str | Path],
+    targets: Sequence[float],
+    *,
+    activations: Activations = "int8",
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    device: str | torch.device = "auto",
+    log: Callable[[str], None] = lambda message: None,
+    show_progress: bool = True,
+) -> list[Evaluation]:
+    """evaluate(checkpoint, data, against=checkpoint, pruning=target) for every target, running the unpruned model once.
+
+    Raises as evaluate does.
+    """
+    device = choose_device(device, log)
+    weights = open_weights(checkpoint)
+    pruners = {target: _pruners(weights, target) for target in targets}
+    text = load_calibration_data(weights.model, data, sequences, length, log)
+    options = (weights, device, text.tokens, activations, show_progress)
+    unpruned = _FinalStates(*options)
+    evaluations = []
+    for target in targets:
+        subject = _FinalStates(*options, pruners[target]) if target else unpruned
+        evaluations.append(_evaluation(subject, unpruned, text, activations))
+    return evaluations
+
+
+def _evaluation(
+    subject: "_FinalStates", base: "_FinalStates | None", text: TokenSequences, activations: Activations
+) -> Evaluation:
+    weights = subject.weights
+    losses, mean_kl, agreement = _compare(subject, base, text.tokens)
+    loss_by_file = _mean_loss_by_file(losses, text)
+    expert_bytes, total_bytes, average_bits = _sizes(weights)
+    return Evaluation(
+        model=weights.model.path,
+        against=None if base is None else base.weights.model.path,
+        activations=activations if isinstance(weights, CheckpointWeights) else "float",
+        tokens=losses.numel(),
+        perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
+        geometric_mean_perplexity=_exp(sum(loss_by_file.values()) / len(loss_by_file)),
+        token_perplexity=_exp(float(losses.mean())),
+        mean_kl=mean_kl,
+        top1_agreement=agreement,
+        expert_bytes=expert_bytes,
+        total_bytes=total_bytes,
+        average_bits=average_bits,
+        pruned=pruned_fraction(subject.pruners.values()),
+    )
+
+
+def _pruners(weights: WeightSource, request: str | float | Mapping[str, LayerPruning]) -> Mapping[str, LayerPruning]:
+    """The rule of every MoE layer; empty for a model that has none and need not have one."""
+    if isinstance(request, Mapping):
+        return request
+    config = weights.config.pruning if isinstance(weights, CheckpointWeights) else None
+    if config is not None:
+        rules = PruningRules.load(weights.model.path, config)
+        return layer_rules(rules, weights.model, resolve_target(config, request))
+    if request in ("on", "off"):
+        return {}
+    raise PruningError(f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first.")
+
+
+class _FinalStates:
+    """Last hidden states of a model on all sequences, in host memory, and its logits from them, batch by batch."""
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        device: torch.device,
+        tokens: torch.Tensor,
+        activations: Activations,
+        show_progress: bool,
+        pruners: Mapping[str, LayerPruning] | None = None,
+    ):
+        self.model, self.weights, self.pruners = LayerwiseModel(weights, device), weights, pruners or {}
+        moe_layers, activation = weights.model.moe_layers, activation_function(weights.model)
+        integer = activations == "int8" and isinstance(weights, CheckpointWeights)
+        round_inputs = round_activations if integer else torch.Tensor.float
+        with torch.no_grad():
+            self.batches = self.model.embed(tokens)
+            for index in progress(
+                range(self.model.num_layers), f"Running {weights.model.path.name}", show=show_progress
+            ):
+                with self.model.loaded_layer(index) as layer:
+                    pruner = self.pruners.get(moe_layers.get(index))
+                    with layer.experts_forward(experts_forward(layer, activation, round_inputs, pruner)):
+                        self.batches = [layer(batch).cpu() for batch in self.batches]
+
+    def log_probs(self, batch: int) -> torch.Tensor:
+        """float32 [sequences, length, vocabulary], on the device."""
+        return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
+
+
+def _compare(
+    subject: _FinalStates, base: _FinalStates | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor, float | None, float | None]:
+    """Losses float32 [sequences, length - 1] of the next tokens, mean KL and top-1 agreement over all positions."""
+    losses, kl, agreements = [], 0.0, 0
+    batch_tokens = tokens.split([len(batch) for batch in subject.batches])
+    with torch.no_grad():
+        for number, labels in enumerate(batch_tokens):
+            log_probs = subject.log_probs(number)
+            next_tokens = labels[:, 1:, None].to(log_probs.device)
+            losses.append(-log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu())
+            if base is not None:
+                expected = base.log_probs(number)
+                agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
+                kl += kl_divergence(expected, log_probs)
+    if base is None:
+        return torch.cat(losses), None, None
+    return torch.cat(losses), kl / tokens.numel(), agreements / tokens.numel()
+
+
+def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
+    """File name (its whole path where two files have one name) -> nats per token."""
+    names = [path.name for path in text.files]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in text.files]
+    return {name: float(losses[text.file_ids == i].mean()) for i, name in enumerate(names)}
+
+
+def _exp(loss: float) -> float:
+    """A broken model's perplexity may exceed every float; math.exp would raise."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
+    """Bytes of the experts' tensors and of all, and average bits per weight, on disk."""
+    is_expert, info = weights.model.is_expert_tensor, weights.files.info
+    expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))
+    total_bytes = sum(tensor.nbytes for tensor in info.values())
+    expert_weights = sum(weights.numel(name) for name in weights.names() if is_expert(name))
+    all_weights = sum(weights.numel(name) for name in weights.names())
+    bits = {"experts": 8 * expert_bytes / expert_weights, "model": 8 * total_bytes / all_weights}
+    return expert_bytes, total_bytes, bits

@@ -1,0 +1,6 @@
+"""In: one float32 matrix, and second moments of its inputs. Out: codes, scales and zeros at a bit-width, and their
+error.
+
+Read grids.py first: what a width can represent. gptq.py chooses codes in order, refinement.py improves them,
+row_loops.py has both's inner loops, compiled.
+"""

@@ -1,0 +1,174 @@
+"""Calibration: a 16-bit model and text in, factors.json out.
+
+    factors = calibrate(model_dir, ["c4.jsonl"], recipe="mcmoe")        # everything is measured on the same tokens
+    factors.save("factors.json")
+
+For every expert: how often it is used, its routing weights, and what quantising it to each width costs, as an error of
+the layer's output (the paper's eps) and as a predicted increase of the loss (`sensitivity.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
+from vllm_mcmoe.calibration.common.files import write_atomically
+from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.measure.expert_errors import measure_expert
+from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
+from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace, backward_traces, forward_traces
+from vllm_mcmoe.calibration.measure.super_experts import MASSIVE_RATIO, flag_super_experts
+from vllm_mcmoe.calibration.model.activations import ActivationStore
+from vllm_mcmoe.calibration.model.description import MoeModel, activation_function
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import TokenSequences
+from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """factors, and per layer name the squared norm of every token's loss gradient at the layer's output, float32
+    [tokens] of mean 1, which recipes with hessian_weighting "gradient" need (empty for recipes without gradients)."""
+
+    factors: Factors
+    gradient_norms: dict[str, torch.Tensor]
+
+
+def measure(
+    model: LayerwiseModel,
+    sequences: TokenSequences,
+    *,
+    recipe: str | Recipe = "mcmoe",
+    widths: Sequence[int] | None = None,
+    seed: int = 0,
+    store: ActivationStore | None = None,
+    work: WorkDirectory | None = None,
+    log: Log = lambda message: None,
+    show_progress: bool = True,
+) -> Calibration:
+    """calibrate on a loaded model and drawn sequences.
+
+    store  where activations are kept; memory if not given
+    work   where measured layers are kept, so that the next run goes on from there
+
+    Recipes that use no gradient are measured without one, and their factors have no loss_increase; the uniform
+    recipe's have no errors either, unless widths are given.
+    """
+    recipe = find_recipe(recipe)
+    if widths is None:  # a uniform allocation asks for no errors
+        widths = () if recipe.objective == "uniform" else recipe.widths
+    tokens, store = sequences.tokens, store or ActivationStore()
+    names = model.description.moe_layers.values()
+    measured = {name: layer for name in names if (layer := _load_measured(work, name)) is not None}
+    if measured:
+        log(f"{len(measured)} of {len(names)} layers are measured already.")
+    options = {"store": store, "measured": frozenset(measured), "show_progress": show_progress}
+    if needs_gradients(recipe):
+        traces = backward_traces(model, tokens, seed=seed, **options)
+    else:
+        traces = forward_traces(model, tokens, **options)
+    complete = len(measured) == len(names)
+    for trace in traces:
+        layer = _measure_trace(trace, model.description, recipe, tuple(widths))
+        _save_measured(work, trace.name, layer)
+        measured[trace.name] = layer
+    if not complete:  # else what is there belongs to the work that comes after measuring
+        store.drop_all()
+    measured = {name: measured[name] for name in names}  # a backward sweep measures the last layer first
+    factors = Factors(
+        model=str(model.description.path),
+        tokens=tokens.numel(),
+        top_k=model.description.top_k,
+        layers={name: layer.factors for name, layer in measured.items()},
+        extra={
+            "recipe": recipe.name,
+            "error_quantizer": recipe.error_quantizer,
+            "sequences": list(tokens.shape),
+            "files": [path.name for path in sequences.files],
+            "seed": seed,
+        },
+    )
+    flag_super_experts(factors, {name for name, layer in measured.items() if layer.massive}, log)
+    norms = {name: layer.gradient_norms for name, layer in measured.items() if layer.gradient_norms is not None}
+    return Calibration(factors, norms)
+
+
+@dataclass(frozen=True)
+class _MeasuredLayer:
+    """factors; gradient_norms as in Calibration, or None; massive: the layer's output has massive activations."""
+
+    factors: LayerFactors
+    gradient_norms: torch.Tensor | None
+    massive: bool
+
+
+def _measure_trace(trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...]) -> _MeasuredLayer:
+    norms = trace.gradient_norms
+    if norms is not None:
+        norms = norms / norms.mean().clamp_min(1e-30)
+    factors = _measure_layer(trace, description, recipe, widths, norms)
+    return _MeasuredLayer(factors, norms, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
+
+
+def _save_measured(work: WorkDirectory | None, name: str, layer: _MeasuredLayer) -> None:
+    if work is None:
+        return
+    unit = f"measured-{name}"
+    files = []
+    if layer.gradient_norms is not None:
+        files.append(work.path / f"{unit}.safetensors")
+        write_atomically(files[0], lambda path: save_file({"gradient_norms": layer.gradient_norms}, path))
+    work.save(unit, {"factors": layer.factors.to_document(), "massive": layer.massive}, files)
+
+
+def _load_measured(work: WorkDirectory | None, name: str) -> _MeasuredLayer | None:
+    unit = f"measured-{name}"
+    document = None if work is None else work.load(unit)
+    if document is None:
+        return None
+    path = work.path / f"{unit}.safetensors"
+    norms = load_file(path)["gradient_norms"].clone() if path.exists() else None
+    return _MeasuredLayer(LayerFactors.from_document(document["factors"], unit), norms, document["massive"])
+
+
+def routing_statistics(router_probs: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each expert was selected, and the sum of its routing weights where it was.
+
+    router_probs: float32 [N, E], scores of all experts, before top-k renormalisation (docs/method.md, section 1: with
+    softmax the paper's w_i times N); topk_ids: int64 [N, k] -> int64 [E], float64 [E].
+    """
+    num_experts = router_probs.shape[1]
+    activation_count = torch.bincount(topk_ids.flatten(), minlength=num_experts)
+    selected = router_probs.gather(1, topk_ids).double()
+    routing_weight_sum = torch.zeros(num_experts, dtype=torch.float64)
+    return activation_count, routing_weight_sum.index_add_(0, topk_ids.flatten(), selected.flatten())
+
+
+def _measure_layer(
+    trace: MoeTrace,
+    description: MoeModel,
+    recipe: Recipe,
+    widths: tuple[int, ...],
+    gradient_norms: torch.Tensor | None,
+) -> LayerFactors:
+    activation_count, routing_weight_sum = routing_statistics(trace.router_probs, trace.inputs.topk_ids)
+    experts = [
+        measure_expert(trace, expert, activation_function(description), recipe, widths, gradient_norms)
+        for expert in range(description.num_experts)
+    ]
+    loss_increase = None
+    if trace.gradients is not None:
+        loss_increase = {
+            part: {width: [expert.loss_increase[part][width] for expert in experts] for width in widths}
+            for part in ("gate_up", "down")
+        }
+    return LayerFactors(
+        activation_count=activation_count.tolist(),
+        routing_weight_sum=routing_weight_sum.tolist(),
+        quantization_error={width: [expert.error[width] for expert in experts] for width in widths},
+        shapes=description.part_shapes(),
+        loss_increase=loss_increase,
+        down_output_max=[expert.down_output_max for expert in experts],
+    )

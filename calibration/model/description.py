@@ -1,0 +1,218 @@
+"""One model directory, described from its config.json alone (`describe_model`).
+
+The headers of its safetensors files are checked against that description (`check_tensors`), both before any long work.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+
+from vllm_mcmoe.calibration.model.families import FAMILIES, REFUSED
+from vllm_mcmoe.calibration.model.families.family import ModelFamily
+from vllm_mcmoe.calibration.model.weight_files import TensorInfo
+from vllm_mcmoe.checkpoint import QUANT_METHOD
+from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.support import check_model
+
+LAYER_PREFIX = "model.layers."
+
+
+# What the kernels implement (the kernel contract: silu(gate) * up).
+SUPPORTED_ACTIVATIONS = ("silu",)
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """One model directory, described from its config.json.
+
+    moe_layers   decoder layer index -> layer name, the on-disk prefix of its experts
+    hidden, intermediate, num_experts, top_k   sizes of every MoE layer
+    """
+
+    path: Path
+    config: PretrainedConfig
+    architecture: str
+    family: ModelFamily
+    num_layers: int
+    moe_layers: dict[int, str]
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    activation: str
+
+    def expert_tensor(self, layer_name: str, expert: int, projection: str) -> str:
+        """On-disk name, without suffix, of a matrix: projection is one of the family's gate, up and down."""
+        return f"{layer_name}.{expert}.{projection}"
+
+    def projections(self, part: str) -> tuple[str, ...]:
+        """On-disk projections of a part: "gate_up" is two matrices stacked by rows, "down" is one."""
+        return (self.family.gate, self.family.up) if part == "gate_up" else (self.family.down,)
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """[out, in] of one on-disk matrix of an expert."""
+        if projection == self.family.down:
+            return self.hidden, self.intermediate
+        return self.intermediate, self.hidden
+
+    def part_shapes(self) -> dict[str, list[int]]:
+        """[out, in] of the parts as allocation counts them: gate and up stacked by rows."""
+        return {
+            "gate_up": [2 * self.intermediate, self.hidden],
+            "down": [self.hidden, self.intermediate],
+        }
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json as it is written, without transformers' defaults."""
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+
+    def experts_per_layer(self) -> dict[str, int]:
+        return dict.fromkeys(self.moe_layers.values(), self.num_experts)
+
+    def module_name(self, tensor_name: str) -> str:
+        """Name inside a decoder layer of transformers' module tree, from a name relative to the layer on disk."""
+        for on_disk, module in self.family.module_names.items():
+            if tensor_name.startswith(on_disk):
+                return module + tensor_name.removeprefix(on_disk)
+        return tensor_name
+
+    def fused_tensor(self, layer: int, part: str) -> str:
+        """On-disk name of the tensor with that part of all experts of decoder layer N, in a fused_experts family."""
+        return f"{LAYER_PREFIX}{layer}.{self.family.fused_experts[part]}"
+
+    def is_expert_tensor(self, name: str) -> bool:
+        """Whether an on-disk tensor, of the 16-bit model or of a checkpoint, holds weights of the routed experts."""
+        split = split_layer_name(name)
+        if split is None or split[0] not in self.moe_layers:
+            return False
+        return split[1].startswith(f"{self.family.experts}.") or split[1] in self.family.fused_experts.values()
+
+
+def describe_model(path: str | Path) -> MoeModel:
+    """Describe a model directory from its config.json.
+
+    Raises UnsupportedModelError: no directory, no readable config, an architecture, setting or shape that this
+    version cannot quantise, or a model that another tool has quantised; the message says why or lists what it can.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UnsupportedModelError(
+            f"{path}: no config.json there; expected a Hugging Face model directory (download one with `hf download`)."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+    architecture = (config.architectures or ["none"])[0]
+    family = _find_family(path / "config.json", config, architecture)
+    model = MoeModel(
+        path=path,
+        config=config,
+        architecture=architecture,
+        family=family,
+        num_layers=config.num_hidden_layers,
+        moe_layers={
+            layer: f"{LAYER_PREFIX}{layer}.{family.experts}"
+            for layer in range(config.num_hidden_layers)
+            if family.is_moe_layer(config, layer)
+        },
+        hidden=config.hidden_size,
+        intermediate=getattr(config, family.intermediate_size),
+        num_experts=getattr(config, family.num_experts),
+        top_k=config.num_experts_per_tok,
+        activation=config.hidden_act,
+    )
+    _check_shapes(model)
+    return model
+
+
+def _find_family(where: Path, config: PretrainedConfig, architecture: str) -> ModelFamily:
+    """Raises UnsupportedModelError for what no adapter handles."""
+    family = FAMILIES.get(architecture)
+    if family is None:
+        reason = REFUSED.get(architecture, f"supported: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(f"{where}: architecture {architecture} is not supported; {reason}.")
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method", "unnamed")
+    if quantization and method != QUANT_METHOD:
+        raise UnsupportedModelError(
+            f"{where}: the model is quantised already ({method}); start from its 16-bit weights, and a config.json "
+            "without quantization_config."
+        )
+    check_model(str(where), config)
+    reason = family.refuse(config)
+    if reason is not None:
+        raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")
+    return family
+
+
+def _check_shapes(model: MoeModel) -> None:
+    where = model.path / "config.json"
+    if not model.moe_layers:
+        raise UnsupportedModelError(f"{where}: no layer has experts; there is nothing to quantise.")
+    if model.activation not in SUPPORTED_ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{where}: hidden_act is {model.activation!r}; supported: {', '.join(SUPPORTED_ACTIVATIONS)}."
+        )
+
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that every expert tensor is there with the shape and dtype config.json implies.
+
+    Raises UnsupportedModelError naming file, tensor, what was found and what was expected.
+    """
+    for name, expected in _expert_tensors(model):
+        info = tensors.get(name)
+        if info is None:
+            raise UnsupportedModelError(
+                f"{model.path}: tensor {name} is missing; config.json promises {model.num_experts} experts in each of "
+                f"{len(model.moe_layers)} layers. Is the download complete?"
+            )
+        if info.shape != expected:
+            raise UnsupportedModelError(
+                f"{info.file}: {name} has shape {list(info.shape)}, config.json implies {list(expected)}."
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise UnsupportedModelError(
+                f"{info.file}: {name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}; "
+                "start from the 16-bit model."
+            )
+
+
+def _expert_tensors(model: MoeModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the experts' tensors in the 16-bit model's files."""
+    for layer, layer_name in model.moe_layers.items():
+        if model.family.fused_experts:
+            for part, shape in model.part_shapes().items():
+                yield model.fused_tensor(layer, part), (model.num_experts, *shape)
+            continue
+        for expert in range(model.num_experts):
+            for projection in (model.family.gate, model.family.up, model.family.down):
+                yield (
+                    f"{model.expert_tensor(layer_name, expert, projection)}.weight",
+                    model.projection_shape(projection),
+                )
+
+
+def activation_function(model: MoeModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation between gate and up, element by element."""
+    return ACT2FN[model.activation]
+
+
+_LAYER_INDEX = re.compile(re.escape(LAYER_PREFIX) + r"(\d+)\.(.+)")
+
+
+def split_layer_name(name: str) -> tuple[int, str] | None:
+    """ "model.layers.3.self_attn.q_proj.weight" -> (3, "self_attn.q_proj.weight"); None outside decoder layers."""
+    match = _LAYER_INDEX.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None

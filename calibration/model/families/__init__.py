@@ -1,0 +1,29 @@
+"""The architectures that can be quantised: config.json's name -> what calibration must know of it.
+
+To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny random model in tests/tiny_models.py.
+Read family.py first.
+"""
+
+from vllm_mcmoe.calibration.model.families import deepseek, mixtral, qwen
+from vllm_mcmoe.calibration.model.families.family import ModelFamily
+
+FAMILIES: dict[str, ModelFamily] = {
+    "MixtralForCausalLM": mixtral.MIXTRAL,
+    "Qwen2MoeForCausalLM": qwen.QWEN2,
+    "Qwen3MoeForCausalLM": qwen.QWEN3,
+    "OlmoeForCausalLM": qwen.OLMOE,
+    "Glm4MoeForCausalLM": deepseek.GLM4,
+    "DeepseekV2ForCausalLM": deepseek.DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": deepseek.DEEPSEEK_V3,
+    "PhiMoEForCausalLM": mixtral.PHI,
+    "GraniteMoeForCausalLM": mixtral.GRANITE,
+}
+
+# Architectures that were looked at and cannot be done from outside vLLM, and why.
+REFUSED: dict[str, str] = {
+    "GptOssForCausalLM": (
+        "its experts have biases and a clamped activation, (up + 1) * gate * sigmoid(1.702 * gate) with gate and up in "
+        "alternating rows, which the kernels do not compute; vLLM's loader takes its experts under a fixed table of "
+        "names, without room for codes, scales and zeros; and its released weights have 4 bits already"
+    ),
+}

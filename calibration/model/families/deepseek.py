@@ -1,0 +1,74 @@
+"""DeepSeek-V2 and V3 with multi-head latent attention, and GLM-4, which routes alike."""
+
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+
+from vllm_mcmoe.calibration.model.families.family import ATTENTION, ModelFamily, Stages, after_dense_layers, dense_mlp
+
+# Multi-head latent attention. kv_b_proj stays in 16 bits: vLLM multiplies it into the queries and outputs, for which it
+# must have the matrix itself, and where it is dequantised depends on the attention backend.
+MLA: Stages = (
+    ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.o_proj",),
+)
+
+
+MLA_NOTES = (
+    "vLLM on CPUs with AMX serves it in float32 with --attention-backend CPU_MLA only.",
+    "vLLM 0.32 on CPUs computes a rotation without rope scaling wrongly, in 16 bits, too; the yarn of the released "
+    "models is right.",
+)
+
+
+PREDICTION_NOTE = "Layers for multi-token prediction are left out of the checkpoint: no speculative decoding with them."
+
+
+def _refuse_sparse_step(config: PretrainedConfig) -> str | None:
+    step = getattr(config, "moe_layer_freq", 1)
+    return None if step == 1 else f"moe_layer_freq is {step}, which transformers ignores and vLLM does not"
+
+
+def _refuse_deepseek_v2(config: PretrainedConfig) -> str | None:
+    if config.norm_topk_prob:
+        return "norm_topk_prob is true, which transformers' DeepSeek-V2 ignores and vLLM does not"
+    if config.topk_method == "greedy" and (config.n_group or 1) != 1:
+        return f"topk_method is greedy with n_group {config.n_group}, which vLLM selects in groups all the same"
+    return _refuse_sparse_step(config)
+
+
+def _refuse_deepseek_v3(config: PretrainedConfig) -> str | None:
+    for key, expected in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        found = getattr(config, key, None)
+        if found != expected:
+            return f"{key} is {found!r}; transformers' DeepSeek-V3 is {expected!r}, and vLLM does as config.json says"
+    return _refuse_sparse_step(config)
+
+
+DEEPSEEK = ModelFamily(
+    num_experts="n_routed_experts",
+    intermediate_size="moe_intermediate_size",
+    is_moe_layer=after_dense_layers,
+    linears=MLA + dense_mlp("mlp") + dense_mlp("mlp.shared_experts"),
+    linear_ignore=("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.self_attn\.kv_b_proj$"),
+)
+
+
+DEEPSEEK_V2 = replace(DEEPSEEK, refuse=_refuse_deepseek_v2, notes=MLA_NOTES)
+
+
+DEEPSEEK_V3 = replace(
+    DEEPSEEK, router_scores="sigmoid", refuse=_refuse_deepseek_v3, notes=(*MLA_NOTES, PREDICTION_NOTE)
+)
+
+
+GLM4 = ModelFamily(
+    num_experts="n_routed_experts",
+    intermediate_size="moe_intermediate_size",
+    is_moe_layer=after_dense_layers,
+    linears=ATTENTION + dense_mlp("mlp") + dense_mlp("mlp.shared_experts"),
+    linear_ignore=("lm_head", r"re:.*\.mlp\.gate$"),
+    router_scores="sigmoid",
+    notes=(PREDICTION_NOTE,),
+)

@@ -1,0 +1,72 @@
+"""What calibration must know of an architecture."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+Stages = tuple[tuple[str, ...], ...]
+
+
+def _every_layer(config: PretrainedConfig, layer: int) -> bool:
+    return True
+
+
+def _nothing_to_refuse(config: PretrainedConfig) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What is particular to one architecture. Names are relative to a decoder layer `model.layers.N.`.
+
+    num_experts, intermediate_size   keys of config.json
+    linears             linear layers that compressed-tensors quantises, where a layer has them, in the order of the
+                        forward pass; those of one stage share their input
+    linear_ignore       compressed-tensors patterns of linear layers that stay in 16 bits
+    experts             on-disk prefix of the experts
+    gate, up, down      on-disk names of an expert's projections
+    fused_experts       part -> on-disk tensor with that part of all experts, [experts, out, in], for architectures
+                        whose 16-bit files keep experts so; a checkpoint names its experts one by one all the same
+    is_moe_layer        whether decoder layer N of this config has experts
+    module_names        on-disk prefix -> prefix in transformers' module tree, where the two differ; the first that
+                        fits counts
+    moe_module, router  transformers' module with router and `experts`, and the name of the router in it
+    router_logits       position of the logits in what the router returns
+    router_scores       what the router makes of its logits before it selects: "softmax" or "sigmoid"
+    embedding_multiplier, logits_divisor   keys of config.json, for architectures that scale the two
+    refuse              why a config of this architecture cannot be served as transformers computes it, or None
+    notes               what a user should know before quantising such a model
+    """
+
+    num_experts: str
+    intermediate_size: str
+    linears: Stages
+    linear_ignore: tuple[str, ...]
+    experts: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused_experts: Mapping[str, str] = field(default_factory=dict)
+    is_moe_layer: Callable[[PretrainedConfig, int], bool] = _every_layer
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    moe_module: str = "mlp"
+    router: str = "gate"
+    router_logits: int = 0
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    embedding_multiplier: str | None = None
+    logits_divisor: str | None = None
+    refuse: Callable[[PretrainedConfig], str | None] = _nothing_to_refuse
+    notes: tuple[str, ...] = ()
+
+
+ATTENTION: Stages = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+
+
+def dense_mlp(prefix: str) -> Stages:
+    return (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (f"{prefix}.down_proj",)
+
+
+def after_dense_layers(config: PretrainedConfig, layer: int) -> bool:
+    return layer >= config.first_k_dense_replace

@@ -1,0 +1,315 @@
+"""A transformers model whose decoder layers are in memory one at a time.
+
+The model's own modules and its own forward code are used; only the loop over layers is ours, so calibration sees
+every layer's input and the memory needed is one layer's weights in float32 plus the hidden states of all sequences.
+Embeddings are in memory while tokens are embedded, lm_head while logits are asked for. Weights are in the memory of the
+model's device, and what the model computes is there; hidden states may be given to it from anywhere.
+
+    model = LayerwiseModel(WeightFiles(describe_model(path)))
+    hidden = model.embed(tokens)                    # list of [sequences, length, hidden], one per batch
+    for index in range(model.num_layers):
+        with model.loaded_layer(index) as layer:
+            hidden = [layer(batch) for batch in hidden]
+    logits = model.logits(hidden[0])
+
+Transformers keeps a layer's experts as two tensors, `gate_up_proj [E, 2I, H]` (gate rows first) and
+`down_proj [E, H, I]`, whatever the names on disk. The call `experts(hidden_states, top_k_index, top_k_weights)` is
+the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vllm_mcmoe.calibration.common.device import check_layer_fits
+from vllm_mcmoe.calibration.model.description import LAYER_PREFIX, MoeModel, split_layer_name
+from vllm_mcmoe.calibration.model.families.family import ModelFamily
+from vllm_mcmoe.calibration.model.weights import WeightSource
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+from vllm_mcmoe.memory import release_freed_memory
+
+# Tokens per forward call: enough for full matrix multiplications, few enough for the [tokens, vocabulary] logits.
+BATCH_TOKENS = 2048
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class DecoderLayer:
+    """One loaded decoder layer with the arguments transformers passes it besides the hidden states, and the device both
+    are on."""
+
+    module: nn.Module
+    kwargs: dict[str, Any]
+    family: ModelFamily
+    device: torch.device
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: float32 [sequences, length, hidden], on any device -> same shape, on the layer's."""
+        output = self.module(hidden.to(self.device), **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """Transformers' module of all routed experts; None in a dense layer."""
+        return getattr(self.module.get_submodule(self.family.moe_module), "experts", None)
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """float32 [experts, 2*intermediate, hidden], gate rows first."""
+        return self.experts.gate_up_proj
+
+    @property
+    def down(self) -> torch.Tensor:
+        """float32 [experts, hidden, intermediate]."""
+        return self.experts.down_proj
+
+    @contextmanager
+    def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
+        """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
+        topk_weights [N, k]) -> [N, H]. A dense layer stays as it is."""
+        experts = self.experts
+        if experts is None:
+            yield
+            return
+        experts.forward = forward
+        try:
+            yield
+        finally:
+            del experts.forward
+
+    @contextmanager
+    def router_scores(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Within the block receive(float32 [N, experts], in host memory) is called before each experts call with the
+        scores of all experts, from which the router selects."""
+        position = self.family.router_logits
+        score = torch.sigmoid if self.family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
+
+        def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
+            receive(score(output[position].detach().float()).cpu())
+
+        router = self.module.get_submodule(f"{self.family.moe_module}.{self.family.router}")
+        handle = router.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class LayerwiseModel:
+    """See the module's text. Parameters of decoder layers, embeddings and lm_head live on the meta device until they
+    are used."""
+
+    def __init__(self, source: WeightSource, device: torch.device | str = "cpu"):
+        """Raises DeviceError for a GPU smaller than a decoder layer, FormatError or UnsupportedModelError for tensors
+        that are missing or not to be had."""
+        self.source = source
+        self.device = torch.device(device)
+        self.description = source.model
+        self._layer_names: dict[int, list[str]] = {}
+        self._outer_names: list[str] = []
+        for name in source.names():
+            split = split_layer_name(name)
+            if split is None or split[0] >= self.num_layers:
+                self._outer_names.append(name)
+            else:
+                self._layer_names.setdefault(split[0], []).append(name)
+        check_layer_fits(self.device, self.layer_bytes(), self.description.path)
+        self.module = skeleton(self.description)
+        self.module.model.rotary_emb.to(self.device)
+        self._check_outer()
+        for name, module in self.module.model.named_children():
+            if name not in ("embed_tokens", "layers"):
+                self._load_outer(f"model.{name}", module)
+        self._kwargs: dict[int, dict[str, Any]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return self.description.num_layers
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """On-disk names of one decoder layer's tensors."""
+        return self._layer_names.get(index, [])
+
+    def outer_tensors(self) -> list[str]:
+        """On-disk names of all tensors that belong to no decoder layer."""
+        return self._outer_names
+
+    def layer_bytes(self) -> int:
+        """Of the largest decoder layer in float32."""
+        layers = (sum(map(self.source.numel, names)) for names in self._layer_names.values())
+        return 4 * max(layers)
+
+    def check_weight(self, name: str) -> None:
+        """Raises UnsupportedModelError for weights that would poison everything measured from them."""
+        self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        """As float32 on the model's device. Raises as check_weight does."""
+        tensor = self.source.read(name).to(self.device)
+        if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is both minimum and maximum
+            raise UnsupportedModelError(
+                f"{self.description.path}: {name} has NaN or infinite values; repair the model first."
+            )
+        return tensor.float()
+
+    def _on_disk_name(self, name: str) -> str:
+        """A tied lm_head has a parameter of its own, but no tensor in the files."""
+        tied = self.description.config.tie_word_embeddings and name == HEAD and name not in self._outer_names
+        return EMBEDDING if tied else name
+
+    def _check_outer(self) -> None:
+        for name, _ in self.module.named_parameters(remove_duplicate=False):
+            if split_layer_name(name) is None and self._on_disk_name(name) not in self._outer_names:
+                raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
+
+    def _load_outer(self, prefix: str, module: nn.Module) -> None:
+        """A module outside the decoder layers, unless it is loaded already."""
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                weight = self._read(self._on_disk_name(f"{prefix}.{name}"))
+                module.load_state_dict({name: weight}, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Read a decoder layer's weights as float32. Raises FormatError naming tensors that are missing."""
+        layer = self.module.model.layers[index]
+        state = self._layer_state(index)
+        expected = layer.state_dict()
+        for fault, names in (("lacks", expected.keys() - state), ("has unknown tensors", state.keys() - expected)):
+            if names:
+                raise FormatError(
+                    f"{self.description.path}: {LAYER_PREFIX}{index} {fault} {', '.join(sorted(names)[:3])} "
+                    "in its safetensors files."
+                )
+        layer.load_state_dict(state, strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    def _layer_state(self, index: int) -> dict[str, torch.Tensor]:
+        """State dict of one layer in transformers' names; experts fused."""
+        model, state = self.description, {}
+        for name in self.layer_tensors(index):
+            if not model.is_expert_tensor(name):
+                state[model.module_name(split_layer_name(name)[1])] = self._read(name)
+        if index in model.moe_layers:
+            experts = model.module_name(f"{model.family.experts}.")
+            state[f"{experts}gate_up_proj"] = self.expert_weights(index, "gate_up")
+            state[f"{experts}down_proj"] = self.expert_weights(index, "down")
+        return state
+
+    def expert_weights(self, index: int, part: str) -> torch.Tensor:
+        """float32 [experts, out, in] of "gate_up" (gate rows first) or "down"."""
+        model = self.description
+        out_features, in_features = model.part_shapes()[part]
+        weights = torch.empty(model.num_experts, out_features, in_features, device=self.device)
+        for expert in range(model.num_experts):
+            projections = model.projections(part)
+            for projection, rows in zip(projections, weights[expert].chunk(len(projections)), strict=True):
+                rows.copy_(self._read(f"{model.expert_tensor(model.moe_layers[index], expert, projection)}.weight"))
+        return weights
+
+    @contextmanager
+    def loaded_layer(self, index: int) -> Iterator[DecoderLayer]:
+        """The decoder layer with its weights, which are dropped at the end of the block."""
+        module = self.load_layer(index)
+        try:
+            yield DecoderLayer(module, self._kwargs[index], self.description.family, self.device)
+        finally:
+            module.to("meta")
+            release_freed_memory()
+
+    def embed(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """tokens: int64 [sequences, length] -> float32 hidden states in batches of about BATCH_TOKENS tokens, in host
+        memory.
+
+        Also notes the arguments every decoder layer is to be called with; they hold for this length only.
+        """
+        self.note_layer_arguments(tokens.shape[1])
+        return [batch.cpu() for batch in self.embedded_batches(tokens)]
+
+    def embedded_batches(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What embed returns, one batch at a time, on the model's device; the embeddings are in memory until the
+        last."""
+        embedding = self.module.get_input_embeddings()
+        self._load_outer("model.embed_tokens", embedding)
+        multiplier = self._config_factor(self.description.family.embedding_multiplier)
+        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            yield embedding(batch.to(self.device)) * multiplier
+        embedding.to("meta")
+
+    def note_layer_arguments(self, length: int) -> None:
+        """Run the model's own forward on one sequence with its layers replaced by recorders."""
+        decoder, layers = self.module.model, self.module.model.layers
+        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        decoder.layers = recorders
+        try:
+            with torch.no_grad():
+                nothing = torch.zeros(1, length, self.description.hidden, device=self.device)
+                decoder(inputs_embeds=nothing, use_cache=False)
+        finally:
+            decoder.layers = layers
+        self._kwargs = {index: recorder.kwargs for index, recorder in enumerate(recorders)}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
+        stays in memory until release_head."""
+        self._load_outer("lm_head", self.module.lm_head)
+        logits = self.module.lm_head(self.module.model.norm(hidden.to(self.device)))
+        return logits / self._config_factor(self.description.family.logits_divisor)
+
+    def _config_factor(self, key: str | None) -> float:
+        return 1.0 if key is None else getattr(self.description.config, key)
+
+    def release_head(self) -> None:
+        self.module.lm_head.to("meta")
+
+    def load_everything(self) -> PreTrainedModel:
+        """The whole model in memory, float32, as a transformers model."""
+        for index in range(self.num_layers):
+            self.load_layer(index)
+        self._load_outer("model.embed_tokens", self.module.get_input_embeddings())
+        self._load_outer("lm_head", self.module.lm_head)
+        return self.module
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: passes the hidden states on and keeps the other arguments."""
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.kwargs = kwargs
+        return hidden
+
+
+def skeleton(description: MoeModel) -> PreTrainedModel:
+    """The transformers model without weights; rotary tables, which no file holds, are computed."""
+    config = description.config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the weights arrive here dequantised
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
+        )
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    stored = model.state_dict().keys()  # buffers that files hold come with their layer
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
+    if empty:  # torch multiplies by them without complaint and returns garbage
+        raise UnsupportedModelError(
+            f"{description.path}: no file holds {empty[0]}, and its adapter does not compute it."
+        )
+    return model.eval()
+
+
+def load_full_model(source: WeightSource) -> PreTrainedModel:
+    """The whole model in memory, float32, for use as any transformers model."""
+    return LayerwiseModel(source).load_everything()

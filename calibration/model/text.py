@@ -1,0 +1,207 @@
+"""Text in, token sequences out: what `--data` accepts, for calibration and for evaluation.
+
+A path is a text file, a .jsonl file whose lines are objects with a "text" field, or a directory of such files (not
+searched recursively). Every file counts as one domain: sequences are drawn evenly over the files, and inside a file
+evenly over its length. Nothing is random, so the same files always give the same sequences.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.model.description import MoeModel
+from vllm_mcmoe.errors import DataError
+
+DEFAULT_SEQUENCES = 128  # with DEFAULT_LENGTH the calibration size of the paper, section 3.2: 128 x 2048 tokens
+DEFAULT_LENGTH = 2048
+
+TEXT_SUFFIX, JSONL_SUFFIX = ".txt", ".jsonl"
+
+# A file of many gigabytes is not read whole: 16 characters per wanted token are enough for any text (3-5 are usual),
+# and 8 MB, which tokenise in seconds, are read in any case, so that sequences can be spread over a file.
+CHARACTERS_PER_TOKEN = 16
+LEAST_CHARACTERS = 8 << 20
+
+
+@dataclass(frozen=True)
+class TokenSequences:
+    """Token chunks of equal length, with the file each came from.
+
+    tokens   int64 [sequences, length]
+    files    the files that contributed, in order
+    file_ids int64 [sequences], index into files
+    notice   what was shortened and why, for the user; None when everything asked for was there
+    """
+
+    tokens: torch.Tensor
+    files: tuple[Path, ...]
+    file_ids: torch.Tensor
+    notice: str | None
+
+
+def find_data_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Files named by `--data`, directories replaced by their .txt and .jsonl files in name order.
+
+    Raises DataError: nothing given, a path that does not exist, a directory without such files.
+    """
+    if not paths:
+        raise DataError("no data given: pass --data with text files, .jsonl files or directories of them.")
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix in (TEXT_SUFFIX, JSONL_SUFFIX))
+            if not found:
+                raise DataError(f"{path}: the directory has no {TEXT_SUFFIX} or {JSONL_SUFFIX} file.")
+            files.extend(found)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or directory.")
+    return files
+
+
+def _read_jsonl(path: Path, separator: str, max_characters: int) -> str:
+    """The "text" fields of a .jsonl file, joined by separator, up to about max_characters."""
+    texts, characters = [], 0
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise DataError(f'{path}:{number}: expected an object with a "text" string, found {line[:60]!r}.')
+            texts.append(text)
+            characters += len(text)
+            if characters >= max_characters:
+                break
+    return separator.join(texts)
+
+
+def read_text(path: Path, *, separator: str, max_characters: int) -> str:
+    """Text of one data file, at most about max_characters of it; jsonl documents are joined by separator.
+
+    Raises DataError: bytes that are not UTF-8, a bad jsonl line (named file:line), an empty file.
+    """
+    try:
+        if path.suffix == JSONL_SUFFIX:
+            text = _read_jsonl(path, separator, max_characters)
+        else:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(max_characters)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); expected a text or .jsonl file.") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file has no text.")
+    return text
+
+
+def _tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[torch.Tensor]:
+    """One int64 [tokens] tensor per file; no special tokens are added around the text."""
+    streams = []
+    max_characters = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_tokens)
+    for path in files:
+        text = read_text(path, separator=tokenizer.eos_token or "\n\n", max_characters=max_characters)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        streams.append(torch.tensor(ids, dtype=torch.int64))
+    return streams
+
+
+def _share_evenly(wanted: int, available: list[int]) -> list[int]:
+    """Split `wanted` over files as evenly as their `available` counts allow: the shares differ by at most one
+    except where a file has run out."""
+    shares = [0] * len(available)
+    while wanted > 0:
+        open_files = [i for i, (share, limit) in enumerate(zip(shares, available, strict=True)) if share < limit]
+        if not open_files:
+            break
+        for i in open_files[:wanted]:
+            shares[i] += 1
+        wanted -= len(open_files[:wanted])
+    return shares
+
+
+def load_sequences(
+    paths: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
+    max_position_embeddings: int | None = None,
+) -> TokenSequences:
+    """Draw token sequences evenly over the files, without overlap.
+
+    `length` is cut to the model's positions and, when no file is that long, to the longest file; fewer sequences are
+    returned when the data has no more. Either is said in `notice`. A file shorter than one sequence is left out, and
+    that is said too.
+
+    Raises DataError as find_data_files and read_text do, and when the data has less than two tokens.
+    """
+    if sequences < 1 or length < 2:
+        raise DataError(f"expected sequences >= 1 and length >= 2, found {sequences} and {length}.")
+    files = find_data_files(paths)
+    notices = []
+    wanted_length = length
+    if max_position_embeddings is not None and length > max_position_embeddings:
+        length = max_position_embeddings
+        notices.append(f"sequences of {length} tokens instead of {wanted_length}: the model has no more positions")
+    streams = _tokenize_files(files, tokenizer, max_tokens=sequences * length)
+    longest = max(len(stream) for stream in streams)
+    if longest < 2:
+        raise DataError(f"{', '.join(map(str, files))}: less than two tokens of text.")
+    if longest < length:
+        length = longest
+        notices.append(f"sequences of {length} tokens instead of {wanted_length}: the longest file has no more")
+    available = [len(stream) // length for stream in streams]
+    left_out = [path.name for path, count in zip(files, available, strict=True) if count == 0]
+    if left_out:
+        notices.append(f"left out, shorter than {length} tokens: {', '.join(left_out)}")
+    shares = _share_evenly(sequences, available)
+    if sum(shares) < sequences:
+        notices.append(f"{sum(shares)} sequences of {length} tokens instead of {sequences}: the data has no more")
+    return _cut(files, streams, shares, available, length, "; ".join(notices) or None)
+
+
+def _cut(
+    files: list[Path],
+    streams: list[torch.Tensor],
+    shares: list[int],
+    available: list[int],
+    length: int,
+    notice: str | None,
+) -> TokenSequences:
+    """Take shares[i] of the available[i] chunks of file i, spread evenly over the file."""
+    chunks, file_ids, used = [], [], []
+    for path, stream, share, count in zip(files, streams, shares, available, strict=True):
+        if share == 0:
+            continue
+        for position in range(share):
+            start = (position * count // share) * length
+            chunks.append(stream[start : start + length])
+        file_ids.extend([len(used)] * share)
+        used.append(path)
+    return TokenSequences(torch.stack(chunks), tuple(used), torch.tensor(file_ids), notice)
+
+
+def load_calibration_data(
+    description: MoeModel, data: Sequence[str | Path], sequences: int, length: int, log: Log
+) -> TokenSequences:
+    """Token sequences of the files for this model, with its own tokenizer; what was shortened is logged."""
+    tokens = load_sequences(
+        data,
+        AutoTokenizer.from_pretrained(description.path),
+        sequences=sequences,
+        length=length,
+        max_position_embeddings=description.config.max_position_embeddings,
+    )
+    if tokens.notice:
+        log(f"Data: {tokens.notice}.")
+    return tokens

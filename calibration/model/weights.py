@@ -1,0 +1,81 @@
+"""Where a model's weights come from, by on-disk name: here of 16-bit files."""
+
+import math
+from typing import Protocol
+
+import torch
+
+from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, split_layer_name
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+
+
+class WeightSource(Protocol):
+    """Weights of a model by the names they have in the 16-bit model's files, wherever they come from.
+
+    model   what they belong to
+    files   the files they are read from
+    """
+
+    model: MoeModel
+    files: TensorFiles
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. Raises FormatError if there is none of that name."""
+
+    def numel(self, name: str) -> int:
+        """Weights in it."""
+
+
+class WeightFiles:
+    """The WeightSource of a 16-bit model directory.
+
+    Experts have a name each, also those of families that keep them in one tensor per layer. Decoder layers beyond the
+    model's own (multi-token prediction) are left out: transformers does not run them, and a draft model could not be
+    served from experts of 16 bits beside quantised ones.
+    """
+
+    def __init__(self, model: MoeModel):
+        """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
+        self.model = model
+        self.files = TensorFiles(model.path)
+        self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
+        check_tensors(model, self.files.info)
+        self._slices = _expert_slices(model)
+        fused = {name for name, _ in self._slices.values()}
+        self._names = [name for name in self.files.info if name not in fused] + list(self._slices)
+
+    def _belongs(self, name: str) -> bool:
+        split = split_layer_name(name)
+        return split is None or split[0] < self.model.num_layers
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._slices:
+            return self.files.read(name)
+        stacked, part = self._slices[name]
+        return self.files.read(stacked, part).squeeze(0)
+
+    def numel(self, name: str) -> int:
+        if name not in self._slices:
+            return self.files.info[name].numel
+        return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
+
+
+def _expert_slices(model: MoeModel) -> dict[str, tuple[str, tuple[slice, ...]]]:
+    """For a family with stacked experts: name of one matrix -> the tensor it is in, and where."""
+    slices = {}
+    for part in model.family.fused_experts:
+        for layer, layer_name in model.moe_layers.items():
+            for expert in range(model.num_experts):
+                start = 0
+                for projection in model.projections(part):
+                    rows = slice(start, start + model.projection_shape(projection)[0])
+                    name = f"{model.expert_tensor(layer_name, expert, projection)}.weight"
+                    slices[name] = (model.fused_tensor(layer, part), (slice(expert, expert + 1), rows))
+                    start = rows.stop
+    return slices

@@ -1,1 +1,0 @@
-"""Calibrating online pruning: which selected experts a token can do without (docs/method.md, section 5)."""

@@ -1,0 +1,207 @@
+"""From a plan to the files of a checkpoint: one decoder layer after another, each kept as soon as it is finished."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
+from vllm_mcmoe.calibration.checkpoint.writer import (
+    CONFIG_FILE,
+    FACTORS_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    Shard,
+    copy_side_files,
+    shard_name,
+    write_document,
+    write_index,
+)
+from vllm_mcmoe.calibration.common.progress import Log, progress
+from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
+from vllm_mcmoe.calibration.model.description import MoeModel, split_layer_name
+from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
+from vllm_mcmoe.calibration.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer, restore
+from vllm_mcmoe.calibration.quantize.linears import choose_group_size, linear_config
+from vllm_mcmoe.calibration.recipes import Recipe
+from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+
+REST = "rest"  # the unit of work besides one per layer
+
+
+def _super_experts(factors: Factors | None) -> dict[str, list[int]]:
+    if factors is None:
+        return {}
+    return {name: layer.super_experts for name, layer in factors.layers.items() if layer.super_experts}
+
+
+class CheckpointRun:
+    """State of one quantisation."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        work: WorkDirectory,
+        store: ActivationStore,
+        plan: Plan,
+        recipe: Recipe,
+        linear_bits: int | None,
+        gradient_norms: Mapping[str, torch.Tensor] | None,
+        factors: Factors | None,
+        log: Log,
+    ):
+        self.model, self.work, self.store, self.plan, self.recipe = model, work, store, plan, recipe
+        self.linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
+        self.linear_group = choose_group_size(_linear_inputs(model))
+        self.gradient_norms = gradient_norms or {}
+        self.factors = factors
+        self.log = log
+
+    @property
+    def description(self) -> MoeModel:
+        return self.model.description
+
+    def write_checkpoint(self, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
+        """Everything but the model card, into the work directory."""
+        self.work.checkpoint.mkdir(exist_ok=True)
+        with torch.no_grad():
+            layers = self._quantize_layers(tokens, show_progress)
+        rest = self._write_rest()
+        shards = {self._shard(i).name: nbytes for i, nbytes in enumerate([*(layer.nbytes for layer in layers), rest])}
+        report = self._report(layers, rest, tokens.numel())
+        directory = self.work.checkpoint
+        write_index(directory, shards)
+        write_document(directory / CONFIG_FILE, self._config(report))
+        write_document(directory / REPORT_FILE, report.to_dict())
+        self.plan.save(directory / PLAN_FILE)
+        if self.factors is not None:
+            self.factors.save(directory / FACTORS_FILE)
+        copy_side_files(self.description.path, directory)
+        return report
+
+    def _shard(self, number: int) -> Path:
+        return self.work.checkpoint / shard_name(number, self.model.num_layers + 1)
+
+    def _quantize_layers(self, tokens: torch.Tensor, show_progress: bool) -> list[QuantizedLayer]:
+        """First layer first. Layers an earlier run has finished are only run, to get the inputs of those that are
+        missing, and only from the last layer whose inputs it has left."""
+        finished = [self._load(index) for index in range(self.model.num_layers)]
+        missing = [index for index, layer in enumerate(finished) if layer is None]
+        if not missing:
+            return finished
+        if len(missing) < len(finished):
+            self.log(f"{len(finished) - len(missing)} of {len(finished)} layers are quantised already.")
+        self.model.note_layer_arguments(tokens.shape[1])
+        start, hidden = self._last_hidden(missing[0])
+        if hidden is None:
+            hidden = self.store.collect(_hidden(0), self.model.embedded_batches(tokens), tokens.numel())
+        for index in progress(range(start, missing[-1] + 1), "Quantising layers", show=show_progress):
+            with self.model.loaded_layer(index) as layer:
+                if finished[index] is None:
+                    finished[index] = self._quantize_layer(index, layer, hidden)
+                else:
+                    restore(self.model, index, layer, finished[index], self.linear_bits, self._shard(index))
+                if index < missing[-1]:
+                    outputs = self.store.collect(_hidden(index + 1), map(layer, hidden), tokens.numel())
+                    self.store.drop(_hidden(index))
+                    hidden = outputs
+        self.store.drop_all()
+        return finished
+
+    def _last_hidden(self, index: int) -> tuple[int, Activations | None]:
+        """The layer nearest below (or at) index whose inputs an earlier run has left; (0, None) without one."""
+        for layer in range(index, 0, -1):
+            hidden = self.store.find(_hidden(layer))
+            if hidden is not None:
+                return layer, hidden
+        return 0, None
+
+    def _load(self, index: int) -> QuantizedLayer | None:
+        document = self.work.load(_unit(index))
+        return None if document is None else QuantizedLayer.from_document(document)
+
+    def _quantize_layer(self, index: int, layer: DecoderLayer, hidden: Activations) -> QuantizedLayer:
+        name = self.description.moe_layers.get(index)
+        options = LayerOptions(
+            self.recipe,
+            self.plan.layers.get(name),
+            self.linear_bits,
+            self.linear_group,
+            self.gradient_norms.get(name),
+        )
+        path = self._shard(index)
+        quantized = quantize_layer(self.model, index, layer, hidden, self.store, options, path, self.log)
+        self.work.save(_unit(index), quantized.to_document(), [path])
+        return quantized
+
+    def _write_rest(self) -> dict[str, int]:
+        """Embeddings, final norm, lm_head and whatever else lies outside the decoder layers: name -> bytes."""
+        nbytes = self.work.load(REST)
+        if nbytes is None:
+            shard, path = Shard(), self._shard(self.model.num_layers)
+            for name in self.model.outer_tensors():
+                shard.add(name, self.model.source.read(name))
+            shard.write(path)
+            nbytes = shard.nbytes
+            self.work.save(REST, nbytes, [path])
+        return nbytes
+
+    def _report(self, layers: list[QuantizedLayer], rest: Mapping[str, int], tokens: int) -> QuantizationReport:
+        """With the bytes that were really written."""
+        sizes = dict(rest)
+        for layer in layers:
+            sizes.update(layer.nbytes)
+        files, is_expert = self.model.source.files.info, self.description.is_expert_tensor
+        expert_bytes = sum(n for name, n in sizes.items() if is_expert(name))
+        total_bytes = sum(sizes.values())
+        expert_weights = sum(info.numel for name, info in files.items() if is_expert(name))
+        all_weights = sum(info.numel for info in files.values())
+        return QuantizationReport(
+            recipe=self.recipe.name,
+            linear_bits=self.linear_bits,
+            calibration_tokens=tokens,
+            layers={name: layers[index].experts for index, name in self.description.moe_layers.items()},
+            super_experts=_super_experts(self.factors),
+            unquantized_linears={name: why for layer in layers for name, why in layer.unquantized_linears.items()},
+            expert_bytes=expert_bytes,
+            total_bytes=total_bytes,
+            original_expert_bytes=sum(info.nbytes for name, info in files.items() if is_expert(name)),
+            original_total_bytes=sum(info.nbytes for info in files.values()),
+            average_bits={
+                "experts": round(8 * expert_bytes / expert_weights, 4),
+                "model": round(8 * total_bytes / all_weights, 4),
+            },
+        )
+
+    def _config(self, report: QuantizationReport) -> dict[str, Any]:
+        """The original's config.json with quantization_config."""
+        ignore = [*self.description.family.linear_ignore, *report.unquantized_linears]
+        config = CheckpointConfig(
+            experts={
+                name: ExpertBits(tuple(e.gate_up for e in experts), tuple(e.down for e in experts))
+                for name, experts in report.layers.items()
+            },
+            linear=None if self.linear_bits == 16 else linear_config(self.linear_bits, self.linear_group, ignore),
+            average_bits=report.average_bits,
+        )
+        return {**self.description.read_config(), "quantization_config": config.to_dict()}
+
+
+def _linear_inputs(model: LayerwiseModel) -> set[int]:
+    """in_features of the linears that are to be quantised, from the files' headers."""
+    linears = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
+    splits = {name: split_layer_name(name) for name in model.source.files.info}
+    return {model.source.files.info[name].shape[1] for name, split in splits.items() if split and split[1] in linears}
+
+
+def _unit(index: int) -> str:
+    return f"quantized-{index:05d}"
+
+
+def _hidden(index: int) -> str:
+    """Name of the hidden states before a decoder layer, as the quantised layers below give them."""
+    return f"hidden-{index:05d}"

@@ -1,0 +1,268 @@
+"""Quantising one decoder layer: a unit of work that ends with the layer's shard on the disk.
+
+Attention and dense linears first, then every expert's gate_up from the tokens routed to it, then its down projection
+from the intermediate the quantised gate_up gives. The loaded layer is left with its weights as they were quantised, so
+that it computes the inputs of the next one; restore() brings a layer of an earlier run into the same state.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from vllm_mcmoe.calibration.checkpoint.report import ExpertReport
+from vllm_mcmoe.calibration.checkpoint.writer import Shard
+from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
+from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
+from vllm_mcmoe.calibration.measure.expert_tokens import (
+    Activation,
+    ExpertTokens,
+    MoeInputs,
+    build_factor,
+    calibration_tokens,
+    hessian_weights,
+    intermediate,
+    moe_inputs,
+    tokens_of,
+)
+from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
+from vllm_mcmoe.calibration.model.description import LAYER_PREFIX, MoeModel, activation_function
+from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
+from vllm_mcmoe.calibration.quantize.linears import SUFFIXES, dequantize_linear, quantize_linear
+from vllm_mcmoe.calibration.recipes import Recipe
+from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
+from vllm_mcmoe.kernels.packing import PackedMatrix
+
+ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """How one layer is quantised.
+
+    bits            part -> width of each expert; None for a layer without experts
+    linear_bits     4, 8 or 16
+    linear_group    inputs that share a scale in linears of 4 and 8 bits
+    gradient_norms  float32 [tokens], for recipes that weight Hessians by them
+    """
+
+    recipe: Recipe
+    bits: dict[str, list[int]] | None
+    linear_bits: int
+    linear_group: int
+    gradient_norms: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What is known of a layer whose shard is written.
+
+    experts              one per expert; empty for a layer without any
+    linears              on-disk names of those quantised
+    unquantized_linears  on-disk name -> why not
+    nbytes               tensor name -> bytes
+    """
+
+    experts: list[ExpertReport]
+    linears: list[str]
+    unquantized_linears: dict[str, str]
+    nbytes: dict[str, int]
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "experts": [vars(expert) for expert in self.experts]}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        return cls(**{**document, "experts": [ExpertReport(**expert) for expert in document["experts"]]})
+
+
+def quantize_layer(
+    model: LayerwiseModel,
+    index: int,
+    layer: DecoderLayer,
+    hidden: Activations,
+    store: ActivationStore,
+    options: LayerOptions,
+    shard: Path,
+    log: Log,
+) -> QuantizedLayer:
+    """Quantise a loaded layer on its inputs and write all its tensors to the shard."""
+    job = _LayerJob(model, index, layer, hidden, options, log)
+    if options.linear_bits != 16:
+        job.quantize_linears()
+    if options.bits is not None:
+        job.quantize_experts(moe_inputs(layer, hidden, store))
+    job.add_unquantized()
+    job.shard.write(shard)
+    return QuantizedLayer(job.experts, job.linears, job.unquantized_linears, job.shard.nbytes)
+
+
+class _LayerJob:
+    """State of one quantize_layer."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        index: int,
+        layer: DecoderLayer,
+        hidden: Activations,
+        options: LayerOptions,
+        log: Log,
+    ):
+        self.model, self.index, self.layer, self.hidden, self.options = model, index, layer, hidden, options
+        self.log = log
+        self.shard = Shard()
+        self.experts: list[ExpertReport] = []
+        self.linears: list[str] = []
+        self.unquantized_linears: dict[str, str] = {}
+        self._quantized: set[str] = set()  # on-disk names whose quantised form is in the shard
+
+    @property
+    def description(self) -> MoeModel:
+        return self.model.description
+
+    def quantize_linears(self) -> None:
+        """Stage by stage: the linears of a stage share their input, which the stages before have changed."""
+        for stage in self.description.family.linears:
+            modules = {}
+            for name in stage:
+                module = find_linear(self.layer.module, self.description.module_name(name))
+                if module is not None:
+                    modules[f"{LAYER_PREFIX}{self.index}.{name}"] = module
+            if not modules:
+                continue
+            in_features = next(iter(modules.values())).in_features
+            if in_features % self.options.linear_group:
+                reason = f"in_features {in_features} is not divisible by {self.options.linear_group}"
+                self.unquantized_linears.update(dict.fromkeys(modules, reason))
+                self.log(f"{', '.join(modules)}: left in 16 bits, {reason}")
+                continue
+            moment = _linear_input_moment(self.layer, next(iter(modules.values())), self.hidden)
+            factor = HessianFactor.build(moment, name=next(iter(modules)))
+            for name, module in modules.items():
+                self._quantize_linear(name, module, factor)
+
+    def _quantize_linear(self, name: str, module: nn.Linear, factor: HessianFactor) -> None:
+        stored_dtype = self.model.source.read(f"{name}.weight").dtype
+        bits, group_size = self.options.linear_bits, self.options.linear_group
+        weight, tensors = quantize_linear(module.weight, factor, bits, group_size, stored_dtype)
+        module.weight.data.copy_(weight)
+        for suffix, tensor in tensors.items():
+            self.shard.add(f"{name}.{suffix}", tensor)
+        self.linears.append(name)
+        self._quantized.add(f"{name}.weight")
+
+    def quantize_experts(self, inputs: MoeInputs) -> None:
+        name = self.description.moe_layers[self.index]
+        activation = activation_function(self.description)
+        for expert in range(self.description.num_experts):
+            tokens = calibration_tokens(inputs, expert)
+            own = tokens_of(inputs, expert)
+            sample = own.at_most(ERROR_TOKENS)
+            before = _expert_output(self.layer, expert, sample, activation)
+            bits = {part: self.options.bits[part][expert] for part in ("gate_up", "down")}
+            self._quantize_expert(name, expert, tokens, bits, activation)
+            after = _expert_output(self.layer, expert, sample, activation)
+            error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
+            self.experts.append(ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled))
+        pooled = [expert for expert, r in enumerate(self.experts) if r.pooled_hessian]
+        if pooled:
+            self.log(f"{name}: too few tokens for experts {pooled}; calibrated on the layer's tokens instead")
+
+    def _quantize_expert(
+        self, layer_name: str, expert: int, tokens: ExpertTokens, bits: dict[str, int], activation: Activation
+    ) -> None:
+        """Quantise gate_up, then down on the intermediate it now gives; the layer keeps the dequantised weights."""
+        layer, recipe = self.layer, self.options.recipe
+        weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
+        transforms = {"gate_up": None, "down": lambda x: intermediate(x, layer.gate_up[expert], activation)}
+        for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+            name = f"{layer_name}.{expert}.{part}"
+            factor = build_factor(tokens, weights, transforms[part], recipe, name)
+            matrix = quantize_gptq(stack[expert], factor, bits[part], recipe.gptq, name=name)
+            stack[expert] = matrix.dequantize()
+            self._add_part(layer_name, expert, part, matrix)
+
+    def _add_part(self, layer_name: str, expert: int, part: str, matrix: QuantizedMatrix) -> None:
+        projections = self.description.projections(part)
+        for projection, rows in zip(projections, split_rows(matrix, len(projections)), strict=True):
+            name = self.description.expert_tensor(layer_name, expert, projection)
+            self.shard.add_matrix(name, rows.pack())
+            self._quantized.add(f"{name}.weight")
+
+    def add_unquantized(self) -> None:
+        """Norms, the router, and linears that were left alone, as they are stored."""
+        for name in self.model.layer_tensors(self.index):
+            if name not in self._quantized:
+                self.shard.add(name, self.model.source.read(name))
+
+
+def restore(
+    model: LayerwiseModel, index: int, layer: DecoderLayer, quantized: QuantizedLayer, linear_bits: int, shard: Path
+) -> None:
+    """Give a loaded layer the weights its shard has, exactly those quantize_layer left it with."""
+    description = model.description
+    with safe_open(shard, framework="pt") as file:
+        for name in quantized.linears:
+            module_name = description.module_name(name.removeprefix(f"{LAYER_PREFIX}{index}."))
+            tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES}
+            find_linear(layer.module, module_name).weight.data.copy_(dequantize_linear(tensors, linear_bits))
+        for expert, report in enumerate(quantized.experts):
+            for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+                projections = description.projections(part)
+                for projection, rows in zip(projections, stack[expert].chunk(len(projections)), strict=True):
+                    name = description.expert_tensor(description.moe_layers[index], expert, projection)
+                    matrix = _read_matrix(file, name, getattr(report, part))
+                    rows.copy_(matrix.dequantize(in_features=rows.shape[1]))
+
+
+def _read_matrix(file: safe_open, name: str, bits: int) -> PackedMatrix:
+    zeros = None if bits == 1 else file.get_tensor(f"{name}.{ZEROS}")
+    return PackedMatrix(bits, file.get_tensor(f"{name}.{QWEIGHT}"), file.get_tensor(f"{name}.{SCALES}"), zeros)
+
+
+def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:
+    """The linear of that name where this decoder layer has it (dense layers have other ones than MoE layers)."""
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activations) -> torch.Tensor:
+    """Second moment of a linear's input over all tokens, float32 [in, in]; the experts are not computed."""
+    moment = torch.zeros(linear.in_features, linear.in_features, device=layer.device)
+
+    def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        moment.addmm_(x.t(), x)
+
+    handle = linear.register_forward_pre_hook(accumulate)
+    try:
+        with layer.experts_forward(lambda x, topk_ids, topk_weights: torch.zeros_like(x)):
+            for batch in hidden:
+                layer(batch)
+    finally:
+        handle.remove()
+    return moment
+
+
+def _expert_output(layer: DecoderLayer, expert: int, tokens: ExpertTokens, activation: Activation) -> torch.Tensor:
+    """float32 [n, hidden], without routing weights."""
+    return intermediate(tokens.x, layer.gate_up[expert], activation) @ layer.down[expert].t()
+
+
+def split_rows(matrix: QuantizedMatrix, parts: int) -> list[QuantizedMatrix]:
+    """Cut a matrix of stacked rows (gate over up) into its parts; each owns its memory."""
+    zeros = [None] * parts if matrix.zeros is None else matrix.zeros.chunk(parts)
+    pieces = zip(matrix.codes.chunk(parts), matrix.scales.chunk(parts), zeros, strict=True)
+    return [
+        QuantizedMatrix(matrix.bits, codes, scales.clone(), None if zero is None else zero.clone())
+        for codes, scales, zero in pieces
+    ]

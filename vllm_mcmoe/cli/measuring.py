@@ -1,0 +1,121 @@
+"""`mcmoe calibrate` and `mcmoe allocate`: from a model to factors, from factors to a plan."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_mcmoe.cli.console import log, print_json
+from vllm_mcmoe.cli.options import (
+    ActivationStorage,
+    AsJson,
+    Bits,
+    BitsPerLayer,
+    Budget,
+    Data,
+    Device,
+    Granularity,
+    Length,
+    Model,
+    Recipe,
+    RecipeName,
+    Restart,
+    Scope,
+    Sequences,
+    Storage,
+    Widths,
+    parse_widths,
+)
+
+
+def calibrate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where to write the factors.")] = Path("factors.json"),
+    recipe: Recipe = RecipeName.mcmoe,
+    widths: Widths = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    activations: ActivationStorage = Storage.auto,
+    device: Device = "auto",
+    restart: Restart = False,
+) -> None:
+    """Measure every expert: how often it is used, its routing weight, and what each bit-width would cost.
+
+    Writes factors.json, which `mcmoe allocate` reads. The same command continues a run that was interrupted or killed.
+
+    Example: `mcmoe calibrate mixtral/ --data c4.jsonl --out factors.json`
+    """
+    from vllm_mcmoe.calibration.pipeline import calibrate as run
+
+    run(
+        model,
+        data,
+        out,
+        recipe=recipe.value,
+        widths=parse_widths(widths),
+        sequences=sequences,
+        length=length,
+        activations=activations.value,
+        device=device,
+        restart=restart,
+        log=log,
+    )
+    log(f"Wrote {out}. Next: mcmoe allocate {out} --bits 2.5 --out plan.json")
+
+
+def allocate(
+    factors: Annotated[
+        Path, typer.Argument(metavar="FACTORS", help="factors.json of `mcmoe calibrate`.", show_default=False)
+    ],
+    bits: Bits = None,
+    bits_per_layer: BitsPerLayer = None,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    recipe: Recipe = RecipeName.mcmoe,
+    widths: Widths = None,
+    scope: Annotated[
+        Scope | None, typer.Option(help="One budget per layer, or one for the model.", show_default="by recipe")
+    ] = None,
+    granularity: Annotated[
+        Granularity | None,
+        typer.Option(help="One width per expert, or one each for gate_up and down.", show_default="by recipe"),
+    ] = None,
+    budget: Annotated[
+        Budget | None, typer.Option(help="Spend at most, or exactly, the bits asked for.", show_default="by recipe")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Exponent of access frequency.", show_default="by recipe")] = None,
+    beta: Annotated[float | None, typer.Option(help="Exponent of routing weight.", show_default="by recipe")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Exponent of the error.", show_default="by recipe")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give every expert its bit-width by an exact integer program, and write plan.json.
+
+    Example: `mcmoe allocate factors.json --bits 2.5 --out plan.json`
+    """
+    if (bits is None) == (bits_per_layer is None):
+        raise typer.BadParameter("give one of --bits and --bits-per-layer")
+    allowed_widths = parse_widths(widths)
+    from vllm_mcmoe.calibration.allocate.program import allocate as solve
+    from vllm_mcmoe.calibration.measure.factors import Factors
+    from vllm_mcmoe.reporting import print_widths
+
+    plan = solve(
+        Factors.load(factors),
+        recipe=recipe.value,
+        bits=bits,
+        bits_per_layer=bits_per_layer,
+        widths=allowed_widths,
+        scope=scope and scope.value,
+        granularity=granularity and granularity.value,
+        budget=budget and budget.value,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+    )
+    plan.save(out)
+    if as_json:
+        print_json(json.loads(out.read_text()))
+    else:
+        print_widths({name: (layer["gate_up"], layer["down"]) for name, layer in plan.layers.items()})
+        log(f"Wrote {out}: {plan.average_bits:.3f} bits per expert weight. Next: mcmoe quantize MODEL OUT --plan {out}")

@@ -1,0 +1,157 @@
+"""Options that several commands share, declared once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class RecipeName(StrEnum):
+    """Named sets of choices, see calibration/recipes.py."""
+
+    mcmoe = "mcmoe"
+    paper_code = "paper-code"
+    uniform = "uniform"
+
+
+class Scope(StrEnum):
+    layer = "layer"
+    model = "model"
+
+
+class Granularity(StrEnum):
+    expert = "expert"
+    projection = "projection"
+
+
+class Budget(StrEnum):
+    at_most = "<="
+    exactly = "="
+
+
+class PruningMethod(StrEnum):
+    odp = "odp"
+    otp = "otp"
+
+
+class Storage(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
+class Activations(StrEnum):
+    floating = "float"
+    int8 = "int8"
+
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Hugging Face model directory, 16-bit safetensors.", show_default=False)
+]
+
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        metavar="FILE...",
+        help="Text files, .jsonl files with a `text` field, or directories of them. One file is one domain: "
+        "sequences are drawn evenly over the files.",
+        show_default=False,
+    ),
+]
+
+Sequences = Annotated[int, typer.Option(min=1, help="Token sequences to draw; fewer if the data has no more.")]
+
+Length = Annotated[int, typer.Option(min=2, help="Tokens per sequence; shortened to what model and data have.")]
+
+Recipe = Annotated[
+    RecipeName,
+    typer.Option(
+        help="`mcmoe`: predicted loss increase, one budget for the whole model, GPTQ with refinement. "
+        "`paper-code`: what the authors of MC-MoE published. `uniform`: the same width everywhere."
+    ),
+]
+
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Average bits of an expert weight as written: a group's scale and zero included, "
+        "so 2-bit codes cost 2.25 and 1-bit codes 1.125.",
+        show_default=False,
+    ),
+]
+
+BitsPerLayer = Annotated[
+    int | None,
+    typer.Option(
+        help="Instead of --bits: the sum of plain code widths over a layer's experts, as the paper counts "
+        "(Mixtral at 20 is its '2.54 bits').",
+        show_default=False,
+    ),
+]
+
+Widths = Annotated[
+    str | None, typer.Option(help="Bit-widths an expert may get, for example 1,2,3.", show_default="by recipe")
+]
+
+ActivationStorage = Annotated[
+    Storage,
+    typer.Option(
+        help="Where hidden states and gradients of the calibration tokens are kept: `memory`, `disk` (beside OUT, "
+        "deleted in the end), or `auto`: memory if they fit there with two layers and 2 GB to spare. "
+        "The result is the same."
+    ),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="What computes: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU (NVIDIA, or AMD with torch's ROCm build) if "
+        "torch finds one, `cpu` else. A GPU holds one decoder layer in float32; hidden states stay where "
+        "--activations says. It rounds differently: unfinished work is continued on the kind of device it began on. "
+        "How long things take on a GPU has not been measured.",
+    ),
+]
+
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left in OUT.partial.")]
+
+Method = Annotated[
+    PruningMethod,
+    typer.Option(
+        help="`odp`: drop experts whose routing weight is a small part of the token's largest. `otp`: drop those a "
+        "small router, trained on the calibration text, predicts to cost least."
+    ),
+]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
+EvaluationData = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE...",
+        help="Text to score the model on, before and after; the calibration text if not given.",
+        show_default=False,
+    ),
+]
+Evaluate = Annotated[
+    bool, typer.Option("--evaluate/--no-evaluate", help="Score the result: two more passes over the model.")
+]
+LinearBits = Annotated[
+    int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
+]
+
+
+def parse_widths(widths: str | None) -> tuple[int, ...] | None:
+    """ "1,2,3" -> (1, 2, 3). Raises typer.BadParameter for anything but a list of widths the format has."""
+    if widths is None:
+        return None
+    from vllm_mcmoe.kernels.packing import WIDTHS
+
+    try:
+        parsed = tuple(sorted({int(width) for width in widths.split(",")}))
+    except ValueError:
+        raise typer.BadParameter(f"{widths!r} is not a list of numbers like 1,2,3", param_hint="--widths") from None
+    unknown = [width for width in parsed if width not in WIDTHS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is not one of {WIDTHS}", param_hint="--widths")
+    return parsed
