@@ -34,6 +34,7 @@ from vllm_mcmoe.calibration.prune.costs import routed_tokens
 from vllm_mcmoe.calibration.prune.odp import measure_curves, uniform_thresholds
 from vllm_mcmoe.calibration.prune.otp import router_scores
 from vllm_mcmoe.calibration.prune.rules import calibrate_rules, target_levels
+from vllm_mcmoe.kernels.cpu import select_isa
 from vllm_mcmoe.kernels.reference.pruning import by_weight, drop
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, interpolate, ratio_pruning
 
@@ -155,7 +156,7 @@ class Speed:
 
 def speed(shape: Shape, options: argparse.Namespace) -> list[Speed]:
     """The 2.5-bit mix, a mask router of random tensors in front of it; random tokens and routing."""
-    variant = quantised_variant(shape, WIDTHS["2.5 bit mix"])
+    variant = quantised_variant(shape, WIDTHS["2.5 bit mix"], select_isa())
     router = {
         "expert_bias": torch.zeros(shape.experts),
         "weight_slopes": torch.zeros(2, shape.top_k - 1),

@@ -1,0 +1,36 @@
+"""Documents name modules and functions that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULE = re.compile(r"`((?:calibration|kernels|vllm_mcmoe|tests|benchmarks|tools)/[\w/.]*\w)`")
+# `module.py`: `name`, and further names until the next module
+NAMED = re.compile(r"`((?:calibration|kernels|vllm_mcmoe)/[\w/]+\.py)`:\s+`(\w+)`")
+
+
+def defined_names(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    return {node.name for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_module_that_a_document_names_exists(document):
+    named = MODULE.findall(document.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_function_of_the_walkthrough_exists():
+    found = NAMED.findall((ROOT / "docs" / "walkthrough.md").read_text())
+    assert len(found) > 30
+    assert [(module, name) for module, name in found if name not in defined_names(ROOT / module)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_between_documents_leads_somewhere(document):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
