@@ -21,12 +21,11 @@ from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import skeleton
 from vllm_mcmoe.calibration.quantize.layer import find_linear
-from vllm_mcmoe.calibration.quantize.linears import choose_group_size
+from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
-SCALE_BITS = 16  # of a group of a linear in pack-quantized form
 # Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
 # of what was quantised. A loss gradient costs a forward again and twice as much backward.
 FORWARD_PASSES, GRADIENT_PASSES = 3, 3
@@ -152,9 +151,7 @@ def plan_resources(
     parameters = _parameters(description, model, linears)
     layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
     checkpoint_bytes = round(
-        parameters.experts * bits / 8
-        + parameters.linears * _bytes_per_linear_weight(linears, linear_bits)
-        + parameters.rest * BITS_16
+        parameters.experts * bits / 8 + _bytes_of_linears(linears, linear_bits) + parameters.rest * BITS_16
     )
     tokens = sequences * length
     with_gradients = needs_gradients(recipe)
@@ -182,7 +179,10 @@ def plan_resources(
         kv_tokens,
         kv_bytes,
         step_bytes,
-        [_place(description, name, size * 10**9, checkpoint_bytes, kv_bytes) for name, size in MEMORY_SIZES.items()],
+        [
+            _place(description, linears, linear_bits, name, size * 10**9, checkpoint_bytes, kv_bytes)
+            for name, size in MEMORY_SIZES.items()
+        ],
     )
     return ResourcePlan(description.architecture, bits, parameters, quantization, serving)
 
@@ -198,11 +198,14 @@ def flops_per_second(size: int = 2048, seconds: float = 1.0) -> float:
     return 2 * size**3 * products / (time.perf_counter() - start)
 
 
-def _linears(description: MoeModel, model: torch.nn.Module) -> list[torch.nn.Linear]:
+def _linears(description: MoeModel, model: torch.nn.Module) -> list[LinearShape]:
     """Those that compressed-tensors quantises."""
-    names = [description.module_name(name) for stage in description.family.linears for name in stage]
-    found = (find_linear(layer, name) for layer in model.model.layers for name in names)
-    return [linear for linear in found if linear is not None]
+    names = [name for stage in description.family.linears for name in stage]
+    found = [
+        (name, find_linear(layer, description.module_name(name))) for layer in model.model.layers for name in names
+    ]
+    ranks = tensor_parallel_sizes(description.config.num_attention_heads)
+    return [LinearShape(name, *linear.weight.shape, ranks) for name, linear in found if linear is not None]
 
 
 def _looked_up_weights(model: torch.nn.Module) -> int:
@@ -211,20 +214,25 @@ def _looked_up_weights(model: torch.nn.Module) -> int:
     return 0 if model.config.tie_word_embeddings or embedding is head else embedding.numel()
 
 
-def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[torch.nn.Linear]) -> Parameters:
+def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[LinearShape]) -> Parameters:
     expert = 3 * description.hidden * description.intermediate
     layers = len(description.moe_layers)
     experts = layers * description.num_experts * expert
-    quantised = sum(linear.weight.numel() for linear in linears)
+    quantised = sum(linear.out_features * linear.in_features for linear in linears)
     total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
     unused = layers * (description.num_experts - description.top_k) * expert
     return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
 
 
-def _bytes_per_linear_weight(linears: Sequence[torch.nn.Linear], bits: int) -> float:
-    if bits == 16 or not linears:
-        return BITS_16
-    return (bits + SCALE_BITS / choose_group_size(linear.in_features for linear in linears)) / 8
+def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:
+    group_size = choose_group_size(linears, bits)
+    packed = (bits + SCALE_BITS / group_size) / 8
+    return sum(
+        linear.out_features
+        * linear.in_features
+        * (packed if bits != 16 and linear.can_be_packed(group_size) else BITS_16)
+        for linear in linears
+    )
 
 
 def _expert_products(description: MoeModel, recipe: Recipe) -> float:
@@ -248,12 +256,29 @@ def _kv_values(description: MoeModel) -> int:
     return 2 * config.num_key_value_heads * head_size
 
 
-def _place(description: MoeModel, device: str, memory: int, weights: int, kv_bytes: int) -> Placement:
+def _tensor_parallel_sizes(linears: Sequence[LinearShape], bits: int) -> list[int]:
+    """Of one node, those whose ranks get whole groups of every packed linear; vLLM refuses others."""
+    group_size = choose_group_size(linears, bits)
+    packed = [linear for linear in linears if bits != 16 and linear.can_be_packed(group_size)]
+    sizes = [2**power for power in range(GPUS_PER_NODE.bit_length())]
+    return [size for size in sizes if all(linear.holds(group_size, size) for linear in packed)]
+
+
+def _place(
+    description: MoeModel,
+    linears: Sequence[LinearShape],
+    linear_bits: int,
+    device: str,
+    memory: int,
+    weights: int,
+    kv_bytes: int,
+) -> Placement:
     """The smallest power of two of devices: attention heads and experts divide evenly among as many."""
     devices = 1
     while weights + kv_bytes > USABLE_SHARE * memory * devices:
         devices *= 2
-    tensor, pipeline = min(devices, GPUS_PER_NODE), max(1, devices // GPUS_PER_NODE)
+    tensor = max(size for size in _tensor_parallel_sizes(linears, linear_bits) if size <= devices)
+    pipeline = devices // tensor
     options = []
     if tensor > 1:
         options.append(f"--tensor-parallel-size {tensor}")

@@ -26,7 +26,7 @@ from vllm_mcmoe.calibration.model.activations import Activations, ActivationStor
 from vllm_mcmoe.calibration.model.description import MoeModel, split_layer_name
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer, restore
-from vllm_mcmoe.calibration.quantize.linears import choose_group_size, linear_config
+from vllm_mcmoe.calibration.quantize.linears import LinearShape, choose_group_size, linear_config, tensor_parallel_sizes
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 
@@ -56,7 +56,7 @@ class CheckpointRun:
     ):
         self.model, self.work, self.store, self.plan, self.recipe = model, work, store, plan, recipe
         self.linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
-        self.linear_group = choose_group_size(_linear_inputs(model))
+        self.linear_group = choose_group_size(_linears(model), self.linear_bits)
         self.gradient_norms = gradient_norms or {}
         self.factors = factors
         self.log = log
@@ -191,11 +191,16 @@ class CheckpointRun:
         return {**self.description.read_config(), "quantization_config": config.to_dict()}
 
 
-def _linear_inputs(model: LayerwiseModel) -> set[int]:
-    """in_features of the linears that are to be quantised, from the files' headers."""
-    linears = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
+def _linears(model: LayerwiseModel) -> list[LinearShape]:
+    """Those that are to be quantised, from the files' headers."""
+    names = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
     splits = {name: split_layer_name(name) for name in model.source.files.info}
-    return {model.source.files.info[name].shape[1] for name, split in splits.items() if split and split[1] in linears}
+    found = {name: split[1] for name, split in splits.items() if split and split[1] in names}
+    ranks = tensor_parallel_sizes(model.description.config.num_attention_heads)
+    return [
+        LinearShape(relative.removesuffix(".weight"), *model.source.files.info[name].shape, ranks)
+        for name, relative in found.items()
+    ]
 
 
 def _unit(index: int) -> str:

@@ -32,7 +32,13 @@ from vllm_mcmoe.calibration.measure.expert_tokens import (
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import LAYER_PREFIX, MoeModel, activation_function
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
-from vllm_mcmoe.calibration.quantize.linears import SUFFIXES, dequantize_linear, quantize_linear
+from vllm_mcmoe.calibration.quantize.linears import (
+    SUFFIXES,
+    LinearShape,
+    dequantize_linear,
+    quantize_linear,
+    tensor_parallel_sizes,
+)
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
 from vllm_mcmoe.kernels.packing import PackedMatrix
@@ -136,9 +142,13 @@ class _LayerJob:
                     modules[f"{LAYER_PREFIX}{self.index}.{name}"] = module
             if not modules:
                 continue
-            in_features = next(iter(modules.values())).in_features
-            if in_features % self.options.linear_group:
-                reason = f"in_features {in_features} is not divisible by {self.options.linear_group}"
+            in_features, group_size = next(iter(modules.values())).in_features, self.options.linear_group
+            # those of a stage share their inputs, so that all of them can be packed, or none
+            ranks = tensor_parallel_sizes(self.description.config.num_attention_heads)
+            if not LinearShape(stage[0], 0, in_features, ranks).can_be_packed(group_size):
+                reason = f"tensor parallel ranks would not get whole groups of {group_size} of {in_features} inputs"
+                if in_features % group_size:
+                    reason = f"in_features {in_features} is not divisible by {group_size}"
                 self.unquantized_linears.update(dict.fromkeys(modules, reason))
                 self.log(f"{', '.join(modules)}: left in 16 bits, {reason}")
                 continue

@@ -1,12 +1,13 @@
 """Attention, dense and shared-expert linears at 4 or 8 bits in compressed-tensors' pack-quantized form.
 
 vLLM serves that form with its own kernels (Marlin on a GPU, W4A16 on a CPU) or, on CPUs where it has none, with ours
-(kernels/cpu/linear.py). Weights are symmetric integers in groups
-of 128, or of 64 or 32 in a model whose linears have inputs that 128 does not divide, chosen by GPTQ; the bytes are
-packed and unpacked by the compressed-tensors library itself.
+(kernels/cpu/linear.py). Weights are symmetric integers, chosen by GPTQ, in groups of 128, or of 64 or 32 in a model
+whose linears have inputs that 128 does not divide, as a whole or among tensor parallel ranks; the bytes are packed and
+unpacked by the compressed-tensors library itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ GROUP_SIZES = (GROUP_SIZE, 64, 32)  # that vLLM's kernels for GPUs and CPUs and 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SUFFIXES = (PACKED, SCALE, SHAPE)
 
+SCALE_BITS = 16
+ROW_PARALLEL = ("o_proj", "down_proj")  # names' ends: tensor parallel ranks share their inputs, of others the outputs
+TENSOR_PARALLEL = (2, 4, 8)
+THINNEST_SLICE = 128  # inputs of a rank; thinner ones are of models that nobody shares out
+
 # Share of the group's range a symmetric grid may span; 11 steps lie within 0.2% of a search over 80.
 _RANGE_SHARES = tuple(1 - 0.04 * i for i in range(11))
 
@@ -41,11 +47,45 @@ def check_linear_bits(bits: int) -> None:
         )
 
 
-def choose_group_size(in_features: Iterable[int]) -> int:
-    """The group size of a model's linears, one for all: the largest that divides the inputs of each. Linears whose
-    inputs are not even divisible by 32 do not count: they stay in 16 bits."""
-    divisible = [inputs for inputs in in_features if inputs % GROUP_SIZES[-1] == 0]
-    return next(size for size in GROUP_SIZES if all(inputs % size == 0 for inputs in divisible))
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear: its name relative to the decoder layer, [out_features, in_features] of its weight, and among how many
+    tensor parallel ranks its model can be shared."""
+
+    name: str
+    out_features: int
+    in_features: int
+    ranks: tuple[int, ...] = TENSOR_PARALLEL
+
+    def holds(self, group_size: int, tensor_parallel: int) -> bool:
+        """Whether so many ranks get whole groups. Those of row parallel linears share its inputs."""
+        if not self.name.endswith(ROW_PARALLEL):
+            return self.in_features % group_size == 0
+        return self.in_features % (group_size * tensor_parallel) == 0
+
+    def can_be_packed(self, group_size: int) -> bool:
+        """Whether one rank, and every number of them that would be used, gets whole groups: others vLLM refuses."""
+        sizes = [ranks for ranks in self.ranks if self.in_features >= ranks * THINNEST_SLICE]
+        return all(self.holds(group_size, ranks) for ranks in (1, *sizes))
+
+
+def tensor_parallel_sizes(attention_heads: int) -> tuple[int, ...]:
+    """Those of a node that vLLM allows: ranks get whole heads."""
+    return tuple(ranks for ranks in TENSOR_PARALLEL if attention_heads % ranks == 0)
+
+
+def choose_group_size(linears: Collection[LinearShape], bits: int) -> int:
+    """The group size of a model's linears, one for all: what makes the fewest bytes, where those that cannot be packed
+    with it stay in 16 bits."""
+
+    def nbytes(group_size: int) -> float:
+        packed = bits + SCALE_BITS / group_size
+        return sum(
+            linear.out_features * linear.in_features * (packed if linear.can_be_packed(group_size) else 16)
+            for linear in linears
+        )
+
+    return min(GROUP_SIZES, key=nbytes)  # the largest of equal ones
 
 
 def _scheme(bits: int, group_size: int) -> QuantizationScheme:

@@ -4,6 +4,8 @@ The records of layout.py unpack straight into AMX's operand: a quad of 16 rows i
 blocks and group of inputs the codes are unpacked once; then every 32 slots ("a step") take two tiles of activations per
 64 inputs, and leave four tiles of sums, which are scaled in float32 exactly as products.py does.
 
+Long for the reason of products.py: emitted code and the loops that call it know each other's registers.
+
 Two waits are hidden by doing something else first: the codes of the next group are unpacked before the tiles of this
 one are multiplied, and the sums of a step are scaled while the tiles of the next are being multiplied.
 """

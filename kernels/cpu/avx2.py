@@ -10,6 +10,8 @@ record are unpacked once, to bytes that stay in L1, and the slots follow in batc
 That inner loop is what prefill consists of. It is at the limit of instructions a core takes in, and written in assembly
 for AVX2, since LLVM reorders it until registers run out: 4% fewer cycles at 2 bits, 7% at 3, 9% at 4.
 
+Long for the reason of products.py: emitted code and the loops that call it know each other's registers.
+
 A record's 16 rows (layout.py) are two registers here: 16 lanes of 32 bits are written as one generic vector, which LLVM
 splits.
 """

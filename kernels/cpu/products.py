@@ -3,6 +3,8 @@
 LLVM code is emitted per kind of record and number of tokens, with the group unrolled. A vector holds, in each of its 16
 lanes of 32 bits, four consecutive inputs ("a quad") of one output row: the operand of VNNI's dot product, so nothing is
 ever summed across lanes. `layout.py` describes the records these loops stream through, `chunks.py` the activations.
+
+Long, because the code that is emitted and the loops that call it know each other's registers.
 """
 
 from collections.abc import Iterator

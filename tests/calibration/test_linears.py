@@ -5,11 +5,13 @@ from compressed_tensors.quantization import QuantizationConfig
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
 from vllm_mcmoe.calibration.quantize.linears import (
     GROUP_SIZES,
+    LinearShape,
     choose_group_size,
     dequantize_linear,
     linear_bits,
     linear_config,
     quantize_linear,
+    tensor_parallel_sizes,
 )
 from vllm_mcmoe.errors import FormatError
 
@@ -73,13 +75,31 @@ def test_the_config_is_one_that_compressed_tensors_reads():
     assert linear_bits(config) == 4
 
 
-@pytest.mark.parametrize(
-    ("in_features", "expected"),
-    [([4096, 14336], 128), ([576], 64), ([2048, 10944], 64), ([128, 96], 32), ([256, 80], 128)],
-    ids=["Mixtral", "SmolLM2", "DeepSeek-V2-Lite", "32", "80 stays in 16 bits"],
-)
-def test_one_group_size_divides_the_inputs_of_all_linears(in_features, expected):
-    assert choose_group_size(in_features) == expected
+# attention heads, [out, in] of what compressed-tensors packs, in released models
+DOWN, OUTPUT, QUERY, SHARED = "mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj", "mlp.shared_experts.down_proj"
+RELEASED = {
+    "Mixtral": (32, {QUERY: (4096, 4096), OUTPUT: (4096, 4096)}, 128, []),
+    "SmolLM2": (9, {QUERY: (576, 576), OUTPUT: (576, 576)}, 64, []),
+    "Qwen1.5-MoE": (16, {OUTPUT: (2048, 2048), "mlp.shared_expert.down_proj": (2048, 5632)}, 64, []),
+    "DeepSeek-V2-Lite": (16, {OUTPUT: (2048, 2048), SHARED: (2048, 2816), DOWN: (2048, 10944)}, 32, [DOWN]),
+    "GLM-4.5-Air": (96, {OUTPUT: (4096, 12288), SHARED: (4096, 1408), DOWN: (4096, 10944)}, 128, [SHARED, DOWN]),
+    "128 and 96 inputs": (2, {QUERY: (256, 128), "mlp.up_proj": (256, 96)}, 32, []),
+    "80 inputs": (2, {QUERY: (256, 256), "mlp.up_proj": (256, 80)}, 128, ["mlp.up_proj"]),
+    "few of 96": (32, {QUERY: (4096, 4096), "mlp.up_proj": (32, 96)}, 128, ["mlp.up_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_group_size_makes_the_fewest_bytes_and_lets_ranks_share(name):
+    """What 2, 4 and 8 ranks, as far as heads can be shared among them, could not share stays in 16 bits."""
+    heads, shapes, expected, left = RELEASED[name]
+    ranks = tensor_parallel_sizes(heads)
+    linears = [LinearShape(linear, *shape, ranks) for linear, shape in shapes.items()]
+    assert choose_group_size(linears, 4) == expected
+    assert [linear.name for linear in linears if not linear.can_be_packed(expected)] == left
+    for linear in linears:
+        if linear.name.endswith(("o_proj", "down_proj")) and linear.name not in left and linear.in_features > 1024:
+            assert all(linear.in_features // among % expected == 0 for among in ranks)
 
 
 def test_a_config_that_is_none_is_refused():
