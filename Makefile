@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-other-vllm setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
+.PHONY: demo test test-other-vllm rehearse-gpu setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
 	bench-pruning bench-quality bench-serving smol-moe
 
 demo: $(READY)
@@ -25,6 +25,12 @@ test-other-vllm: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OVERLAY) $(BIN)/pytest -m "not engine" tests/vllm_mcmoe \
 		--ignore tests/vllm_mcmoe/test_cli.py
 	PYTHONPATH=$(OVERLAY) VLLM_CACHE_ROOT=$(OVERLAY)/cache $(BIN)/pytest tests/vllm_mcmoe/test_serving.py
+
+# A GPU run without a GPU: vLLM's CUDA builds, with their torch and Triton, on CPU tensors. Downloads 4 GB per version once.
+rehearse-gpu:
+	for version in 0.32.0 0.33.0; do \
+		tools/rehearse_gpu.sh $$version $(CURDIR)/build/rehearsal-$$version || exit 1; \
+	done
 
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)
@@ -55,9 +61,13 @@ smol-moe: $(READY)
 	$(BIN)/pip install --progress-bar off -e '.[smol]'
 	$(BIN)/python benchmarks/reference_model/upcycle.py build/smol-moe
 
-# Compiles the Triton kernels for every GPU and writes registers, spills and instructions per weight: docs/triton_aot.md
+# Compiles the Triton kernels for every GPU, by each Triton that users get, and writes registers, spills and instructions
+# per weight: docs/triton_aot_3.7.md, docs/triton_aot_3.8.md
 aot-report: $(READY)
-	$(BIN)/python -m tests.kernels.triton_aot --write
+	for version in 3.7.1 3.8.0; do \
+		$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m tests.kernels.triton_aot --write || exit 1; \
+	done
 
 setup: $(READY)
 

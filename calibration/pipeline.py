@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
-from vllm_mcmoe.calibration.allocate.program import allocate
+from vllm_mcmoe.calibration.allocate.program import allocate, check_budget
 from vllm_mcmoe.calibration.checkpoint.identity import (
     identity_of_document,
     identity_of_files,
@@ -164,6 +164,10 @@ def quantize(
     description = describe_model(model_dir)
     if plan is not None:
         plan.check_against(description.experts_per_layer())
+    else:
+        check_budget(description, recipe, bits, bits_per_layer, widths)
+    if factors is not None:
+        factors.check_against(description.experts_per_layer(), description.part_shapes())
     if evaluation_data is not None:
         find_data_files(evaluation_data)
     source = WeightFiles(description)

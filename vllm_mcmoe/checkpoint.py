@@ -90,6 +90,8 @@ class CheckpointConfig:
         Raises FormatError: not an mcmoe config, a newer version, another group size, or widths that are not a list
         of {1, 2, 3, 4, 8} of the same length for both projections.
         """
+        if not isinstance(config, dict):
+            raise FormatError(f"{source}: expected an object, found a {type(config).__name__}.")
         method = config.get("quant_method")
         if method != QUANT_METHOD:
             raise FormatError(
@@ -146,8 +148,10 @@ def read_checkpoint_config(checkpoint: Path) -> CheckpointConfig:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist: {checkpoint} is not a model directory.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: expected an object, found a {type(config).__name__}.")
     quantization = config.get("quantization_config")
     if quantization is None:
         raise FormatError(f"{path}: no quantization_config: this model is not quantised; run `mcmoe quantize`.")
@@ -157,6 +161,8 @@ def read_checkpoint_config(checkpoint: Path) -> CheckpointConfig:
 def is_mcmoe_checkpoint(model: Path) -> bool:
     """Whether a model directory claims to be in this format (its config may still be invalid)."""
     path = Path(model) / "config.json"
-    if not path.is_file():
-        return False
-    return json.loads(path.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+    try:
+        quantization = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+        return quantization["quant_method"] == QUANT_METHOD
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False  # no config of ours; whoever reads it says what is wrong with it

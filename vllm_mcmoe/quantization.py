@@ -59,7 +59,15 @@ class McmoeConfig(QuantizationConfig):
                 CompressedTensorsConfig,
             )
 
-            self.linear = CompressedTensorsConfig.from_config(checkpoint.linear)
+            try:
+                self.linear = CompressedTensorsConfig.from_config(checkpoint.linear)
+            except (
+                Exception
+            ) as error:  # compressed-tensors' classes check values in many ways, with errors of their own
+                reason = " ".join(str(error).split())
+                raise FormatError(
+                    f"config.json: quantization_config: linear is not a compressed-tensors config: {reason}"
+                ) from error
 
     def get_name(self) -> str:
         return QUANT_METHOD

@@ -138,9 +138,10 @@ def _table(name: str, key: str, per_width: Mapping[int, Sequence[float]], recipe
 
 
 def check_feasible(problem: Problem) -> None:
-    """Raises PlanError where the budget is below the smallest plan, or (for "=") above the largest."""
-    smallest, largest = _extreme_size(problem, min), _extreme_size(problem, max)
-    if problem.budget < smallest or (problem.recipe.budget == "=" and problem.budget > largest):
+    """Raises PlanError where the budget is below the smallest plan, or above the largest: who asks for 8 bits where
+    experts can have 4 is not to get 4 without a word."""
+    smallest, largest = extreme_size(problem, min), extreme_size(problem, max)
+    if not smallest <= problem.budget <= largest:
         smallest_asked = math.ceil(1e4 * smallest / problem.per_ask) / 1e4  # rounded down it would not be feasible
         raise PlanError(
             f"{problem.where}: {problem.asked(problem.budget)} {problem.unit} cannot be met with "
@@ -157,7 +158,7 @@ def constraints(problem: Problem) -> str:
     return ", ".join(parts)
 
 
-def _extreme_size(problem: Problem, extreme: Callable[[np.ndarray], int]) -> int:
+def extreme_size(problem: Problem, extreme: Callable[[np.ndarray], int]) -> int:
     """Size of the smallest or largest plan that keeps the least counts and forced experts."""
     widths = problem.recipe.widths
     total = 0

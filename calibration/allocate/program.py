@@ -29,7 +29,8 @@ from vllm_mcmoe.calibration.allocate.problem import (
     kinds,
     problems_of,
 )
-from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.recipes import Budget, Granularity, Objective, Recipe, Scope, find_recipe
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import WIDTHS
@@ -104,6 +105,29 @@ def allocate(
     if bits_per_layer is not None:
         plan.extra["bits_per_layer"] = bits_per_layer
     return plan
+
+
+def check_budget(
+    model: MoeModel,
+    recipe: Recipe,
+    bits: float | None,
+    bits_per_layer: float | None,
+    widths: Sequence[int] | None = None,
+) -> None:
+    """Whether any plan has this budget, before anything is measured. Raises PlanError as allocate would."""
+    recipe = recipe if widths is None else replace(recipe, widths=tuple(sorted(set(widths))))
+    nothing = [0.0] * model.num_experts
+    layer = LayerFactors(
+        activation_count=nothing,
+        routing_weight_sum=nothing,
+        quantization_error=dict.fromkeys(recipe.widths, nothing),
+        shapes=model.part_shapes(),
+        loss_increase={part: dict.fromkeys(recipe.widths, nothing) for part in PROJECTIONS},
+    )
+    factors = Factors(str(model.path), 0, model.top_k, dict.fromkeys(model.moe_layers.values(), layer))
+    _check_request(recipe, bits, bits_per_layer)
+    for problem in problems_of(factors, recipe, bits, bits_per_layer):
+        check_feasible(problem)
 
 
 def _check_request(recipe: Recipe, bits: float | None, bits_per_layer: float | None) -> None:

@@ -26,7 +26,7 @@ CONFIG_FILE, REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
 
 # Weights in any format, and what other tools derive from them: not copied from the original directory.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-NOT_COPIED = (CONFIG_FILE, MODEL_CARD, INDEX_FILE, "pytorch_model.bin.index.json")
+NOT_COPIED = (CONFIG_FILE, MODEL_CARD, REPORT_FILE, PLAN_FILE, FACTORS_FILE, INDEX_FILE, "pytorch_model.bin.index.json")
 
 
 def shard_name(number: int, shards: int) -> str:

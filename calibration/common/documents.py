@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_mcmoe.calibration.common.files import write_atomically
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import WIDTHS
 
@@ -108,17 +107,6 @@ def read_document(path: str | Path) -> Any:
 
 
 def save_document(document: Mapping[str, Any], path: str | Path) -> None:
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            json.dump(document, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private, artefacts are to be shared
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    """Whole or not at all."""
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -31,12 +31,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with naming(path):
             write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # safetensors and tempfile make files that nobody else may read
             flush_to_disk(temporary)
             os.replace(temporary, path)
             flush_to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """What this process leaves out of the permissions of new files; it can only be asked by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm_mcmoe.calibration.common.documents import FORMAT_VERSION, PerWidth, Reader, read_document, save_document
+from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import padded
 
 PROJECTIONS = ("gate_up", "down")
@@ -97,6 +98,29 @@ class Factors:
         }
         parse_factors(document, str(path))  # never write what load would refuse
         save_document(document, path)
+
+    def check_against(self, num_experts: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
+        """num_experts: experts of every MoE layer of the model these are to be used for; shapes: projection ->
+        [out, in] of its experts.
+
+        Raises PlanError where layers are missing, unknown, or of other sizes.
+        """
+        missing, unknown = num_experts.keys() - self.layers.keys(), self.layers.keys() - num_experts.keys()
+        for names, what in ((missing, "lack"), (unknown, "have")):
+            if names:
+                other = "of the model" if what == "lack" else "which the model has not"
+                raise PlanError(f"the factors are of another model, {self.model}: they {what} {min(names)}, {other}.")
+        for name, layer in self.layers.items():
+            if layer.num_experts != num_experts[name]:
+                raise PlanError(
+                    f"the factors are of another model, {self.model}: {name} has {layer.num_experts} experts there, "
+                    f"and {num_experts[name]} in this one."
+                )
+            if layer.shapes is not None and any(list(layer.shapes[part]) != list(shapes[part]) for part in shapes):
+                raise PlanError(
+                    f"the factors are of another model, {self.model}: an expert of {name} has shapes {layer.shapes} "
+                    f"there, and {dict(shapes)} in this one."
+                )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -106,10 +106,7 @@ def describe_model(path: str | Path) -> MoeModel:
         raise UnsupportedModelError(
             f"{path}: no config.json there; expected a Hugging Face model directory (download one with `hf download`)."
         )
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+    config = _read_config(path / "config.json")
     architecture = (config.architectures or ["none"])[0]
     family = _find_family(path / "config.json", config, architecture)
     model = MoeModel(
@@ -133,6 +130,26 @@ def describe_model(path: str | Path) -> MoeModel:
     return model
 
 
+def _read_config(path: Path) -> PretrainedConfig:
+    """Raises UnsupportedModelError for whatever transformers makes of a file that is no config of a language model."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path}: not a JSON file: {error}. Is the download complete?") from None
+    if not isinstance(plain, dict):
+        raise UnsupportedModelError(f"{path}: expected an object, found a {type(plain).__name__}.")
+    architectures = plain.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise UnsupportedModelError(f"{path}: architectures is {architectures!r}, expected a list of names.")
+    try:
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except Exception as error:  # its classes check values in many ways, each with errors of its own
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"{path}: transformers cannot read it: {reason}") from error
+
+
 def _find_family(where: Path, config: PretrainedConfig, architecture: str) -> ModelFamily:
     """Raises UnsupportedModelError for what no adapter handles."""
     family = FAMILIES.get(architecture)
@@ -140,17 +157,38 @@ def _find_family(where: Path, config: PretrainedConfig, architecture: str) -> Mo
         reason = REFUSED.get(architecture, f"supported: {', '.join(FAMILIES)}")
         raise UnsupportedModelError(f"{where}: architecture {architecture} is not supported; {reason}.")
     quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method", "unnamed")
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
     if quantization and method != QUANT_METHOD:
         raise UnsupportedModelError(
             f"{where}: the model is quantised already ({method}); start from its 16-bit weights, and a config.json "
             "without quantization_config."
         )
     check_model(str(where), config)
+    _check_values(where, config, family)
     reason = family.refuse(config)
     if reason is not None:
         raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")
     return family
+
+
+def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) -> None:
+    """Raises UnsupportedModelError for sizes that are none, and for what vLLM's models of all families disregard."""
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_experts_per_tok", "vocab_size")
+    for key in (*keys, family.intermediate_size, family.num_experts):
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedModelError(f"{where}: {key} is {value!r}, expected a positive number.")
+    experts = getattr(config, family.num_experts)
+    if config.num_experts_per_tok > experts:
+        raise UnsupportedModelError(
+            f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, more than the {experts} experts of a layer."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"{where}: layer_types mixes {', '.join(sorted(map(str, kinds)))}, where vLLM's model treats all layers "
+            "alike; served, the model would not compute what was calibrated."
+        )
 
 
 def _check_shapes(model: MoeModel) -> None:

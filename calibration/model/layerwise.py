@@ -109,7 +109,10 @@ class DecoderLayer:
 
 class LayerwiseModel:
     """See the module's text. Parameters of decoder layers, embeddings and lm_head live on the meta device until they
-    are used."""
+    are used.
+
+    left_out   on-disk names of tensors outside the decoder layers that the model's class does not know
+    """
 
     def __init__(self, source: WeightSource, device: torch.device | str = "cpu"):
         """Raises DeviceError for a GPU smaller than a decoder layer, FormatError or UnsupportedModelError for tensors
@@ -128,6 +131,9 @@ class LayerwiseModel:
         check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
         self.module.model.rotary_emb.to(self.device)
+        known = self.module.state_dict().keys()
+        self.left_out = [name for name in self._outer_names if name not in known]
+        self._outer_names = [name for name in self._outer_names if name in known]
         self._check_outer()
         for name, module in self.module.model.named_children():
             if name not in ("embed_tokens", "layers"):

@@ -1,14 +1,16 @@
 """Text in, token sequences out: what `--data` accepts, for calibration and for evaluation.
 
-A path is a text file, a .jsonl file whose lines are objects with a "text" field, or a directory of such files (not
-searched recursively). Every file counts as one domain: sequences are drawn evenly over the files, and inside a file
-evenly over its length. Nothing is random, so the same files always give the same sequences.
+A path is a text file, a .jsonl file whose lines are objects with a "text" field, a .json file with a list of texts or
+of such objects, or a directory of text and .jsonl files (not searched recursively). Every file counts as one domain:
+sequences are drawn evenly over the files, and inside a file evenly over its length. Nothing is random, so the same
+files always give the same sequences.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ from vllm_mcmoe.errors import DataError
 DEFAULT_SEQUENCES = 128  # with DEFAULT_LENGTH the calibration size of the paper, section 3.2: 128 x 2048 tokens
 DEFAULT_LENGTH = 2048
 
-TEXT_SUFFIX, JSONL_SUFFIX = ".txt", ".jsonl"
+TEXT_SUFFIX, JSONL_SUFFIX, JSON_SUFFIX = ".txt", ".jsonl", ".json"  # in any case
 
 # A file of many gigabytes is not read whole: 16 characters per wanted token are enough for any text (3-5 are usual),
 # and 8 MB, which tokenise in seconds, are read in any case, so that sequences can be spread over a file.
@@ -54,7 +56,7 @@ def find_data_files(paths: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix in (TEXT_SUFFIX, JSONL_SUFFIX))
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in (TEXT_SUFFIX, JSONL_SUFFIX))
             if not found:
                 raise DataError(f"{path}: the directory has no {TEXT_SUFFIX} or {JSONL_SUFFIX} file.")
             files.extend(found)
@@ -76,13 +78,35 @@ def _read_jsonl(path: Path, separator: str, max_characters: int) -> str:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise DataError(f'{path}:{number}: expected an object with a "text" string, found {line[:60]!r}.')
-            texts.append(text)
-            characters += len(text)
+            texts.append(_text_of(record, f"{path}:{number}", or_string=False))
+            characters += len(texts[-1])
             if characters >= max_characters:
                 break
+    return separator.join(texts)
+
+
+def _text_of(record: Any, where: str, *, or_string: bool) -> str:
+    text = record.get("text") if isinstance(record, dict) else record if or_string else None
+    if not isinstance(text, str):
+        expected = 'a string or an object with a "text" string' if or_string else 'an object with a "text" string'
+        raise DataError(f"{where}: expected {expected}, found {json.dumps(record)[:60]}.")
+    return text
+
+
+def _read_json(path: Path, separator: str, max_characters: int) -> str:
+    """The texts of a .json file, joined by separator, up to about max_characters."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON: {error}; one object per line belongs in a .jsonl file.") from None
+    if not isinstance(document, list):
+        raise DataError(f"{path}: expected a list of texts, found a {type(document).__name__}.")
+    texts, characters = [], 0
+    for number, record in enumerate(document):
+        texts.append(_text_of(record, f"{path}: entry {number}", or_string=True))
+        characters += len(texts[-1])
+        if characters >= max_characters:
+            break
     return separator.join(texts)
 
 
@@ -92,8 +116,10 @@ def read_text(path: Path, *, separator: str, max_characters: int) -> str:
     Raises DataError: bytes that are not UTF-8, a bad jsonl line (named file:line), an empty file.
     """
     try:
-        if path.suffix == JSONL_SUFFIX:
+        if path.suffix.lower() == JSONL_SUFFIX:
             text = _read_jsonl(path, separator, max_characters)
+        elif path.suffix.lower() == JSON_SUFFIX:
+            text = _read_json(path, separator, max_characters)
         else:
             with path.open(encoding="utf-8") as file:
                 text = file.read(max_characters)
@@ -197,11 +223,28 @@ def load_calibration_data(
     """Token sequences of the files for this model, with its own tokenizer; what was shortened is logged."""
     tokens = load_sequences(
         data,
-        AutoTokenizer.from_pretrained(description.path),
+        _load_tokenizer(description.path),
         sequences=sequences,
         length=length,
         max_position_embeddings=description.config.max_position_embeddings,
     )
+    largest, vocabulary = int(tokens.tokens.max()), description.config.vocab_size
+    if largest >= vocabulary:
+        raise DataError(
+            f"{description.path}: its tokenizer makes token {largest} of the text, and the model has embeddings of "
+            f"{vocabulary} tokens only. Tokens were added to the tokenizer and not to the model: resize its "
+            "embeddings, or use the tokenizer that it was trained with."
+        )
     if tokens.notice:
         log(f"Data: {tokens.notice}.")
     return tokens
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a missing or damaged file ends in errors of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{path}: its tokenizer cannot be loaded; are tokenizer.json and the like there? {reason}"
+        ) from error

@@ -86,9 +86,12 @@ def _list_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             raise FormatError(f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} there.")
         return [single], {}
     try:
-        promised = json.loads(index_path.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        promised = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        plain = isinstance(promised, dict) and all(isinstance(name, str) for name in promised.values())
+    except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{index_path}: not a safetensors index: {error!r}") from None
+    if not plain:
+        raise FormatError(f"{index_path}: not a safetensors index: weight_map must map names of tensors to files.")
     files = [directory / name for name in sorted(set(promised.values()))]
     for path in files:
         if not path.is_file():

@@ -7,6 +7,11 @@ import torch
 
 from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, split_layer_name
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
+from vllm_mcmoe.errors import UnsupportedModelError
+
+# Tables of rotary embeddings that older versions of transformers stored; all that read the files today compute them.
+LEFTOVERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 class WeightSource(Protocol):
@@ -34,12 +39,17 @@ class WeightFiles:
 
     Experts have a name each, also those of families that keep them in one tensor per layer. Decoder layers beyond the
     model's own (multi-token prediction) are left out: transformers does not run them, and a draft model could not be
-    served from experts of 16 bits beside quantised ones.
+    served from experts of 16 bits beside quantised ones. So are LEFTOVERS.
     """
 
     def __init__(self, model: MoeModel):
         """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
         self.model = model
+        if is_mcmoe_checkpoint(model.path):
+            raise UnsupportedModelError(
+                f"{model.path}: this is a checkpoint of `mcmoe quantize` already; start from the 16-bit model that it "
+                "was made from. For another pruning rule, without quantising again, there is `mcmoe prune`."
+            )
         self.files = TensorFiles(model.path)
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         check_tensors(model, self.files.info)
@@ -49,7 +59,7 @@ class WeightFiles:
 
     def _belongs(self, name: str) -> bool:
         split = split_layer_name(name)
-        return split is None or split[0] < self.model.num_layers
+        return not name.endswith(LEFTOVERS) and (split is None or split[0] < self.model.num_layers)
 
     def names(self) -> list[str]:
         return self._names

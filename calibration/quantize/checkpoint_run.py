@@ -68,6 +68,7 @@ class CheckpointRun:
     def write_checkpoint(self, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
         """Everything but the model card, into the work directory."""
         self.work.checkpoint.mkdir(exist_ok=True)
+        copy_side_files(self.description.path, self.work.checkpoint)  # first: what is written here is the newer
         with torch.no_grad():
             layers = self._quantize_layers(tokens, show_progress)
         rest = self._write_rest()
@@ -80,7 +81,6 @@ class CheckpointRun:
         self.plan.save(directory / PLAN_FILE)
         if self.factors is not None:
             self.factors.save(directory / FACTORS_FILE)
-        copy_side_files(self.description.path, directory)
         return report
 
     def _shard(self, number: int) -> Path:
@@ -142,6 +142,9 @@ class CheckpointRun:
         """Embeddings, final norm, lm_head and whatever else lies outside the decoder layers: name -> bytes."""
         nbytes = self.work.load(REST)
         if nbytes is None:
+            if self.model.left_out:
+                shown = ", ".join(self.model.left_out[:3]) + (", ..." if len(self.model.left_out) > 3 else "")
+                self.log(f"Left out, since {self.description.architecture} has no such tensors: {shown}")
             shard, path = Shard(), self._shard(self.model.num_layers)
             for name in self.model.outer_tensors():
                 shard.add(name, self.model.source.read(name))

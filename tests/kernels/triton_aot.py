@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads the machine code.
 
     python -m tests.kernels.triton_aot [sm90 ...]         print the report
-    python -m tests.kernels.triton_aot --write            replace docs/triton_aot.md
+    python -m tests.kernels.triton_aot --write            replace docs/triton_aot_VERSION.md, of the installed Triton
     python -m tests.kernels.triton_aot --ci               only what the tests compile, about a third of the time
     python -m tests.kernels.triton_aot gfx942 --assembly  the code of a GEMM whose last program adds up split-K's parts
 
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interpreted; this module must not be the first
     from vllm_mcmoe.kernels.triton.tiles import Tiles
 
-REPORT = Path(__file__).parents[2] / "docs" / "triton_aot.md"
+DOCS = Path(__file__).parents[2] / "docs"
+USERS_TRITON = ("3.7", "3.8")  # what vLLM 0.32 and 0.33 bring
 TILE_WEIGHTS = 256 * 128
 DIVISIBLE_BY_16 = ("N", "K")  # as the launcher finds them: both are multiples of 16 in every model
 
@@ -355,12 +356,17 @@ def measure(targets: Sequence[str], only_ci: bool, processes: int) -> list[Figur
         return list(pool.map(_measure, jobs))
 
 
-INTRODUCTION = """# What the Triton kernels compile to
+def report_path(version: str) -> Path:
+    """version: of Triton, "3.8.0" or "3.8"."""
+    return DOCS / f"triton_aot_{'.'.join(version.split('.')[:2])}.md"
 
-Made by `make aot-report` with Triton {version}. No GPU is needed: Triton brings ptxas and LLVM. Nothing here was timed.
-The tests compile decode and the largest tile of every target again and fail where a figure got worse; `pyproject.toml`
-holds them to this Triton, because another one schedules differently. [triton_kernel.md](triton_kernel.md) explains the
-kernel.
+
+INTRODUCTION = """# What the Triton kernels compile to, with Triton {version}
+
+Made by `make aot-report`. No GPU is needed: Triton brings ptxas and LLVM. Nothing here was timed.
+vLLM 0.32 brings Triton 3.7, vLLM 0.33 brings 3.8, and each schedules differently. The tests compile decode and the
+largest tile of every target again, with the Triton that `pyproject.toml` names, and fail where a figure got worse.
+[triton_kernel.md](triton_kernel.md) explains the kernel.
 
 - **kernel**: tokens per tile, the widths of the layer's experts, `float` for float16 operands instead of int8, `SiLU`
   for the fused epilogue of gate_up. Every GEMM is compiled with the default tiles of its architecture.
@@ -384,8 +390,8 @@ def to_markdown(rows: Sequence[Figures], version: str) -> str:
     return INTRODUCTION.format(version=version) + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def read_report(path: Path = REPORT) -> tuple[str, dict[tuple[str, str], Figures]]:
-    """Triton's version and the rows of the committed report."""
+def read_report(path: Path) -> tuple[str, dict[tuple[str, str], Figures]]:
+    """Triton's version and the rows of a report."""
     text = path.read_text()
     rows = {}
     for line in text[text.index("| --- |") :].splitlines()[1:]:
@@ -404,7 +410,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--ci", action="store_true", help="only what the tests compile")
     parser.add_argument("--assembly", action="store_true", help="print the code of the decode GEMM with SiLU")
-    parser.add_argument("--write", action="store_true", help=f"replace {REPORT.name}")
+    parser.add_argument("--write", action="store_true", help="replace this Triton's report in docs/")
     parser.add_argument("--output", type=Path, help="write the report to this file instead")
     arguments = parser.parse_args()
     if arguments.assembly:
@@ -414,7 +420,7 @@ def main() -> None:
             print(code["amdgcn"] if _is_amd(target) else code["ptx"])
         return
     report = to_markdown(measure(arguments.targets, arguments.ci, arguments.processes), triton.__version__)
-    output = REPORT if arguments.write else arguments.output
+    output = report_path(triton.__version__) if arguments.write else arguments.output
     if output:
         output.write_text(report)
     else:

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from vllm_mcmoe.calibration.model.families.family import ATTENTION, ModelFamily, Stages, after_dense_layers, dense_mlp
+from vllm_mcmoe.calibration.model.families.family import (
+    ATTENTION,
+    ModelFamily,
+    Stages,
+    after_dense_layers,
+    built_into_vllm,
+    dense_mlp,
+)
 
 # Multi-head latent attention. kv_b_proj stays in 16 bits: vLLM multiplies it into the queries and outputs, for which it
 # must have the matrix itself, and where it is dequantised depends on the attention backend.
@@ -35,7 +42,8 @@ def _refuse_deepseek_v2(config: PretrainedConfig) -> str | None:
         return "norm_topk_prob is true, which transformers' DeepSeek-V2 ignores and vLLM does not"
     if config.topk_method == "greedy" and (config.n_group or 1) != 1:
         return f"topk_method is greedy with n_group {config.n_group}, which vLLM selects in groups all the same"
-    return _refuse_sparse_step(config)
+    values = {"attention_bias": False, "mlp_bias": False, "scoring_func": "softmax"}
+    return built_into_vllm(config, "DeepSeek-V2", **values) or _refuse_sparse_step(config)
 
 
 def _refuse_deepseek_v3(config: PretrainedConfig) -> str | None:
@@ -43,7 +51,8 @@ def _refuse_deepseek_v3(config: PretrainedConfig) -> str | None:
         found = getattr(config, key, None)
         if found != expected:
             return f"{key} is {found!r}; transformers' DeepSeek-V3 is {expected!r}, and vLLM does as config.json says"
-    return _refuse_sparse_step(config)
+    values = {"attention_bias": False, "rope_interleave": True}
+    return built_into_vllm(config, "DeepSeek-V3", **values) or _refuse_sparse_step(config)
 
 
 DEEPSEEK = ModelFamily(

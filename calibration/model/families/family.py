@@ -64,6 +64,20 @@ class ModelFamily:
 ATTENTION: Stages = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 
 
+def built_into_vllm(config: PretrainedConfig, model: str, **values: object) -> str | None:
+    """Why this config is not served as it says: the first key with a value that vLLM's model has not built in."""
+    for key, expected in values.items():
+        found = getattr(config, key, expected)
+        if found != expected:
+            return f"{key} is {found!r}; vLLM's {model} has {expected!r}, whatever config.json says"
+    return None
+
+
+def common_head_size(config: PretrainedConfig) -> int:
+    """What vLLM's models without a head_dim of their own take."""
+    return config.hidden_size // config.num_attention_heads
+
+
 def dense_mlp(prefix: str) -> Stages:
     return (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (f"{prefix}.down_proj",)
 

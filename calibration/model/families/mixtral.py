@@ -4,21 +4,22 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from vllm_mcmoe.calibration.model.families.family import ATTENTION, ModelFamily
+from vllm_mcmoe.calibration.model.families.family import ATTENTION, ModelFamily, built_into_vllm, common_head_size
 
 
 def _refuse_phi(config: PretrainedConfig) -> str | None:
-    # What vLLM's model has built in.
-    for key, expected in (
-        ("router_jitter_noise", 0.01),
-        ("num_experts_per_tok", 2),
-        ("attention_bias", True),
-        ("lm_head_bias", True),
-    ):
-        found = getattr(config, key)
-        if found != expected:
-            return f"{key} is {found!r}; vLLM's Phi-3.5-MoE has {expected!r}, whatever config.json says"
-    return None
+    return built_into_vllm(
+        config,
+        "Phi-3.5-MoE",
+        router_jitter_noise=0.01,
+        num_experts_per_tok=2,
+        attention_bias=True,
+        lm_head_bias=True,
+    )
+
+
+def _refuse_granite(config: PretrainedConfig) -> str | None:
+    return built_into_vllm(config, "Granite-MoE", attention_bias=False, head_dim=common_head_size(config))
 
 
 MIXTRAL = ModelFamily(
@@ -60,6 +61,7 @@ GRANITE = ModelFamily(
     moe_module="block_sparse_moe",
     router="router",
     router_logits=2,
+    refuse=_refuse_granite,
     embedding_multiplier="embedding_multiplier",
     logits_divisor="logits_scaling",
 )
