@@ -88,7 +88,11 @@ class CheckpointWeights:
             return self.read_matrix(base).dequantize(in_features=in_features)
         if f"{base}.{PACKED}" in self.files.info:
             tensors = {suffix: self.files.read(f"{base}.{suffix}") for suffix in SUFFIXES}
-            return dequantize_linear(tensors, self.linear_bits)
+            try:
+                return dequantize_linear(tensors, self.linear_bits)
+            except (ValueError, RuntimeError, ArithmeticError) as error:  # of compressed-tensors, or of torch
+                file = self.files.info[f"{base}.{PACKED}"].file
+                raise FormatError(f"{file}: {base}.{PACKED} cannot be unpacked: {error}") from error
         return self.files.read(name)
 
     def read_matrix(self, base: str) -> PackedMatrix:

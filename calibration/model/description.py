@@ -4,6 +4,7 @@ The headers of its safetensors files are checked against that description (`chec
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -130,6 +131,22 @@ def describe_model(path: str | Path) -> MoeModel:
     return model
 
 
+# keys of config.json by which lists and tensors are made before anything could be compared with the files
+LARGEST = dict.fromkeys(("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"), 10_000)
+LARGEST |= dict.fromkeys(
+    (
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    1_000_000,
+)
+LARGEST["vocab_size"] = 100_000_000
+
+
 def _read_config(path: Path) -> PretrainedConfig:
     """Raises UnsupportedModelError for whatever transformers makes of a file that is no config of a language model."""
     try:
@@ -143,6 +160,9 @@ def _read_config(path: Path) -> PretrainedConfig:
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
         raise UnsupportedModelError(f"{path}: architectures is {architectures!r}, expected a list of names.")
+    for key, value in plain.items():
+        if isinstance(value, int | float) and value > LARGEST.get(key, math.inf):
+            raise UnsupportedModelError(f"{path}: {key} is {value}, more than any model has.")
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # its classes check values in many ways, each with errors of its own

@@ -302,11 +302,17 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
     config = description.config
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights arrive here dequantised
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
-        )
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
+            )
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    except Exception as error:  # of a value that no layer can be made of, whichever it is
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{description.path / 'config.json'}: transformers cannot build the model: {reason}"
+        ) from error
     stored = model.state_dict().keys()  # buffers that files hold come with their layer
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
     if empty:  # torch multiplies by them without complaint and returns garbage
