@@ -12,9 +12,10 @@ def register() -> None:
     checkpoints by itself, not knowing their method.
     """
     try:
-        from vllm_mcmoe.vllm_versions import warn_if_untested
+        from vllm_mcmoe.vllm_versions import let_vllm_scan_llvmlite, warn_if_untested
 
         warn_if_untested()  # first, so that it explains a failure of what follows
+        let_vllm_scan_llvmlite()
         from vllm_mcmoe.quantization import register_with_vllm
 
         register_with_vllm()

@@ -66,3 +66,15 @@ def warn_if_untested() -> None:
             " and ".join(TESTED),
             found,
         )
+
+
+def let_vllm_scan_llvmlite() -> None:
+    """vLLM 0.32 and 0.33 on CPUs ask every object of every module for its `__dict__` while a worker starts. llvmlite's
+    library object, which numba loads, makes a C function of any name it is asked for, and vLLM stops at that: the
+    second engine of a process did, and the first where numba had been imported before.
+    """
+    from llvmlite.binding import ffi
+
+    functions = getattr(ffi.lib, "_fntab", None)
+    if isinstance(functions, dict):
+        functions.setdefault("__dict__", {})

@@ -87,8 +87,6 @@ def score_in_one_process(jobs: dict[str, Job], prompts: list[list[int]], work: P
 
 
 def _serve_all(jobs_file: Path) -> None:
-    from vllm.platforms import current_platform
-
     document = json.loads(jobs_file.read_text())
     jobs = {name: Job(**job) for name, job in document["jobs"].items()}
     _load_model_classes(jobs.values())
@@ -99,8 +97,6 @@ def _serve_all(jobs_file: Path) -> None:
             engine = start_engine(job.model, **job.options)
             results[name] = engine_logprobs(engine, document["prompts"])
             stop_engine(engine)
-        # Done once per process; a second time it would meet numba, which the first engine has loaded.
-        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     torch.save(results, document["results"])
 
 

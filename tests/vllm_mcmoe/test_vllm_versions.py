@@ -159,3 +159,29 @@ def test_a_vllm_the_plugin_does_not_fit_is_named_and_starts_all_the_same(logged,
     assert error.levelno == logging.ERROR
     assert "cannot register with this vLLM" in error.getMessage()
     assert error.exc_info[0] is ModuleNotFoundError
+
+
+SECOND_ENGINE = """
+import numba, llvmlite.binding
+from vllm.platforms import current_platform
+{register}
+for _ in range(2):
+    current_platform.register_triton_kernel_overrides()
+"""
+
+
+def starts_after_numba(register: str) -> subprocess.CompletedProcess:
+    """What a worker's start does, twice, in a process that has imported numba."""
+    code = SECOND_ENGINE.format(register=register)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_engines_start_in_a_process_that_has_loaded_numba():
+    process = starts_after_numba("import vllm_mcmoe; vllm_mcmoe.register()")
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_without_the_plugin_they_do_not():
+    """Once this fails, vLLM or llvmlite has mended it, and `let_vllm_scan_llvmlite` can go."""
+    process = starts_after_numba("")
+    assert "'_lib_fn_wrapper' object has no attribute 'get'" in process.stderr
