@@ -22,6 +22,9 @@ def model_card(
         f"{description.num_experts} experts, top-{description.top_k}). Every expert has its own bit-width. "
         "vLLM serves it where the plugin vllm-mcmoe is installed:",
         "```\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
+        "transformers loads it dequantised, in the memory of the 16-bit model, after `import vllm_mcmoe.hf`:",
+        "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_DIRECTORY", dtype="bfloat16")\n```',
         _quantization(report),
         _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",

@@ -180,6 +180,12 @@ class LayerwiseModel:
             if split_layer_name(name) is None and self._on_disk_name(name) not in self._outer_names:
                 raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
 
+    def outer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, float32 weight) of every parameter outside the decoder layers, a tied head's included."""
+        for name, _ in self.module.named_parameters(remove_duplicate=False):
+            if split_layer_name(name) is None:
+                yield name, self._read(self._on_disk_name(name))
+
     def _load_outer(self, prefix: str, module: nn.Module) -> None:
         """A module outside the decoder layers, unless it is loaded already."""
         for name, parameter in list(module.named_parameters()):
@@ -191,7 +197,7 @@ class LayerwiseModel:
     def load_layer(self, index: int) -> nn.Module:
         """Read a decoder layer's weights as float32. Raises FormatError naming tensors that are missing."""
         layer = self.module.model.layers[index]
-        state = self._layer_state(index)
+        state = self.layer_state(index)
         expected = layer.state_dict()
         for fault, names in (("lacks", expected.keys() - state), ("has unknown tensors", state.keys() - expected)):
             if names:
@@ -202,7 +208,7 @@ class LayerwiseModel:
         layer.load_state_dict(state, strict=True, assign=True)
         return layer.requires_grad_(False)
 
-    def _layer_state(self, index: int) -> dict[str, torch.Tensor]:
+    def layer_state(self, index: int) -> dict[str, torch.Tensor]:
         """State dict of one layer in transformers' names; experts fused."""
         model, state = self.description, {}
         for name in self.layer_tensors(index):
