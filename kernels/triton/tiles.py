@@ -2,7 +2,7 @@
 
 A table written by `benchmarks/gpu_moe.py --tune` on the device is used where it has an entry. The defaults of NVIDIA
 were the fastest on an H200 (docs/triton_kernel.md); those of AMD follow from registers, spills and instruction counts
-of the compiled code (docs/triton_aot_3.8.md), not from measurements.
+of the compiled code (docs/triton_aot_3.9.md), not from measurements.
 """
 
 import json

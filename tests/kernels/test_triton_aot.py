@@ -25,7 +25,7 @@ TARGETS = list(SHARED_MEMORY)
 INSTRUCTIONS_PER_WEIGHT = {1: 1.0, 2: 1.0, 3: 1.2, 4: 1.1}
 # sm120 is not held to it, but its code is the same
 HELD_TO_INSTRUCTIONS = ["sm80", "sm86", "sm89", "sm90", "sm100"]
-# float16 operands of three planes and 16 tokens are more than NVIDIA's 255 registers; docs/triton_aot_3.8.md
+# float16 operands of three planes and 16 tokens are more than NVIDIA's 255 registers; docs/triton_aot_3.9.md
 MAY_SPILL = {(target, "16 tokens, 3 bit, float") for target in TARGETS if target.startswith("sm")}
 # registers may move a little with the order in which ptxas sees its input; 3 of 255 change no occupancy of these tiles
 REGISTER_SLACK = 3
@@ -49,10 +49,12 @@ def compiled(tmp_path_factory) -> dict[tuple[str, str], Figures]:
     return read_report(report)[1]
 
 
-@pytest.fixture(scope="module", params=USERS_TRITON)
-def committed(request) -> dict[tuple[str, str], Figures]:
-    """The report of each Triton that users get."""
-    return read_report(report_path(request.param))[1]
+@pytest.fixture(scope="module")
+def committed() -> dict[tuple[str, str], Figures]:
+    """The report of the Triton that is installed."""
+    import triton
+
+    return read_report(report_path(triton.__version__))[1]
 
 
 def became_worse(old: Figures, new: Figures) -> list[str]:
@@ -123,6 +125,30 @@ def test_no_figure_is_worse_than_in_the_committed_report(compiled, target):
     assert version == triton.__version__
     worse = {row.kernel: became_worse(committed[row.key], row) for row in ci_rows(compiled, target)}
     assert {kernel: names for kernel, names in worse.items() if names} == {}
+
+
+# Bytes that the Tritons of users spill where 3.9 does not: of few registers too many, but for gfx950, where 3.8 loads
+# the codes of 4-bit tiles so that no registers are left
+SPILLED_FOR_USERS = {
+    "3.7": {("sm100", "8 tokens, 3 bit, float"): 24},
+    "3.8": {
+        ("sm80", "8 tokens, 3 bit"): 8,
+        ("sm90", "16 tokens, 3 bit"): 8,
+        ("sm100", "8 tokens, 1+2+3+4 bit, combining"): 16,
+        ("gfx950", "16 tokens, 4 bit"): 472,
+        ("gfx950", "16 tokens, 1+2+3+4 bit, SiLU"): 504,
+        ("gfx950", "16 tokens, 1+2+3+4 bit, combining"): 520,
+    },
+}
+
+
+@pytest.mark.parametrize("version", USERS_TRITON)
+def test_the_reports_of_users_tritons_are_complete_and_say_what_is_spilled(version):
+    _, rows = read_report(report_path(version))
+    assert set(rows) == {(target, case.name) for target in TARGETS for case in cases(target)}
+    spilled = {key: row.spills for key, row in rows.items() if row.spills and key not in MAY_SPILL}
+    assert spilled == SPILLED_FOR_USERS[version]
+    assert [key for key, row in rows.items() if row.shared_memory > SHARED_MEMORY[row.target]] == []
 
 
 def test_the_report_covers_every_kernel_and_target(committed):

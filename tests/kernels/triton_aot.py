@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interp
     from vllm_mcmoe.kernels.triton.tiles import Tiles
 
 DOCS = Path(__file__).parents[2] / "docs"
-USERS_TRITON = ("3.7", "3.8")  # what vLLM 0.32 and 0.33 bring
+USERS_TRITON = ("3.7", "3.8")  # what vLLM 0.32 and 0.33 bring; the tests' own is the newest
 TILE_WEIGHTS = 256 * 128
 DIVISIBLE_BY_16 = ("N", "K")  # as the launcher finds them: both are multiples of 16 in every model
 
@@ -365,8 +365,8 @@ INTRODUCTION = """# What the Triton kernels compile to, with Triton {version}
 
 Made by `make aot-report`. No GPU is needed: Triton brings ptxas and LLVM. Nothing here was timed.
 vLLM 0.32 brings Triton 3.7, vLLM 0.33 brings 3.8, and each schedules differently. The tests compile decode and the
-largest tile of every target again, with the Triton that `pyproject.toml` names, and fail where a figure got worse.
-[triton_kernel.md](triton_kernel.md) explains the kernel.
+largest tile of every target again, with Triton 3.9, and fail where a figure got worse; `make rehearse-gpu` compiles
+with the other two. [triton_kernel.md](triton_kernel.md) explains the kernel.
 
 - **kernel**: tokens per tile, the widths of the layer's experts, `float` for float16 operands instead of int8, `SiLU`
   for the fused epilogue of gate_up. Every GEMM is compiled with the default tiles of its architecture.
