@@ -14,14 +14,27 @@ FEWEST_LAUNCHES = ["prepare_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel
 FEW_TOKENS, TOKENS_PER_CHUNK = 4, 4096
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.triton_kernel_counts"]
+def printed_by(module: str, **variables: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", module]
     root = Path(__file__).parents[2]
     return json.loads(
         subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True).stdout
     )
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict:
+    return printed_by("tests.kernels.triton_kernel_counts")
+
+
+def test_kernels_are_compiled_several_at_a_time_and_all_are_finished(tmp_path):
+    found = printed_by("tests.kernels.triton_compile_layer", TRITON_CACHE_DIR=str(tmp_path))
+    assert found == {
+        "prepare_kernel": ["CompiledKernel"],
+        "grouped_gemm_kernel": ["CompiledKernel"] * 5,
+        "combine_kernel": ["CompiledKernel"],
+    }
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3"])

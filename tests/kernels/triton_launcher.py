@@ -34,7 +34,7 @@ class Recorder:
     launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
 
 
-class _Driver:
+class PretendedDriver:
     def __init__(self, target: GPUTarget):
         self.target = target
 
@@ -82,7 +82,7 @@ def pretended_gpu(capability: int = 90) -> Iterator[Recorder]:
         return kernels[key]
 
     before = driver._active  # asking for `active` would look for a GPU
-    driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
+    driver.set_active(PretendedDriver(GPUTarget("cuda", capability, 32)))
     try:
         with mock.patch.object(JITFunction, "_do_compile", record):
             yield recorder
