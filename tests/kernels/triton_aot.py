@@ -5,7 +5,8 @@
     python -m tests.kernels.triton_aot --ci               only what the tests compile, about a third of the time
     python -m tests.kernels.triton_aot gfx942 --assembly  the code of a GEMM whose last program adds up split-K's parts
 
-Runs in a process of its own: Triton either interprets or compiles, decided when it is imported.
+Runs in a process of its own: Triton either interprets or compiles, decided when it is imported. Long, as it has what
+is compiled, how the machine code of two makers is read, and the report, which no other module wants.
 """
 
 import argparse
@@ -174,6 +175,7 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
 _POINTEES = {
     "codes_ptr": "u8", "scales_ptr": "i32", "offsets_ptr": "i64", "bits_ptr": "i32", "sorted_slots_ptr": "i32",
     "block_expert_ptr": "i32", "ids_ptr": "i32", "map_ptr": "i32", "counters_ptr": "i32",
+    "counts_ptr": "i64", "out_ids_ptr": "i32",
     "prepare.x_ptr": "bf16", "prepare.values_ptr": "i8", "prepare.scales_ptr": "fp32", "out_ptr": "bf16",
 }  # fmt: skip
 

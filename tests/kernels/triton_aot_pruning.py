@@ -14,7 +14,6 @@ SHAPE = {"EXPERTS": 512, "HIDDEN": 7168, "RANK": 8, "TOP_K": 10, "LANES": 16, "R
 def main() -> None:
     from vllm_mcmoe.kernels.triton.pruning import FEW_TOKENS, WARPS, block_sizes
 
-    triton_aot._POINTEES |= {"counts_ptr": "i64", "out_ids_ptr": "i32", "projection_ptr": "fp32"}
     for tokens in (FEW_TOKENS, FEW_TOKENS + 1):
         block_tokens, block = block_sizes(tokens, SHAPE["TOP_K"], SHAPE["RANK"])
         constants = SHAPE | {"BLOCK_TOKENS": block_tokens, "BLOCK": block}
