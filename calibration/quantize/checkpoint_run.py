@@ -68,7 +68,6 @@ class CheckpointRun:
     def write_checkpoint(self, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
         """Everything but the model card, into the work directory."""
         self.work.checkpoint.mkdir(exist_ok=True)
-        copy_side_files(self.description.path, self.work.checkpoint)  # first: what is written here is the newer
         with torch.no_grad():
             layers = self._quantize_layers(tokens, show_progress)
         rest = self._write_rest()
@@ -81,6 +80,7 @@ class CheckpointRun:
         self.plan.save(directory / PLAN_FILE)
         if self.factors is not None:
             self.factors.save(directory / FACTORS_FILE)
+        copy_side_files(self.description.path, directory)
         return report
 
     def _shard(self, number: int) -> Path:
