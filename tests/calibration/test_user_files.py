@@ -122,6 +122,13 @@ def test_values_that_vllms_model_disregards_are_refused(tmp_path, reference_mode
         describe_model(model)
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "qwen2", "granite"])
+def test_a_head_size_that_is_left_to_the_model_is_not_refused(tmp_path, reference_model, kind):
+    model = make_tiny(kind, tmp_path / kind, reference_model)
+    edit_config(model, head_dim=None)
+    describe_model(model)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

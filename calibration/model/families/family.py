@@ -68,7 +68,7 @@ def built_into_vllm(config: PretrainedConfig, model: str, **values: object) -> s
     """Why this config is not served as it says: the first key with a value that vLLM's model has not built in."""
     for key, expected in values.items():
         found = getattr(config, key, expected)
-        if found != expected:
+        if found is not None and found != expected:  # null leaves it to the model
             return f"{key} is {found!r}; vLLM's {model} has {expected!r}, whatever config.json says"
     return None
 
