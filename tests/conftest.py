@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.measure.factors import Factors, parse_factors
 from vllm_mcmoe.calibration.pipeline import quantize
@@ -32,6 +33,11 @@ REFERENCE_MODEL = Path(__file__).parents[1] / "benchmarks" / "reference_model"
 def reference_model() -> Path:
     """The 16-bit tiny Mixtral: 4 layers, 8 experts, top-2, hidden 256, intermediate 512."""
     return REFERENCE_MODEL / "tiny-mixtral"
+
+
+@pytest.fixture(scope="session")
+def qwen3_model(tmp_path_factory, reference_model) -> Path:
+    return make_qwen3(tmp_path_factory.mktemp("qwen3") / "tiny-qwen3", reference_model)
 
 
 @pytest.fixture(scope="session")

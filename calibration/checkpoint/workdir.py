@@ -19,7 +19,6 @@ checksums and done again.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_mcmoe.calibration.common.files import flush_to_disk, sha256_of, write_json
+from vllm_mcmoe.calibration.common.files import flush_to_disk, read_sealed, sha256_of, write_sealed
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
@@ -56,9 +55,7 @@ class WorkDirectory:
         """The document of a finished unit; None when it is not finished, or when it or a file of it was changed."""
         path = self._unit_path(unit)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if _digest(content["document"]) != content["sha256"]:
-                raise ValueError(path)
+            content = read_sealed(path)
             for name, digest in content["files"].items():
                 if sha256_of(self.path / name) != digest:
                     raise ValueError(name)
@@ -66,7 +63,7 @@ class WorkDirectory:
             if path.exists():
                 self._log(f"{error.filename} is gone; what it was part of is done again.")
             return None
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             self._log(f"{path} or a file of it is damaged; what it is part of is done again.")
             return None
         return content["document"]
@@ -74,8 +71,7 @@ class WorkDirectory:
     def save(self, unit: str, document: Any, files: Sequence[Path] = ()) -> None:
         """Finish a unit. document: for JSON; files: complete and on the disk, inside the work directory."""
         digests = {str(file.relative_to(self.path)): sha256_of(file) for file in files}
-        content = {"document": document, "sha256": _digest(document), "files": digests}
-        write_json(self._unit_path(unit), content)
+        write_sealed(self._unit_path(unit), {"document": document, "files": digests})
 
     def publish(self) -> None:
         """Give the checkpoint its name and remove the work directory.
@@ -191,9 +187,9 @@ def _check_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
     """Note the arguments of new work, or compare them with those of the work that is there."""
     arguments = json.loads(json.dumps(arguments))
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_sealed(path)
     except FileNotFoundError:
-        write_json(path, arguments)
+        write_sealed(path, arguments)
         return
     except ValueError:
         raise WorkDirectoryError(f"{path} is damaged; remove {path.parent} or pass --restart to start over.") from None
@@ -204,7 +200,3 @@ def _check_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
             f"{path.parent} holds the unfinished work of another run: {changes}. Repeat that run to finish it, or "
             f"remove {path.parent} or pass --restart to start over."
         )
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -53,6 +53,27 @@ def write_json(path: Path, document: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_sealed(path: Path, document: Any) -> None:
+    """write_json of a document that read_sealed will know from a changed one."""
+    write_json(path, {"document": document, "sha256": _digest(document)})
+
+
+def read_sealed(path: Path) -> Any:
+    """The document of write_sealed. Raises FileNotFoundError, and ValueError for a file that was changed since."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        intact = _digest(content["document"]) == content["sha256"]
+    except (KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} was changed since it was written")
+    return content["document"]
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync a file, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)

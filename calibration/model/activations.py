@@ -14,7 +14,6 @@ numbers are the same bit for bit.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import IO, Literal, Protocol
 import numpy as np
 import torch
 
-from vllm_mcmoe.calibration.common.files import flush_to_disk, naming, sha256_of, write_json
+from vllm_mcmoe.calibration.common.files import flush_to_disk, naming, read_sealed, sha256_of, write_sealed
 from vllm_mcmoe.calibration.common.memory import available_memory
 
 Storage = Literal["auto", "memory", "disk"]
@@ -145,7 +144,7 @@ class _DiskWriter:
         if self._durable:
             flush_to_disk(self._path)
             seal = {"sha256": self._digest.hexdigest(), "shapes": self._shapes}
-            write_json(self._path.with_suffix(".json"), seal)
+            write_sealed(self._path.with_suffix(".json"), seal)
         return _on_disk(self._path, self._shapes)
 
 
@@ -185,11 +184,11 @@ class ActivationStore:
             return None
         path = self._path(name)
         try:
-            seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            seal = read_sealed(path.with_suffix(".json"))
             if sha256_of(path) != seal["sha256"]:
                 return None
             return _on_disk(path, [tuple(shape) for shape in seal["shapes"]])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             return None
 
     def drop(self, name: str) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.model.description import describe_model
@@ -31,11 +30,6 @@ QUICK = dataclasses.replace(RECIPES["mcmoe"], name="quick", gptq=GPTQOptions(mse
 @pytest.fixture(scope="session")
 def quick_recipe() -> Recipe:
     return QUICK
-
-
-@pytest.fixture(scope="session")
-def qwen3_model(tmp_path_factory, reference_model) -> Path:
-    return make_qwen3(tmp_path_factory.mktemp("qwen3") / "tiny-qwen3", reference_model)
 
 
 def layerwise(path: Path, device: str = "cpu") -> LayerwiseModel:

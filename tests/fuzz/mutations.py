@@ -89,8 +89,20 @@ def mutated_safetensors(data: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded + rest
 
 
+def mutated_bytes(data: bytes, chance: random.Random) -> bytes:
+    """Cut short, grown, or with another byte in it."""
+    kind, at = chance.choice(("cut", "grow", "byte")), chance.randrange(len(data))
+    if kind == "cut":
+        return data[:at]
+    if kind == "grow":
+        return data + b"\0"
+    return data[:at] + bytes([data[at] ^ (1 + chance.randrange(255))]) + data[at + 1 :]
+
+
 def mutate_file(path: Path, chance: random.Random) -> None:
     if path.suffix == ".safetensors":
         path.write_bytes(mutated_safetensors(path.read_bytes(), chance))
+    elif path.suffix == ".f32":
+        path.write_bytes(mutated_bytes(path.read_bytes(), chance))
     else:
         path.write_bytes(mutated_text(path.read_text(), chance))
