@@ -215,13 +215,21 @@ class LayerWeights:
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
                 f"{bits} bits. config.json and the safetensors files do not belong together, or a file is damaged."
             )
+        if (expert, shard_id, suffix) not in self._missing:
+            raise FormatError(
+                f"{where}: comes twice. Two safetensors files of the checkpoint have it; one of them is left over from "
+                "another download or quantisation."
+            )
         if self.on_complete is not None and not projection.allocated:
             self.allocate()
         if projection.allocated:
             start = time.perf_counter()
             target = projection.view(expert, suffix)[first : first + len(rows)]
             # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
-            target.copy_(loaded[rows.start : rows.stop, groups.start : groups.stop])
+            part = loaded[rows.start : rows.stop, groups.start : groups.stop]
+            if not packed and not part.isfinite().all():
+                raise FormatError(f"{where}: has NaN or infinite values; its file is damaged.")
+            target.copy_(part)
             self.loading_seconds += time.perf_counter() - start
         self._missing.discard((expert, shard_id, suffix))
         if self.on_complete is not None and not self._missing:
