@@ -4,9 +4,13 @@ The checkpoint prunes a quarter of its expert activations; the server is told to
 """
 
 import json
+import os
+import random
 import re
+import shutil
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from tests.vllm_mcmoe.serving import (
     with_int8_activations,
     with_int8_linears,
 )
+from tests.vllm_mcmoe.soak import NEW_TOKENS, soak
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
 from vllm_mcmoe.local_server import serve
 
@@ -30,10 +35,19 @@ PROMPT = "And the LORD said unto Moses,"
 
 OWN_TARGET, TARGET = 0.25, 0.4
 SECONDS_BETWEEN_REPORTS = 10
+MAX_MODEL_LEN = 256
+SOAK_SECONDS = float(os.environ.get("MCMOE_SOAK_SECONDS", "75"))
+LARGEST_GROWTH = 40  # MB in half the soak
 
 
 @pytest.fixture(scope="module")
-def client(pruned_checkpoint, tmp_path_factory):
+def served_checkpoint(pruned_checkpoint, tmp_path_factory) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(pruned_checkpoint, tmp_path_factory.mktemp("served") / "served-here"))
+
+
+@pytest.fixture(scope="module")
+def client(served_checkpoint, tmp_path_factory):
     log_file = tmp_path_factory.mktemp("server") / "server.log"
     options = (
         "--quantization",
@@ -41,14 +55,14 @@ def client(pruned_checkpoint, tmp_path_factory):
         "--served-model-name",
         "tiny",
         "--max-model-len",
-        "256",
+        str(MAX_MODEL_LEN),
         "--max-num-seqs",
         "4",
         "--hf-overrides",
         json.dumps({"mcmoe_pruning": TARGET}),
     )
     metrics = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
-    with serve(pruned_checkpoint, options, log_file=log_file, environment=metrics) as url:
+    with serve(served_checkpoint, options, log_file=log_file, environment=metrics) as url:
         yield OpenAI(base_url=url, api_key="none")
 
 
@@ -117,3 +131,50 @@ def read_counters(client: OpenAI) -> dict[str, float]:
     with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
         found = re.findall(r"^mcmoe_(\w+)_total(?:\{.*\})? (\S+)$", response.read().decode(), re.MULTILINE)
     return {name: float(value) for name, value in found}
+
+
+def read_gauges(client: OpenAI) -> dict[str, float]:
+    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
+        found = re.findall(r"^vllm:(num_requests_\w+)(?:\{.*\})? (\S+)$", response.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def test_a_soak_loses_no_request_mixes_up_none_and_leaves_memory_level(client, pruned_checkpoint, evaluation_files):
+    """`make soak` runs it for ten minutes."""
+    tokenizer, chance = AutoTokenizer.from_pretrained(pruned_checkpoint), random.Random(0)
+    tokens = tokenizer("".join(file.read_text()[:20000] for file in evaluation_files))["input_ids"]
+    lengths = [1, 2, 3, 5, 9] * 4 + [chance.randrange(16, 200) for _ in range(30)] + [MAX_MODEL_LEN - NEW_TOKENS] * 10
+    starts = [(chance.randrange(len(tokens) - MAX_MODEL_LEN), length) for length in lengths]
+    prompts = [tokens[start : start + length] for start, length in starts]
+    tally = soak(str(client.base_url), "tiny", prompts, MAX_MODEL_LEN, SOAK_SECONDS)
+    finished = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.finished.items()))
+    print(f"{sum(tally.finished.values())} requests in {SOAK_SECONDS:.0f} s: {finished}; {len(tally.faults)} faults")
+    print(
+        f"{tally.compared_tokens} tokens compared; memory {min(tally.memory):.0f} to {max(tally.memory):.0f} MB, "
+        f"growth {tally.memory_growth():+.1f} MB"
+    )
+    assert not tally.faults, "\n".join(tally.faults[:10])
+    assert all(tally.finished[kind] > 0 for kind in ("whole", "streamed", "hung_up", "cancelled", "too_long"))
+    assert tally.compared_tokens > 2 * sum(tally.finished.values())  # a fifth of them has no answer to compare
+    assert tally.memory_growth() < LARGEST_GROWTH
+    assert read_gauges(client).keys() >= {"num_requests_running", "num_requests_waiting"}
+    assert all(value == 0 for value in read_gauges(client).values())
+
+
+def test_a_running_server_does_not_notice_what_happens_to_its_files(client, served_checkpoint, start_cache):
+    """The last test here: shards are overwritten where they are, the rest and the cache's entries are removed."""
+    before = complete(client, logprobs=1).choices[0]
+    shards = list(served_checkpoint.glob("*.safetensors"))
+    entries = [file for file in start_cache.rglob("*.records") if "served-here" in str(file)]
+    assert len(shards) > 4
+    assert len(entries) == 4
+    for shard in shards:
+        with shard.open("r+b") as file:
+            file.write(b"\xff" * shard.stat().st_size)
+            file.truncate(1000)
+    for file in entries:
+        file.unlink()
+    shutil.rmtree(served_checkpoint)
+    after = complete(client, logprobs=1).choices[0]
+    assert after.text == before.text
+    assert after.logprobs.token_logprobs == before.logprobs.token_logprobs
