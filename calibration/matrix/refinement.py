@@ -7,11 +7,13 @@ each grid before it has seen any code. Here nothing is final: a sweep goes from 
 and a row's iterate is kept only if its loss has fallen.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.matrix.grids import LARGEST_FP16, SMALLEST_SCALE, Grid
-from vllm_mcmoe.calibration.matrix.row_loops import descend_block, over_rows
+from vllm_mcmoe.calibration.matrix.row_loops import descend_block, over_rows, sum_group
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 # A sweep that improves the total loss by less than this share ends the refinement.
@@ -61,53 +63,62 @@ class _State:
 
     def sweep(self) -> None:
         """Group by group, given everything else as it is by then: the loss-minimising scale and zero, then every code
-        to its optimum. The other groups hear of both at once, which is the sweep's one product with the Hessian."""
-        fit = _fit_scale if self.grid.bits == 1 else _fit_scale_and_zero
+        to its optimum. The other groups hear of both at once, in a product with the Hessian's rows; the only other
+        product is that of the codes with the block on the diagonal."""
         largest = np.float32((1 << self.grid.bits) - 1)
         for index, group in enumerate(self.groups):
             block = self.hessian[group, group].contiguous()
+            column_sums, step = block.sum(0), block.diagonal().reciprocal()
             codes = self.codes[:, group].contiguous()
-            scales, zeros = self.grid.scales[:, index, None], self.grid.zeros[:, index, None]
-            # The gradient as it would be with this group's Q = 0: what the new values are fitted against.
-            without = self.gradient[:, group] - ((codes - zeros) * scales) @ block
-            scales, zeros = fit(codes, without, block, scales, zeros)
-            gradients = without.addmm_((codes - zeros) * scales, block)
-            rows_scales = scales[:, 0].contiguous()
-            step, rows = block.diagonal().reciprocal(), (codes, gradients, rows_scales)
-            over_rows(descend_block, rows, block, step, largest, written=(codes,))
+            product = codes @ block
+            # Becomes the gradient as it would be with this group's Q = 0: what the new values are fitted against.
+            gradients = self.gradient[:, group].clone(memory_format=torch.contiguous_format)
+            scales, zeros = self.grid.scales[:, index].contiguous(), self.grid.zeros[:, index].contiguous()
+            sums, change = gradients.new_empty(len(codes), len(GroupSums.__annotations__)), torch.empty_like(codes)
+            rows = (codes, product, gradients, scales, zeros, sums)
+            over_rows(sum_group, rows, column_sums, written=(gradients, sums))
+            fit = _fit_scale if self.grid.bits == 1 else _fit_scale_and_zero
+            fitted = fit(GroupSums(*sums.unbind(1)), block.sum(), scales, zeros)
+            rows = (codes, product, gradients, change, scales, zeros, *fitted)
+            over_rows(descend_block, rows, block, column_sums, step, largest, written=(codes, change))
             self.codes[:, group] = codes
-            self.grid.scales[:, index], self.grid.zeros[:, index] = scales[:, 0], zeros[:, 0]
-            new_error = (codes - zeros) * scales - self.weight[:, group]
-            self.gradient.addmm_(new_error - self.error[:, group], self.hessian[group])
-            self.error[:, group] = new_error
+            self.grid.scales[:, index], self.grid.zeros[:, index] = fitted
+            self.gradient.addmm_(change, self.hessian[group])
+            self.error[:, group] += change
 
 
-# Both fits: codes, without [out, 128]; block [128, 128], smaller in a last group that is not whole; scales, zeros
-# [out, 1] and returned so, fp16-representable.
+class GroupSums(NamedTuple):
+    """What the fits need of one group's codes c, float32 [out] each. B is the Hessian's block, w the gradient as it
+    would be with the group's Q = 0."""
+
+    by_code: torch.Tensor  # c B c^T
+    mixed: torch.Tensor  # c B 1
+    want_code: torch.Tensor  # -w c^T
+    want_one: torch.Tensor  # -w 1
+
+
+# Both fits: by_one is 1 B 1; scales, zeros [out] as they are, and returned as they should be, fp16-representable.
 
 
 def _fit_scale(
-    codes: torch.Tensor, without: torch.Tensor, block: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    sums: GroupSums, by_one: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One-parameter least squares of Q = scale * (codes - zero)."""
-    basis = codes - zeros
-    fitted = -(basis * without).sum(1, keepdim=True) / (basis * (basis @ block)).sum(1, keepdim=True)
+    curvature = sums.by_code - 2 * zeros * sums.mixed + zeros.square() * by_one
+    fitted = (sums.want_code - zeros * sums.want_one) / curvature
     usable = (fitted > SMALLEST_SCALE) & (fitted < LARGEST_FP16)
     return torch.where(usable, fitted, scales).half().float(), zeros
 
 
 def _fit_scale_and_zero(
-    codes: torch.Tensor, without: torch.Tensor, block: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    sums: GroupSums, by_one: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two-parameter least squares of Q = scale * codes + offset, offset = -scale * zero."""
-    product = codes @ block
-    by_code, mixed, by_one = (codes * product).sum(1, keepdim=True), product.sum(1, keepdim=True), block.sum()
-    want_code, want_one = -(codes * without).sum(1, keepdim=True), -without.sum(1, keepdim=True)
-    determinant = by_code * by_one - mixed.square()
-    fitted = (want_code * by_one - want_one * mixed) / determinant
+    determinant = sums.by_code * by_one - sums.mixed.square()
+    fitted = (sums.want_code * by_one - sums.want_one * sums.mixed) / determinant
     # Codes that are all alike leave scale and offset undetermined: such a group keeps its grid.
-    usable = (determinant > 1e-6 * by_code * by_one) & (fitted > SMALLEST_SCALE) & (fitted < LARGEST_FP16)
+    usable = (determinant > 1e-6 * sums.by_code * by_one) & (fitted > SMALLEST_SCALE) & (fitted < LARGEST_FP16)
     stored = torch.where(usable, fitted, scales).half().float()
-    offset = (want_one - stored * mixed) / by_one  # the best one for the scale as it had to be rounded
+    offset = (sums.want_one - stored * sums.mixed) / by_one  # the best one for the scale as it had to be rounded
     new_zeros = (-offset / stored).clamp(-LARGEST_FP16, LARGEST_FP16).half().float()
     return torch.where(usable, stored, scales), torch.where(usable, new_zeros, zeros)

@@ -17,6 +17,7 @@ from numba import njit
 
 # Sums may be reordered (vector instructions), but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
+_LANES = 16  # rows that a vector loop takes at once
 _ROWS_PER_TASK = 64  # a task must outlast the handing over of it, about 50 us
 
 
@@ -56,42 +57,94 @@ def _nearest(value, largest):
 def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensate):
     """GPTQ inside one block: quantise column i, then pass its error on to the columns after it.
 
-    weights          [rows, 128], consumed
+    weights          [rows, 128]
     codes, errors    [rows, 128], written; errors are divided by the inverse factor's diagonal
     scales, zeros    [rows, 128], of each column's group
     inverse          [128, 128], the block of the upper triangular factor on the diagonal
+
+    A column's errors change ever fewer columns, of which few vectors are full; so vectors go along the rows.
     """
-    for row in range(weights.shape[0]):
-        weight = weights[row]
-        for i in range(weights.shape[1]):
-            code = _nearest(weight[i] / scales[row, i] + zeros[row, i], largest)
-            error = (weight[i] - scales[row, i] * (code - zeros[row, i])) / inverse[i, i]
-            codes[row, i] = code
-            errors[row, i] = error
+    rows, columns = weights.shape
+    weight = np.empty((columns, _LANES), dtype=np.float32)
+    error = np.empty(_LANES, dtype=np.float32)
+    for first in range(0, rows, _LANES):
+        count = min(_LANES, rows - first)
+        for lane in range(_LANES):  # those beyond the last row repeat it
+            row = first + min(lane, count - 1)
+            for i in range(columns):
+                weight[i, lane] = weights[row, i]
+        for i in range(columns):
+            for lane in range(count):
+                row = first + lane
+                code = _nearest(weight[i, lane] / scales[row, i] + zeros[row, i], largest)
+                error[lane] = (weight[i, lane] - scales[row, i] * (code - zeros[row, i])) / inverse[i, i]
+                codes[row, i] = code
+                errors[row, i] = error[lane]
+            for lane in range(count, _LANES):
+                error[lane] = np.float32(0.0)
             if compensate:
-                for k in range(i + 1, weights.shape[1]):
-                    weight[k] -= error * inverse[i, k]
+                for k in range(i + 1, columns):
+                    factor = inverse[i, k]
+                    for lane in range(_LANES):
+                        weight[k, lane] -= error[lane] * factor
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def descend_block(codes, gradients, scales, hessian, step, largest):
-    """One pass of coordinate descent over one group's codes: each to its optimum, given all others.
+def sum_group(codes, product, gradients, scales, zeros, sums, column_sums):
+    """What one group's scale and zero are fitted to.
 
-    codes      [rows, 128], updated
-    gradients  [rows, 128], (Q - W) H of these columns, kept up to date for changes inside the block
-    scales     [rows]
-    hessian    [128, 128], the block on the diagonal
-    step       [128], 1 / its diagonal
+    codes          [rows, 128]
+    product        [rows, 128], codes times the Hessian's block
+    gradients      [rows, 128], (Q - W) H of these columns; becomes what it were with these columns' Q = 0
+    scales, zeros  [rows]
+    sums           [rows, 4], written: refinement.GroupSums
+    column_sums    [128], of the block
     """
     for row in range(codes.shape[0]):
-        code, gradient, scale = codes[row], gradients[row], scales[row]
+        scale, zero = scales[row], zeros[row]
+        by_code, mixed, want_code, want_one = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for k in range(codes.shape[1]):
+            without = gradients[row, k] - scale * (product[row, k] - zero * column_sums[k])
+            gradients[row, k] = without
+            by_code += codes[row, k] * product[row, k]
+            mixed += product[row, k]
+            want_code -= codes[row, k] * without
+            want_one -= without
+        sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = by_code, mixed, want_code, want_one
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def descend_block(
+    codes, product, without, change, scales, zeros, new_scales, new_zeros, hessian, column_sums, step, largest
+):
+    """A new grid for one group, then one pass of coordinate descent over its codes: each to its optimum, given all
+    others.
+
+    codes                  [rows, 128], updated
+    product                [rows, 128], the codes times the Hessian's block, before
+    without                [rows, 128], (Q - W) H of these columns if their Q were 0; consumed
+    change                 [rows, 128], written: by how much Q changes
+    scales, zeros          [rows], before
+    new_scales, new_zeros  [rows]
+    hessian                [128, 128], the block on the diagonal
+    column_sums            [128], of the block
+    step                   [128], 1 / its diagonal
+    """
+    for row in range(codes.shape[0]):
+        code, gradient = codes[row], without[row]
+        scale, zero = new_scales[row], new_zeros[row]
+        for k in range(codes.shape[1]):
+            gradient[k] += scale * (product[row, k] - zero * column_sums[k])
+            change[row, k] = -scales[row] * (code[k] - zeros[row])
         for i in range(codes.shape[1]):
             moved = _nearest(code[i] - gradient[i] * step[i] / scale, largest)
             if moved != code[i]:
-                change = (moved - code[i]) * scale
+                difference = (moved - code[i]) * scale
                 code[i] = moved
                 for k in range(codes.shape[1]):
-                    gradient[k] += change * hessian[i, k]
+                    gradient[k] += difference * hessian[i, k]
+        for k in range(codes.shape[1]):
+            change[row, k] += scale * (code[k] - zero)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

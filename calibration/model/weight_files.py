@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,23 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 
-ELEMENT_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "F32": 4, "I64": 8, "F64": 8,
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+ELEMENT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is, from the header of its file. dtype is safetensors' own name, e.g. "BF16"."""
+    """Where a tensor is, from the header of its file. dtype is safetensors' own name, e.g. "BF16"; offset is that of
+    its first byte in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -51,30 +56,62 @@ class TensorFiles:
         self.files, promised = _list_files(self.directory)
         self.info: dict[str, TensorInfo] = {}
         for path in self.files:
-            with _open(path) as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    header = handle.get_slice(name)
-                    self.info[name] = TensorInfo(path, header.get_dtype(), tuple(header.get_shape()))
+            self.info.update(_read_header(path))
         for name, file in promised.items():
             if name not in self.info:
                 raise FormatError(f"{self.directory / INDEX_FILE}: tensor {name} is not in {file}, as it says.")
 
-    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The tensor as stored, or a part of it, in memory of its own. Raises FormatError if there is none of that
-        name."""
+    def read(self, name: str, index: tuple[int, ...] = (), rows: slice = slice(None)) -> torch.Tensor:
+        """The tensor as stored, or tensor[index][rows] of it, which lies in one piece. rows: without a step.
+
+        Raises FormatError if there is none of that name.
+        """
         info = self.info.get(name)
         if info is None:
             raise FormatError(f"{self.directory}: tensor {name} is missing from its safetensors files.")
-        # safetensors maps the file; whatever was read would stay resident for as long as the handle is open.
-        with _open(info.file) as handle:
-            return (handle.get_slice(name)[part] if part else handle.get_tensor(name)).clone()
+        # Not through safetensors, which parses a header of thousands of tensors anew for each file it opens, and whose
+        # open files keep in memory what was read.
+        shape, first = info.shape, 0
+        for position in index:
+            shape = shape[1:]
+            first += position * math.prod(shape)
+        if rows != slice(None):
+            start, stop, _ = rows.indices(shape[0])
+            first += start * math.prod(shape[1:])
+            shape = (stop - start, *shape[1:])
+        return _read_tensor(info, name, first, shape)
 
 
-def _open(path: Path) -> safe_open:
+def _read_tensor(info: TensorInfo, name: str, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """What lies in a tensor's file from its element number `first` on."""
+    if info.dtype not in DTYPES:
+        raise FormatError(f"{info.file}: tensor {name} has dtype {info.dtype}; known: {', '.join(DTYPES)}.")
+    tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+    if tensor.numel():
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset + first * tensor.itemsize)
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise FormatError(f"{info.file}: ends inside of tensor {name}; it was cut short since it was opened.")
+    return tensor
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file. Raises FormatError where safetensors would not read it."""
     try:
-        return safe_open(path, framework="pt")
+        safe_open(path, framework="pt").__exit__(None, None, None)  # checks the header, and the file's size by it
     except (SafetensorError, OSError) as error:  # a file cut short is among the former
         raise FormatError(f"{path}: cannot be read as safetensors: {error}. Is the download complete?") from None
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {
+        name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _list_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

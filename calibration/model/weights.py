@@ -54,7 +54,7 @@ class WeightFiles:
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         check_tensors(model, self.files.info)
         self._slices = _expert_slices(model)
-        fused = {name for name, _ in self._slices.values()}
+        fused = {name for name, _, _ in self._slices.values()}
         self._names = [name for name in self.files.info if name not in fused] + list(self._slices)
 
     def _belongs(self, name: str) -> bool:
@@ -67,8 +67,8 @@ class WeightFiles:
     def read(self, name: str) -> torch.Tensor:
         if name not in self._slices:
             return self.files.read(name)
-        stacked, part = self._slices[name]
-        return self.files.read(stacked, part).squeeze(0)
+        stacked, expert, rows = self._slices[name]
+        return self.files.read(stacked, (expert,), rows)
 
     def numel(self, name: str) -> int:
         if name not in self._slices:
@@ -76,8 +76,8 @@ class WeightFiles:
         return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
 
 
-def _expert_slices(model: MoeModel) -> dict[str, tuple[str, tuple[slice, ...]]]:
-    """For a family with stacked experts: name of one matrix -> the tensor it is in, and where."""
+def _expert_slices(model: MoeModel) -> dict[str, tuple[str, int, slice]]:
+    """For a family with stacked experts: name of one matrix -> the tensor it is in, its expert, and its rows there."""
     slices = {}
     for part in model.family.fused_experts:
         for layer, layer_name in model.moe_layers.items():
@@ -86,6 +86,6 @@ def _expert_slices(model: MoeModel) -> dict[str, tuple[str, tuple[slice, ...]]]:
                 for projection in model.projections(part):
                     rows = slice(start, start + model.projection_shape(projection)[0])
                     name = f"{model.expert_tensor(layer_name, expert, projection)}.weight"
-                    slices[name] = (model.fused_tensor(layer, part), (slice(expert, expert + 1), rows))
+                    slices[name] = (model.fused_tensor(layer, part), expert, rows)
                     start = rows.stop
     return slices
