@@ -8,19 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GraniteMoeConfig,
+    GraniteMoeSharedConfig,
+    HYV3Config,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 SIZES = {
@@ -66,6 +76,11 @@ class TinyModel:
     """How to make a model: its config class, sizes besides SIZES, and the name on the hub if transformers' differs.
 
     moe_layers   decoder layers that have experts
+    more         keys of the released models' config.json that vLLM reads, and transformers' class does not write
+    cpu_refusal  how the plugin refuses to serve it on CPUs, where vLLM cannot
+    bfloat16     vLLM on CPUs has it in no other dtype
+    around       keys of config.json around the text model's, of a model that takes pictures, too
+    stacked      part -> name of the tensor that all experts of a layer are stacked in, where released files have that
     """
 
     config: type[PretrainedConfig]
@@ -73,6 +88,11 @@ class TinyModel:
     moe_layers: tuple[int, ...] = (0, 1)
     architecture: str | None = None
     finish: Callable[[PreTrainedModel], None] = field(default=lambda model: None)
+    more: dict[str, Any] = field(default_factory=dict)
+    cpu_refusal: str | None = None
+    bfloat16: bool = False
+    around: dict[str, Any] | None = None
+    stacked: dict[str, str] = field(default_factory=dict)
 
 
 def _spread_correction_bias(model: PreTrainedModel) -> None:
@@ -80,6 +100,25 @@ def _spread_correction_bias(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.2)
+
+
+# Of a gated delta net, as vLLM's kernels for CPUs have it.
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+QWEN3_5 = DELTA_NET | {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 256,
+    "head_dim": 64,
+}
 
 
 TINY_MODELS: dict[str, TinyModel] = {
@@ -188,6 +227,96 @@ TINY_MODELS: dict[str, TinyModel] = {
             "attention_multiplier": 0.1,
         },
     ),
+    "granite-shared": TinyModel(
+        GraniteMoeSharedConfig, {"num_local_experts": 8, "num_experts_per_tok": 3, "shared_intermediate_size": 256}
+    ),
+    "glm4-lite": TinyModel(
+        Glm4MoeLiteConfig,
+        MLA_SIZES
+        | {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 256,
+            "q_lora_rank": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.8,
+            "num_hidden_layers": 3,
+        },
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        more={"first_k_dense_replace": 1, "topk_method": "noaux_tc"},
+    ),
+    "qwen3-next": TinyModel(
+        Qwen3NextConfig,
+        DELTA_NET
+        | {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 256,
+            "head_dim": 64,
+        },
+        bfloat16=True,
+    ),
+    "qwen3.5": TinyModel(Qwen3_5MoeTextConfig, QWEN3_5, architecture="Qwen3_5MoeForCausalLM", bfloat16=True),
+    "qwen3.5-vision": TinyModel(
+        Qwen3_5MoeConfig,
+        QWEN3_5,
+        architecture="Qwen3_5MoeForConditionalGeneration",
+        bfloat16=True,
+        around={
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+                "num_position_embeddings": 16,
+            },
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+        stacked={"gate_up": "gate_up_proj", "down": "down_proj"},
+    ),
+    "hy3": TinyModel(
+        HYV3Config,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 256,
+            "head_dim": 32,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "num_hidden_layers": 3,
+        },
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        more={"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "qk_norm": True},
+    ),
+    "ernie": TinyModel(
+        Ernie4_5_MoeConfig,
+        {
+            "moe_num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 128,
+            "moe_num_shared_experts": 1,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+        },
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        cpu_refusal="leaves out the router's correction bias",
+    ),
+    "minimax-m2": TinyModel(
+        MiniMaxM2Config,
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32},
+        finish=_spread_correction_bias,
+        more={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+        cpu_refusal="cannot route by sigmoid without groups of experts",
+    ),
 }
 
 
@@ -195,7 +324,11 @@ def make_tiny(kind: str, directory: Path, tokenizer_from: Path, **changes: Any) 
     """A random model of TINY_MODELS in bfloat16, with a tokenizer; changes: keys of config.json."""
     tiny = TINY_MODELS[kind]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny.config(**(SIZES | tiny.sizes | changes)))
+    sizes = SIZES | tiny.sizes | changes
+    if tiny.around is None:
+        model = AutoModelForCausalLM.from_config(tiny.config(**sizes))
+    else:
+        model = AutoModelForImageTextToText.from_config(tiny.config(text_config=sizes, **tiny.around))
     if not model.config.tie_word_embeddings:
         torch.nn.init.normal_(model.get_input_embeddings().weight)
     for name, parameter in model.named_parameters():
@@ -207,9 +340,28 @@ def make_tiny(kind: str, directory: Path, tokenizer_from: Path, **changes: Any) 
     model.bfloat16().save_pretrained(directory)
     if tiny.architecture is not None:
         edit_config(directory, architectures=[tiny.architecture])
+    edit_config(directory, **tiny.more)
+    if tiny.stacked:
+        stack_experts(directory / "model.safetensors", tiny.stacked)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(tokenizer_from / name, directory / name)
     return directory
+
+
+def stack_experts(file: Path, names: dict[str, str]) -> None:
+    """Merge the experts of a layer, gate rows above up rows, as released files have them."""
+    tensors = load_file(file)
+    layers = sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name})
+    for layer in layers:
+        count = sum(name.startswith(f"{layer}.experts.") for name in tensors) // 3
+        matrices = {
+            projection: [tensors.pop(f"{layer}.experts.{expert}.{projection}.weight") for expert in range(count)]
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        }
+        gate_up = [torch.cat(pair) for pair in zip(matrices["gate_proj"], matrices["up_proj"], strict=True)]
+        tensors[f"{layer}.experts.{names['gate_up']}"] = torch.stack(gate_up)
+        tensors[f"{layer}.experts.{names['down']}"] = torch.stack(matrices["down_proj"])
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def edit_config(model: Path, **changes: Any) -> None:

@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
-from vllm_mcmoe.calibration.model.description import LAYER_PREFIX
+from vllm_mcmoe.calibration.model.description import LAYERS, TEXT_MODULE
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import FormatError
@@ -88,5 +88,5 @@ def _weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     source = LayerwiseModel(open_weights(path))
     for index in range(source.num_layers):
         for name, weight in source.layer_state(index).items():
-            yield f"{LAYER_PREFIX}{index}.{name}", weight
+            yield f"{TEXT_MODULE}{LAYERS}.{index}.{name}", weight
     yield from source.outer_state()

@@ -4,6 +4,7 @@ Every vLLM process imports this module, whatever model it serves: layer classes 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,16 +118,12 @@ class McmoeConfig(QuantizationConfig):
         from vllm_mcmoe.moe_method import McmoeMoEMethod, select_backend
 
         if isinstance(layer, RoutedExperts):
-            bits = self.experts.get(prefix)
-            if bits is None:
-                raise FormatError(
-                    f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
-                    f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
-                )
+            name = self._find_layer(prefix)
+            bits = self.experts[name]
             self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
             widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
-            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(prefix, layer), widths)
+            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(name, layer), widths)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             method = self.linear.get_quant_method(layer, prefix)
@@ -134,6 +131,23 @@ class McmoeConfig(QuantizationConfig):
             return method
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _find_layer(self, prefix: str) -> str:
+        """The name in `experts` of the MoE layer that vLLM calls `prefix`.
+
+        Some of its models build the layer under another name than they load it by; then the decoder layer's number
+        tells, if it is that of one entry only.
+        """
+        if prefix in self.experts:
+            return prefix
+        number = _layer_number(prefix)
+        same = [name for name in self.experts if number is not None and _layer_number(name) == number]
+        if len(same) == 1:
+            return same[0]
+        raise FormatError(
+            f"config.json: quantization_config.experts has no entry for the MoE layer {prefix}; it names "
+            f"{', '.join(list(self.experts)[:3])}, ... The checkpoint and the model do not match."
+        )
 
     def _refuse_requantisation(self, prefix: str, layer: "RoutedExperts") -> None:
         """vLLM would replace the MoE method by one of its own, which needs the weights in 16 bits."""
@@ -144,7 +158,7 @@ class McmoeConfig(QuantizationConfig):
                 "Take `moe` and targets that match experts out of it, or give it with the 16-bit model."
             )
 
-    def _layer_pruning(self, prefix: str, layer: "RoutedExperts") -> LayerPruning | None:
+    def _layer_pruning(self, name: str, layer: "RoutedExperts") -> LayerPruning | None:
         """The rule of a MoE layer at the target asked for, or None where the checkpoint has none or it is switched off.
 
         Switched off by an environment variable, the rule stays in the model and keeps everything: vLLM's compiled
@@ -164,12 +178,18 @@ class McmoeConfig(QuantizationConfig):
         if target == 0 and source != PRUNING_VARIABLE:
             return None
         return self._pruning_rules.layer(
-            self.on_disk_names[prefix],
+            self.on_disk_names[name],
             target,
             top_k=layer.moe_config.experts_per_token,
             num_experts=layer.global_num_experts,
             hidden_size=layer.hidden_size,
         )
+
+
+def _layer_number(name: str) -> str | None:
+    """Of "model.layers.3.mlp.experts"."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return match and match[1]
 
 
 def _note_kernels(backend: str) -> None:

@@ -5,7 +5,6 @@ The headers of its safetensors files are checked against that description (`chec
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.support import check_model
 
-LAYER_PREFIX = "model.layers."
+# transformers' module tree: the text model, its decoder layers, the output head
+TEXT_MODULE, LAYERS, HEAD_MODULE = "model.", "layers", "lm_head"
 
 
 # What the kernels implement (the kernel contract: silu(gate) * up).
@@ -33,6 +33,7 @@ SUPPORTED_ACTIVATIONS = ("silu",)
 class MoeModel:
     """One model directory, described from its config.json.
 
+    config       of the text model, which in a wrapper is a part of config.json
     moe_layers   decoder layer index -> layer name, the on-disk prefix of its experts
     hidden, intermediate, num_experts, top_k   sizes of every MoE layer
     """
@@ -84,13 +85,42 @@ class MoeModel:
                 return module + tensor_name.removeprefix(on_disk)
         return tensor_name
 
+    @property
+    def layer_prefix(self) -> str:
+        """On disk; a decoder layer's number follows."""
+        return f"{self.family.text_prefix}{LAYERS}."
+
+    def split_layer_name(self, name: str) -> tuple[int, str] | None:
+        """Of an on-disk name: "model.layers.3.self_attn.q_proj.weight" -> (3, "self_attn.q_proj.weight"); None outside
+        decoder layers."""
+        if not name.startswith(self.layer_prefix):
+            return None
+        number, _, rest = name.removeprefix(self.layer_prefix).partition(".")
+        return (int(number), rest) if number.isdecimal() and rest else None
+
+    def outer_name(self, module_name: str) -> str:
+        """On-disk name of a tensor outside the decoder layers, from its name in transformers' module tree."""
+        if module_name.startswith(f"{HEAD_MODULE}."):
+            return self.family.head + module_name.removeprefix(HEAD_MODULE)
+        return self.family.text_prefix + module_name.removeprefix(TEXT_MODULE)
+
+    def passes_through(self, name: str) -> bool:
+        """Whether an on-disk tensor belongs to a part of a wrapper that is copied as it is."""
+        return name.startswith(self.family.passed_through)
+
     def fused_tensor(self, layer: int, part: str) -> str:
         """On-disk name of the tensor with that part of all experts of decoder layer N, in a fused_experts family."""
-        return f"{LAYER_PREFIX}{layer}.{self.family.fused_experts[part]}"
+        return f"{self.layer_prefix}{layer}.{self.family.fused_experts[part]}"
+
+    def fused_shape(self, part: str) -> tuple[int, int, int]:
+        """Of that tensor."""
+        out_features, in_features = self.part_shapes()[part]
+        sizes = (in_features, out_features) if self.family.fused_transposed else (out_features, in_features)
+        return (self.num_experts, *sizes)
 
     def is_expert_tensor(self, name: str) -> bool:
         """Whether an on-disk tensor, of the 16-bit model or of a checkpoint, holds weights of the routed experts."""
-        split = split_layer_name(name)
+        split = self.split_layer_name(name)
         if split is None or split[0] not in self.moe_layers:
             return False
         return split[1].startswith(f"{self.family.experts}.") or split[1] in self.family.fused_experts.values()
@@ -107,9 +137,10 @@ def describe_model(path: str | Path) -> MoeModel:
         raise UnsupportedModelError(
             f"{path}: no config.json there; expected a Hugging Face model directory (download one with `hf download`)."
         )
-    config = _read_config(path / "config.json")
-    architecture = (config.architectures or ["none"])[0]
-    family = _find_family(path / "config.json", config, architecture)
+    whole = _read_config(path / "config.json")
+    architecture = (whole.architectures or ["none"])[0]
+    config = whole.get_text_config()
+    family = _find_family(path / "config.json", whole, config, architecture)
     model = MoeModel(
         path=path,
         config=config,
@@ -117,7 +148,7 @@ def describe_model(path: str | Path) -> MoeModel:
         family=family,
         num_layers=config.num_hidden_layers,
         moe_layers={
-            layer: f"{LAYER_PREFIX}{layer}.{family.experts}"
+            layer: f"{family.text_prefix}{LAYERS}.{layer}.{family.experts}"
             for layer in range(config.num_hidden_layers)
             if family.is_moe_layer(config, layer)
         },
@@ -160,9 +191,10 @@ def _read_config(path: Path) -> PretrainedConfig:
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
         raise UnsupportedModelError(f"{path}: architectures is {architectures!r}, expected a list of names.")
-    for key, value in plain.items():
-        if isinstance(value, int | float) and value > LARGEST.get(key, math.inf):
-            raise UnsupportedModelError(f"{path}: {key} is {value}, more than any model has.")
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if isinstance(value, int | float) and value > LARGEST.get(key, math.inf):
+                raise UnsupportedModelError(f"{path}: {key} is {value}, more than any model has.")
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # its classes check values in many ways, each with errors of its own
@@ -170,20 +202,20 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise UnsupportedModelError(f"{path}: transformers cannot read it: {reason}") from error
 
 
-def _find_family(where: Path, config: PretrainedConfig, architecture: str) -> ModelFamily:
-    """Raises UnsupportedModelError for what no adapter handles."""
+def _find_family(where: Path, whole: PretrainedConfig, config: PretrainedConfig, architecture: str) -> ModelFamily:
+    """whole: config.json; config: of its text model. Raises UnsupportedModelError for what no adapter handles."""
     family = FAMILIES.get(architecture)
     if family is None:
         reason = REFUSED.get(architecture, f"supported: {', '.join(FAMILIES)}")
         raise UnsupportedModelError(f"{where}: architecture {architecture} is not supported; {reason}.")
-    quantization = getattr(config, "quantization_config", None) or {}
+    quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
     if quantization and method != QUANT_METHOD:
         raise UnsupportedModelError(
             f"{where}: the model is quantised already ({method}); start from its 16-bit weights, and a config.json "
             "without quantization_config."
         )
-    check_model(str(where), config)
+    check_model(str(where), whole)
     _check_values(where, config, family)
     reason = family.refuse(config)
     if reason is not None:
@@ -204,7 +236,7 @@ def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) ->
             f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, more than the {experts} experts of a layer."
         )
     kinds = set(getattr(config, "layer_types", None) or ())
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not kinds <= set(family.layer_kinds):
         raise UnsupportedModelError(
             f"{where}: layer_types mixes {', '.join(sorted(map(str, kinds)))}, where vLLM's model treats all layers "
             "alike; served, the model would not compute what was calibrated."
@@ -224,12 +256,18 @@ def _check_shapes(model: MoeModel) -> None:
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
+def has_fused_experts(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether these files keep all experts of a layer in one tensor; of some architectures there are both kinds."""
+    first = next(iter(model.moe_layers))
+    return any(model.fused_tensor(first, part) in tensors for part in model.family.fused_experts)
+
+
 def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
     """Check that every expert tensor is there with the shape and dtype config.json implies.
 
     Raises UnsupportedModelError naming file, tensor, what was found and what was expected.
     """
-    for name, expected in _expert_tensors(model):
+    for name, expected in _expert_tensors(model, has_fused_experts(model, tensors)):
         info = tensors.get(name)
         if info is None:
             raise UnsupportedModelError(
@@ -247,12 +285,12 @@ def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _expert_tensors(model: MoeModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expert_tensors(model: MoeModel, fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the experts' tensors in the 16-bit model's files."""
     for layer, layer_name in model.moe_layers.items():
-        if model.family.fused_experts:
-            for part, shape in model.part_shapes().items():
-                yield model.fused_tensor(layer, part), (model.num_experts, *shape)
+        if fused:
+            for part in model.family.fused_experts:
+                yield model.fused_tensor(layer, part), model.fused_shape(part)
             continue
         for expert in range(model.num_experts):
             for projection in (model.family.gate, model.family.up, model.family.down):
@@ -265,12 +303,3 @@ def _expert_tensors(model: MoeModel) -> Iterator[tuple[str, tuple[int, ...]]]:
 def activation_function(model: MoeModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The activation between gate and up, element by element."""
     return ACT2FN[model.activation]
-
-
-_LAYER_INDEX = re.compile(re.escape(LAYER_PREFIX) + r"(\d+)\.(.+)")
-
-
-def split_layer_name(name: str) -> tuple[int, str] | None:
-    """ "model.layers.3.self_attn.q_proj.weight" -> (3, "self_attn.q_proj.weight"); None outside decoder layers."""
-    match = _LAYER_INDEX.fullmatch(name)
-    return (int(match[1]), match[2]) if match else None

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_mcmoe.calibration.common.device import check_layer_fits
-from vllm_mcmoe.calibration.model.description import LAYER_PREFIX, MoeModel, split_layer_name
+from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 from vllm_mcmoe.calibration.model.weights import WeightSource
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
@@ -39,7 +39,7 @@ from vllm_mcmoe.memory import release_freed_memory
 BATCH_TOKENS = 2048
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = f"{TEXT_MODULE}embed_tokens.weight", f"{HEAD_MODULE}.weight"
 
 
 ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -123,7 +123,7 @@ class LayerwiseModel:
         self._layer_names: dict[int, list[str]] = {}
         self._outer_names: list[str] = []
         for name in source.names():
-            split = split_layer_name(name)
+            split = self.description.split_layer_name(name)
             if split is None or split[0] >= self.num_layers:
                 self._outer_names.append(name)
             else:
@@ -131,13 +131,14 @@ class LayerwiseModel:
         check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
         self.module.model.rotary_emb.to(self.device)
-        known = self.module.state_dict().keys()
+        known = {self.description.outer_name(name) for name in self.module.state_dict() if not _in_layer(name)}
+        known |= {name for name in self._outer_names if self.description.passes_through(name)}
         self.left_out = [name for name in self._outer_names if name not in known]
         self._outer_names = [name for name in self._outer_names if name in known]
         self._check_outer()
         for name, module in self.module.model.named_children():
             if name not in ("embed_tokens", "layers"):
-                self._load_outer(f"model.{name}", module)
+                self._load_outer(f"{TEXT_MODULE}{name}", module)
         self._kwargs: dict[int, dict[str, Any]] = {}
 
     @property
@@ -171,19 +172,22 @@ class LayerwiseModel:
         return tensor.float()
 
     def _on_disk_name(self, name: str) -> str:
-        """A tied lm_head has a parameter of its own, but no tensor in the files."""
-        tied = self.description.config.tie_word_embeddings and name == HEAD and name not in self._outer_names
-        return EMBEDDING if tied else name
+        """Of a parameter outside the decoder layers. A tied lm_head has one of its own, but no tensor in the files."""
+        on_disk = self.description.outer_name(name)
+        tied = self.description.config.tie_word_embeddings and name == HEAD and on_disk not in self._outer_names
+        return self.description.outer_name(EMBEDDING) if tied else on_disk
 
     def _check_outer(self) -> None:
         for name, _ in self.module.named_parameters(remove_duplicate=False):
-            if split_layer_name(name) is None and self._on_disk_name(name) not in self._outer_names:
-                raise FormatError(f"{self.description.path}: tensor {name} is missing from its safetensors files.")
+            if not _in_layer(name) and self._on_disk_name(name) not in self._outer_names:
+                raise FormatError(
+                    f"{self.description.path}: tensor {self._on_disk_name(name)} is missing from its safetensors files."
+                )
 
     def outer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, float32 weight) of every parameter outside the decoder layers, a tied head's included."""
         for name, _ in self.module.named_parameters(remove_duplicate=False):
-            if split_layer_name(name) is None:
+            if not _in_layer(name):
                 yield name, self._read(self._on_disk_name(name))
 
     def _load_outer(self, prefix: str, module: nn.Module) -> None:
@@ -201,10 +205,8 @@ class LayerwiseModel:
         expected = layer.state_dict()
         for fault, names in (("lacks", expected.keys() - state), ("has unknown tensors", state.keys() - expected)):
             if names:
-                raise FormatError(
-                    f"{self.description.path}: {LAYER_PREFIX}{index} {fault} {', '.join(sorted(names)[:3])} "
-                    "in its safetensors files."
-                )
+                where = f"{self.description.path}: {self.description.layer_prefix}{index}"
+                raise FormatError(f"{where} {fault} {', '.join(sorted(names)[:3])} in its safetensors files.")
         layer.load_state_dict(state, strict=True, assign=True)
         return layer.requires_grad_(False)
 
@@ -213,7 +215,7 @@ class LayerwiseModel:
         model, state = self.description, {}
         for name in self.layer_tensors(index):
             if not model.is_expert_tensor(name):
-                state[model.module_name(split_layer_name(name)[1])] = self._read(name)
+                state[model.module_name(model.split_layer_name(name)[1])] = self._read(name)
         if index in model.moe_layers:
             experts = model.module_name(f"{model.family.experts}.")
             state[f"{experts}gate_up_proj"] = self.expert_weights(index, "gate_up")
@@ -254,7 +256,7 @@ class LayerwiseModel:
         """What embed returns, one batch at a time, on the model's device; the embeddings are in memory until the
         last."""
         embedding = self.module.get_input_embeddings()
-        self._load_outer("model.embed_tokens", embedding)
+        self._load_outer(f"{TEXT_MODULE}embed_tokens", embedding)
         multiplier = self._config_factor(self.description.family.embedding_multiplier)
         for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
             yield embedding(batch.to(self.device)) * multiplier
@@ -276,7 +278,7 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
-        self._load_outer("lm_head", self.module.lm_head)
+        self._load_outer(HEAD_MODULE, self.module.lm_head)
         logits = self.module.lm_head(self.module.model.norm(hidden.to(self.device)))
         return logits / self._config_factor(self.description.family.logits_divisor)
 
@@ -290,9 +292,14 @@ class LayerwiseModel:
         """The whole model in memory, float32, as a transformers model."""
         for index in range(self.num_layers):
             self.load_layer(index)
-        self._load_outer("model.embed_tokens", self.module.get_input_embeddings())
-        self._load_outer("lm_head", self.module.lm_head)
+        self._load_outer(f"{TEXT_MODULE}embed_tokens", self.module.get_input_embeddings())
+        self._load_outer(HEAD_MODULE, self.module.lm_head)
         return self.module
+
+
+def _in_layer(name: str) -> bool:
+    """Whether a parameter of transformers' module tree belongs to a decoder layer."""
+    return name.startswith(f"{TEXT_MODULE}{LAYERS}.")
 
 
 class _Recorder(nn.Module):

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, split_layer_name
+from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, has_fused_experts
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
 from vllm_mcmoe.errors import UnsupportedModelError
@@ -53,12 +53,12 @@ class WeightFiles:
         self.files = TensorFiles(model.path)
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         check_tensors(model, self.files.info)
-        self._slices = _expert_slices(model)
+        self._slices = _expert_slices(model) if has_fused_experts(model, self.files.info) else {}
         fused = {name for name, _, _ in self._slices.values()}
         self._names = [name for name in self.files.info if name not in fused] + list(self._slices)
 
     def _belongs(self, name: str) -> bool:
-        split = split_layer_name(name)
+        split = self.model.split_layer_name(name)
         return not name.endswith(LEFTOVERS) and (split is None or split[0] < self.model.num_layers)
 
     def names(self) -> list[str]:
@@ -68,6 +68,8 @@ class WeightFiles:
         if name not in self._slices:
             return self.files.read(name)
         stacked, expert, rows = self._slices[name]
+        if self.model.family.fused_transposed:
+            return self.files.read(stacked, (expert,)).t()[rows].contiguous()
         return self.files.read(stacked, (expert,), rows)
 
     def numel(self, name: str) -> int:

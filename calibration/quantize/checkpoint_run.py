@@ -23,7 +23,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
 from vllm_mcmoe.calibration.common.progress import Log, progress
 from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
-from vllm_mcmoe.calibration.model.description import MoeModel, split_layer_name
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer, restore
 from vllm_mcmoe.calibration.quantize.linears import LinearShape, choose_group_size, linear_config, tensor_parallel_sizes
@@ -197,7 +197,7 @@ class CheckpointRun:
 def _linears(model: LayerwiseModel) -> list[LinearShape]:
     """Those that are to be quantised, from the files' headers."""
     names = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
-    splits = {name: split_layer_name(name) for name in model.source.files.info}
+    splits = {name: model.description.split_layer_name(name) for name in model.source.files.info}
     found = {name: split[1] for name, split in splits.items() if split and split[1] in names}
     ranks = tensor_parallel_sizes(model.description.config.num_attention_heads)
     return [

@@ -30,7 +30,7 @@ from vllm_mcmoe.calibration.measure.expert_tokens import (
     tokens_of,
 )
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
-from vllm_mcmoe.calibration.model.description import LAYER_PREFIX, MoeModel, activation_function
+from vllm_mcmoe.calibration.model.description import MoeModel, activation_function
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.linears import (
     SUFFIXES,
@@ -139,7 +139,7 @@ class _LayerJob:
             for name in stage:
                 module = find_linear(self.layer.module, self.description.module_name(name))
                 if module is not None:
-                    modules[f"{LAYER_PREFIX}{self.index}.{name}"] = module
+                    modules[f"{self.description.layer_prefix}{self.index}.{name}"] = module
             if not modules:
                 continue
             in_features, group_size = next(iter(modules.values())).in_features, self.options.linear_group
@@ -219,7 +219,7 @@ def restore(
     description = model.description
     with safe_open(shard, framework="pt") as file:
         for name in quantized.linears:
-            module_name = description.module_name(name.removeprefix(f"{LAYER_PREFIX}{index}."))
+            module_name = description.module_name(name.removeprefix(f"{description.layer_prefix}{index}."))
             tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES}
             find_linear(layer.module, module_name).weight.data.copy_(dequantize_linear(tensors, linear_bits))
         for expert, report in enumerate(quantized.experts):

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.vllm_mcmoe.wna16_operator import provide_where_missing
+from tests.vllm_mcmoe import torchvision_import, wna16_operator
 
 NEW_TOKENS = 12
 
@@ -89,8 +89,9 @@ def score_in_one_process(jobs: dict[str, Job], prompts: list[list[int]], work: P
 def _serve_all(jobs_file: Path) -> None:
     document = json.loads(jobs_file.read_text())
     jobs = {name: Job(**job) for name, job in document["jobs"].items()}
+    torchvision_import.provide_where_missing()
     _load_model_classes(jobs.values())
-    provide_where_missing()
+    wna16_operator.provide_where_missing()
     results = {}
     for name, job in jobs.items():
         with patch.dict(os.environ, job.environment):
@@ -102,11 +103,11 @@ def _serve_all(jobs_file: Path) -> None:
 
 def _load_model_classes(jobs) -> None:
     """Else vLLM starts a process of its own per architecture, 15 s each, to look at the class without importing it."""
-    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, ModelRegistry
+    from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry
 
     for job in jobs:
         (architecture,) = json.loads(Path(job.model, "config.json").read_text())["architectures"]
-        module, name = _TEXT_GENERATION_MODELS[architecture]
+        module, name = _VLLM_MODELS[architecture]
         model_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
         ModelRegistry.register_model(architecture, model_class)
 

@@ -4,7 +4,7 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, mixtral, qwen
+from vllm_mcmoe.calibration.model.families import deepseek, ernie, hunyuan, mixtral, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -17,6 +17,14 @@ FAMILIES: dict[str, ModelFamily] = {
     "DeepseekV3ForCausalLM": deepseek.DEEPSEEK_V3,
     "PhiMoEForCausalLM": mixtral.PHI,
     "GraniteMoeForCausalLM": mixtral.GRANITE,
+    "GraniteMoeSharedForCausalLM": mixtral.GRANITE_SHARED,
+    "Glm4MoeLiteForCausalLM": deepseek.GLM4_LITE,
+    "Qwen3NextForCausalLM": qwen.QWEN3_NEXT,
+    "Qwen3_5MoeForCausalLM": qwen.QWEN3_5,
+    "Qwen3_5MoeForConditionalGeneration": qwen.QWEN3_5_WRAPPED,
+    "HYV3ForCausalLM": hunyuan.HY3,
+    "Ernie4_5_MoeForCausalLM": ernie.ERNIE4_5,
+    "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,
 }
 
 # Architectures that were looked at and cannot be done from outside vLLM, and why.

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 with multi-head latent attention, and GLM-4, which routes alike."""
+"""DeepSeek-V2, V3 and GLM-4.7-Flash with multi-head latent attention, and GLM-4.5 to 4.7, which route alike."""
 
 from dataclasses import replace
 
@@ -11,6 +11,8 @@ from vllm_mcmoe.calibration.model.families.family import (
     after_dense_layers,
     built_into_vllm,
     dense_mlp,
+    differing_dense_layers,
+    is_sparse_layer,
 )
 
 # Multi-head latent attention. kv_b_proj stays in 16 bits: vLLM multiplies it into the queries and outputs, for which it
@@ -55,6 +57,11 @@ def _refuse_deepseek_v3(config: PretrainedConfig) -> str | None:
     return built_into_vllm(config, "DeepSeek-V3", **values) or _refuse_sparse_step(config)
 
 
+def _refuse_glm4_lite(config: PretrainedConfig) -> str | None:
+    built_in = built_into_vllm(config, "GLM-4.7-Flash", attention_bias=False, rope_interleave=True)
+    return built_in or differing_dense_layers(config) or _refuse_sparse_step(config)
+
+
 DEEPSEEK = ModelFamily(
     num_experts="n_routed_experts",
     intermediate_size="moe_intermediate_size",
@@ -80,4 +87,9 @@ GLM4 = ModelFamily(
     linear_ignore=("lm_head", r"re:.*\.mlp\.gate$"),
     router_scores="sigmoid",
     notes=(PREDICTION_NOTE,),
+)
+
+
+GLM4_LITE = replace(
+    DEEPSEEK_V3, is_moe_layer=is_sparse_layer, refuse=_refuse_glm4_lite, notes=(*MLA_NOTES, PREDICTION_NOTE)
 )

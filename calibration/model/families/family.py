@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 Stages = tuple[tuple[str, ...], ...]
 
 
-def _every_layer(config: PretrainedConfig, layer: int) -> bool:
+def every_layer(config: PretrainedConfig, layer: int) -> bool:
     return True
 
 
@@ -19,16 +19,22 @@ def _nothing_to_refuse(config: PretrainedConfig) -> None:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What is particular to one architecture. Names are relative to a decoder layer `model.layers.N.`.
+    """What is particular to one architecture. Names are relative to a decoder layer, `{text_prefix}layers.N.`.
 
     num_experts, intermediate_size   keys of config.json
     linears             linear layers that compressed-tensors quantises, where a layer has them, in the order of the
                         forward pass; those of one stage share their input
     linear_ignore       compressed-tensors patterns of linear layers that stay in 16 bits
+    text_prefix         on-disk prefix of what transformers' text model calls "model."; of a wrapper another one
+    head                on-disk name of the output head
+    passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
+                        are copied as they are
+    layer_kinds         values of config.json's layer_types that vLLM's model tells apart; others may not be mixed
     experts             on-disk prefix of the experts
     gate, up, down      on-disk names of an expert's projections
-    fused_experts       part -> on-disk tensor with that part of all experts, [experts, out, in], for architectures
-                        whose 16-bit files keep experts so; a checkpoint names its experts one by one all the same
+    fused_experts       part -> on-disk tensor with that part of all experts, for architectures some of whose files keep
+                        experts so; a checkpoint names its experts one by one all the same
+    fused_transposed    whether these are [experts, in, out], not [experts, out, in]
     is_moe_layer        whether decoder layer N of this config has experts
     module_names        on-disk prefix -> prefix in transformers' module tree, where the two differ; the first that
                         fits counts
@@ -44,12 +50,17 @@ class ModelFamily:
     intermediate_size: str
     linears: Stages
     linear_ignore: tuple[str, ...]
+    text_prefix: str = "model."
+    head: str = "lm_head"
+    passed_through: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ()
     experts: str = "mlp.experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     fused_experts: Mapping[str, str] = field(default_factory=dict)
-    is_moe_layer: Callable[[PretrainedConfig, int], bool] = _every_layer
+    fused_transposed: bool = False
+    is_moe_layer: Callable[[PretrainedConfig, int], bool] = every_layer
     module_names: Mapping[str, str] = field(default_factory=dict)
     moe_module: str = "mlp"
     router: str = "gate"
@@ -59,6 +70,10 @@ class ModelFamily:
     logits_divisor: str | None = None
     refuse: Callable[[PretrainedConfig], str | None] = _nothing_to_refuse
     notes: tuple[str, ...] = ()
+
+
+# vLLM's router for CPUs: vllm_mcmoe/support.py, check_cpu_routing
+NOT_ROUTED_ON_CPUS = "vLLM 0.32 and 0.33 cannot route it on CPUs, in 16 bits, too; it is served on GPUs."
 
 
 ATTENTION: Stages = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -71,6 +86,33 @@ def built_into_vllm(config: PretrainedConfig, model: str, **values: object) -> s
         if found is not None and found != expected:  # null leaves it to the model
             return f"{key} is {found!r}; vLLM's {model} has {expected!r}, whatever config.json says"
     return None
+
+
+def ignored_by_transformers(config: PretrainedConfig, model: str, **values: object) -> str | None:
+    """Why this config is not calibrated as vLLM serves it: the first key with a value that transformers' model has not
+    built in, and vLLM's follows."""
+    for key, expected in values.items():
+        found = getattr(config, key, expected)
+        if found is not None and found != expected:
+            return (
+                f"{key} is {found!r}; transformers' {model} has {expected!r}, whatever config.json says, vLLM's has not"
+            )
+    return None
+
+
+def differing_dense_layers(config: PretrainedConfig) -> str | None:
+    """For models of which transformers reads mlp_layer_types and vLLM first_k_dense_replace."""
+    dense = getattr(config, "first_k_dense_replace", None)
+    if dense is None:
+        return "first_k_dense_replace is missing, by which vLLM knows the layers without experts"
+    kinds = ["dense" if layer < dense else "sparse" for layer in range(config.num_hidden_layers)]
+    if list(config.mlp_layer_types) != kinds:
+        return f"first_k_dense_replace is {dense}, which vLLM goes by, and mlp_layer_types has other dense layers"
+    return None
+
+
+def is_sparse_layer(config: PretrainedConfig, layer: int) -> bool:
+    return config.mlp_layer_types[layer] == "sparse"
 
 
 def common_head_size(config: PretrainedConfig) -> int:

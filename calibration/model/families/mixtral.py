@@ -1,10 +1,17 @@
-"""Mixtral and its kin: experts under `block_sparse_moe`."""
+"""Mixtral and its kin, MiniMax-M2 among them: experts under `block_sparse_moe`."""
 
 from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from vllm_mcmoe.calibration.model.families.family import ATTENTION, ModelFamily, built_into_vllm, common_head_size
+from vllm_mcmoe.calibration.model.families.family import (
+    ATTENTION,
+    NOT_ROUTED_ON_CPUS,
+    ModelFamily,
+    built_into_vllm,
+    common_head_size,
+    ignored_by_transformers,
+)
 
 
 def _refuse_phi(config: PretrainedConfig) -> str | None:
@@ -16,6 +23,16 @@ def _refuse_phi(config: PretrainedConfig) -> str | None:
         attention_bias=True,
         lm_head_bias=True,
     )
+
+
+def _refuse_minimax(config: PretrainedConfig) -> str | None:
+    if getattr(config, "scoring_func", None) != "sigmoid":
+        return f"scoring_func is {getattr(config, 'scoring_func', None)!r}; transformers' MiniMax-M2 has 'sigmoid'"
+    if not getattr(config, "use_routing_bias", False):
+        return "use_routing_bias is not true, without which vLLM leaves out the router's correction bias"
+    if getattr(config, "rotary_dim", None) is None:
+        return "rotary_dim is missing, by which vLLM knows how much of a head is rotated"
+    return ignored_by_transformers(config, "MiniMax-M2", attention_bias=False)
 
 
 def _refuse_granite(config: PretrainedConfig) -> str | None:
@@ -65,3 +82,12 @@ GRANITE = ModelFamily(
     embedding_multiplier="embedding_multiplier",
     logits_divisor="logits_scaling",
 )
+
+
+# Its shared expert keeps gate and up in one tensor, which stays in 16 bits with the router.
+GRANITE_SHARED = replace(
+    GRANITE, linear_ignore=("lm_head", r"re:.*\.block_sparse_moe\.router.*", r"re:.*\.shared_mlp\..*")
+)
+
+
+MINIMAX_M2 = replace(MIXTRAL, router_scores="sigmoid", refuse=_refuse_minimax, notes=(NOT_ROUTED_ON_CPUS,))

@@ -1,5 +1,7 @@
 """Qwen's mixtures of experts, and OLMoE, which has the same layout."""
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from vllm_mcmoe.calibration.model.families.family import (
@@ -8,6 +10,8 @@ from vllm_mcmoe.calibration.model.families.family import (
     built_into_vllm,
     common_head_size,
     dense_mlp,
+    every_layer,
+    ignored_by_transformers,
 )
 
 
@@ -26,6 +30,15 @@ def _refuse_olmoe(config: PretrainedConfig) -> str | None:
 
 def _refuse_qwen2(config: PretrainedConfig) -> str | None:
     return built_into_vllm(config, "Qwen2-MoE", qkv_bias=True, head_dim=common_head_size(config))
+
+
+def _refuse_qwen3_next(config: PretrainedConfig) -> str | None:
+    own = {"attn_output_gate": True, "qkv_bias": False, "layer_scale": False, "norm_topk_prob": True}
+    if config.model_type == "qwen3_next":
+        del own["norm_topk_prob"]  # which transformers reads there
+    return built_into_vllm(config, "Qwen3-Next", attention_bias=False) or ignored_by_transformers(
+        config, "Qwen3-Next", **own, dual_chunk_attention_config=None
+    )
 
 
 QWEN2 = ModelFamily(
@@ -53,4 +66,40 @@ OLMOE = ModelFamily(
     linears=ATTENTION,
     linear_ignore=("lm_head", r"re:.*\.mlp\.gate$"),
     refuse=_refuse_olmoe,
+)
+
+
+# Gated delta nets. What the decay and the step size of a head are computed from, in_proj_a and in_proj_b, is small and
+# decides how long a state lasts: it stays in 16 bits, as the convolution does.
+DELTA_NET_NOTE = "vLLM on CPUs serves its linear attention in bfloat16 only, with heads of 128."
+
+
+QWEN3_NEXT = replace(
+    QWEN2,
+    linears=(("linear_attn.in_proj_qkvz",), ("linear_attn.out_proj",), *QWEN2.linears),
+    linear_ignore=(*QWEN2.linear_ignore, r"re:.*\.linear_attn\.(conv1d|in_proj_ba)$"),
+    layer_kinds=("linear_attention", "full_attention"),
+    refuse=_refuse_qwen3_next,
+    notes=(DELTA_NET_NOTE,),
+)
+
+
+QWEN3_5 = replace(
+    QWEN3_NEXT,
+    is_moe_layer=every_layer,
+    fused_experts={"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+    linears=(("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), ("linear_attn.out_proj",), *QWEN2.linears),
+    linear_ignore=(*QWEN2.linear_ignore, r"re:.*\.linear_attn\.(conv1d|in_proj_a|in_proj_b|in_proj_ba)$"),
+)
+
+
+VISION_NOTE = "Pictures go through the vision tower as it is, in 16 bits; calibration sees text only."
+
+
+QWEN3_5_WRAPPED = replace(
+    QWEN3_5,
+    text_prefix="model.language_model.",
+    passed_through=("model.visual.",),
+    linear_ignore=(*QWEN3_5.linear_ignore, r"re:.*visual\..*"),
+    notes=(DELTA_NET_NOTE, VISION_NOTE),
 )
