@@ -60,12 +60,13 @@ def pruning_rules(checkpoint: Path, target: float) -> list[LayerPruning]:
 
 def with_int8_linears(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     """Let the linears that a checkpoint has in 4 or 8 bits round their inputs as the CPU kernels do."""
-    files = TensorFiles(checkpoint)
+    files, description = TensorFiles(checkpoint), describe_model(checkpoint)
     for name in files.info:
         base, _, suffix = name.rpartition(".")
         if suffix != SCALE:
             continue
-        linear = model.get_submodule(base)
+        layer, relative = description.split_layer_name(base)
+        linear = model.model.layers[layer].get_submodule(description.module_name(f"{relative}.").rstrip("."))
         group_size = linear.in_features // files.info[name].shape[1]
 
         def round_inputs(module: torch.nn.Module, inputs: tuple[torch.Tensor], group_size: int = group_size):

@@ -47,9 +47,10 @@ class Packed:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# One model for each set of linears an adapter names: with a shared expert and biases, and with multi-head latent
-# attention and shared experts, and with gated delta nets, in one tensor and in two; and one whose groups are of 64. vLLM's operator does not compute in float32, our kernels
-# do: on the best instruction set of the machine, which another may lack, and on the one all have.
+# One model for each set of linears an adapter names: with a shared expert and biases, with multi-head latent attention
+# and shared experts, with gated delta nets in one tensor and in two; and one whose groups are of 64. vLLM's operator
+# does not compute in float32, our kernels do: on the best instruction set of the machine, which another may lack, and
+# on the one all have.
 PACKED = {
     "qwen2 4-bit": Packed("qwen2"),
     "qwen2 8-bit": Packed("qwen2", bits=8),
