@@ -72,7 +72,7 @@ def print_model(model: Path, summary: ModelSummary) -> None:
     table.add_row("parameters", f"{summary.parameters:,}")
     table.add_row("of them in experts", f"{summary.expert_parameters / summary.parameters:.1%}")
     table.add_row("active per token", f"{summary.active_parameters:,}")
-    table.add_row("bytes in 16 bits", f"{summary.model_bytes:,}")
+    table.add_row(f"bytes in {summary.source}", f"{summary.model_bytes:,}")
     table.add_row(f"bytes at {summary.bits:g} bits, about", f"{summary.checkpoint_bytes:,}", style="bold")
     console.print(table)
     for note in summary.notes:
@@ -126,7 +126,7 @@ def print_resources(plan: ResourcePlan, flops: float) -> None:
     table.add_row("parameters", f"{weights.total / 1e9:.1f} B", f"{weights.experts / weights.total:.1%} in experts")
     table.add_row("active per token", f"{weights.active / 1e9:.1f} B")
     table.add_section()
-    table.add_row("16-bit model", _gigabytes(quantization.model_bytes), "read layer by layer")
+    table.add_row("the model's files", _gigabytes(quantization.model_bytes), "read layer by layer")
     table.add_row("memory to quantise", _gigabytes(quantization.memory_bytes), "two layers in float32, and 2 GiB")
     table.add_row("activations", _gigabytes(quantization.activation_bytes), "in memory where they fit, else on disk")
     table.add_row("disk beside the model", _gigabytes(quantization.disk_bytes), "checkpoint and activations")

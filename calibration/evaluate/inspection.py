@@ -59,7 +59,8 @@ class ModelSummary:
 
     experts, top_k, hidden, intermediate   of each of the moe_layers
     parameters, expert_parameters, active_parameters   the last: those a token is multiplied with
-    model_bytes        of its 16-bit files
+    source             what its weights are in
+    model_bytes        of its files
     checkpoint_bytes   at `bits` per expert weight, linears at the default recipe's width
     notes              what to know of this architecture
     """
@@ -74,6 +75,7 @@ class ModelSummary:
     parameters: int
     expert_parameters: int
     active_parameters: int
+    source: str
     model_bytes: int
     bits: float
     checkpoint_bytes: int
@@ -102,6 +104,7 @@ def inspect_model(model: Path, bits: float) -> ModelSummary:
         parameters=resources.parameters.total,
         expert_parameters=resources.parameters.experts,
         active_parameters=resources.parameters.active,
+        source=description.source_format.label,
         model_bytes=resources.quantization.model_bytes,
         bits=bits,
         checkpoint_bytes=resources.serving.checkpoint_bytes,

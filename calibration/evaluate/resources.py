@@ -64,7 +64,7 @@ class Parameters:
 class QuantizationNeeds:
     """Bytes, and multiply-adds.
 
-    model_bytes        of the 16-bit files, which must be at hand
+    model_bytes        of the model's files as they are released, which must be at hand
     layer_bytes        of the largest decoder layer in float32
     activation_bytes   hidden states and gradients of the calibration tokens, in memory or on disk
     memory_bytes       resident, with activations on disk
@@ -159,7 +159,7 @@ def plan_resources(
     layer_bytes = FLOAT_BYTES * max(layer_weights)
     passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
     quantization = QuantizationNeeds(
-        model_bytes=BITS_16 * parameters.total,
+        model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
         activation_bytes=kept_bytes,
         memory_bytes=2 * layer_bytes + OTHER_BYTES,
@@ -222,6 +222,13 @@ def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence
     total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
     unused = layers * (description.num_experts - description.top_k) * expert
     return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
+
+
+def _model_bytes(description: MoeModel, parameters: Parameters) -> int:
+    """Of the files as released. Linears that a quantised release leaves in 16 bits are few."""
+    per_weight = description.source_format.bytes_per_weight
+    quantised = parameters.experts * per_weight(True) + parameters.linears * per_weight(False)
+    return round(quantised) + parameters.rest * BITS_16
 
 
 def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:

@@ -65,28 +65,27 @@ def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensa
     A column's errors change ever fewer columns, of which few vectors are full; so vectors go along the rows.
     """
     rows, columns = weights.shape
-    weight = np.empty((columns, _LANES), dtype=np.float32)
-    error = np.empty(_LANES, dtype=np.float32)
+    weight, scale, zero, code, error = np.empty((5, columns, _LANES), dtype=np.float32)
     for first in range(0, rows, _LANES):
         count = min(_LANES, rows - first)
         for lane in range(_LANES):  # those beyond the last row repeat it
             row = first + min(lane, count - 1)
             for i in range(columns):
-                weight[i, lane] = weights[row, i]
+                weight[i, lane], scale[i, lane], zero[i, lane] = weights[row, i], scales[row, i], zeros[row, i]
         for i in range(columns):
-            for lane in range(count):
-                row = first + lane
-                code = _nearest(weight[i, lane] / scales[row, i] + zeros[row, i], largest)
-                error[lane] = (weight[i, lane] - scales[row, i] * (code - zeros[row, i])) / inverse[i, i]
-                codes[row, i] = code
-                errors[row, i] = error[lane]
-            for lane in range(count, _LANES):
-                error[lane] = np.float32(0.0)
+            inverse_diagonal = np.float32(1.0) / inverse[i, i]
+            for lane in range(_LANES):
+                code[i, lane] = _nearest(weight[i, lane] / scale[i, lane] + zero[i, lane], largest)
+                quantized = scale[i, lane] * (code[i, lane] - zero[i, lane])
+                error[i, lane] = (weight[i, lane] - quantized) * inverse_diagonal
             if compensate:
                 for k in range(i + 1, columns):
                     factor = inverse[i, k]
                     for lane in range(_LANES):
-                        weight[k, lane] -= error[lane] * factor
+                        weight[k, lane] -= error[i, lane] * factor
+        for lane in range(count):
+            for i in range(columns):
+                codes[first + lane, i], errors[first + lane, i] = code[i, lane], error[i, lane]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 
 from vllm_mcmoe.calibration.model.families import FAMILIES, REFUSED
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
+from vllm_mcmoe.calibration.model.source_formats import READ, SourceFormat, find_source_format
 from vllm_mcmoe.calibration.model.weight_files import TensorInfo
-from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.support import check_model
 
@@ -34,6 +34,7 @@ class MoeModel:
     """One model directory, described from its config.json.
 
     config       of the text model, which in a wrapper is a part of config.json
+    source_format  what the files' weights are in
     moe_layers   decoder layer index -> layer name, the on-disk prefix of its experts
     hidden, intermediate, num_experts, top_k   sizes of every MoE layer
     """
@@ -42,6 +43,7 @@ class MoeModel:
     config: PretrainedConfig
     architecture: str
     family: ModelFamily
+    source_format: SourceFormat
     num_layers: int
     moe_layers: dict[int, str]
     hidden: int
@@ -72,8 +74,11 @@ class MoeModel:
         }
 
     def read_config(self) -> dict[str, Any]:
-        """config.json as it is written, without transformers' defaults."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        """config.json as it is written, without transformers' defaults and without what its weights are in."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            part.pop("quantization_config", None)
+        return config
 
     def experts_per_layer(self) -> dict[str, int]:
         return dict.fromkeys(self.moe_layers.values(), self.num_experts)
@@ -141,16 +146,19 @@ def describe_model(path: str | Path) -> MoeModel:
     architecture = (whole.architectures or ["none"])[0]
     config = whole.get_text_config()
     family = _find_family(path / "config.json", whole, config, architecture)
+    quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None)
     model = MoeModel(
         path=path,
         config=config,
         architecture=architecture,
         family=family,
+        source_format=find_source_format(str(path / "config.json"), quantization),
         num_layers=config.num_hidden_layers,
         moe_layers={
             layer: f"{family.text_prefix}{LAYERS}.{layer}.{family.experts}"
-            for layer in range(config.num_hidden_layers)
-            if family.is_moe_layer(config, layer)
+            for layer in _asked(
+                path, lambda: [n for n in range(config.num_hidden_layers) if family.is_moe_layer(config, n)]
+            )
         },
         hidden=config.hidden_size,
         intermediate=getattr(config, family.intermediate_size),
@@ -208,19 +216,22 @@ def _find_family(where: Path, whole: PretrainedConfig, config: PretrainedConfig,
     if family is None:
         reason = REFUSED.get(architecture, f"supported: {', '.join(FAMILIES)}")
         raise UnsupportedModelError(f"{where}: architecture {architecture} is not supported; {reason}.")
-    quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-    if quantization and method != QUANT_METHOD:
-        raise UnsupportedModelError(
-            f"{where}: the model is quantised already ({method}); start from its 16-bit weights, and a config.json "
-            "without quantization_config."
-        )
     check_model(str(where), whole)
     _check_values(where, config, family)
-    reason = family.refuse(config)
+    reason = _asked(where.parent, lambda: family.refuse(config))
     if reason is not None:
         raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")
     return family
+
+
+def _asked(path: Path, question: Callable[[], Any]) -> Any:
+    """What a family makes of a config. Raises UnsupportedModelError where a value is of no type that it could have."""
+    try:
+        return question()
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: a value has another type than it should: {error}"
+        ) from error
 
 
 def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) -> None:
@@ -280,8 +291,8 @@ def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
             )
         if info.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
-                f"{info.file}: {name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}; "
-                "start from the 16-bit model."
+                f"{info.file}: {name} has dtype {info.dtype}, and no quantization_config in config.json says what that "
+                f"stands for. Models are read in {READ}."
             )
 
 

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, by on-disk name: here of 16-bit files."""
+"""Where a model's weights come from, by on-disk name: here of the files it was released as."""
 
 import math
 from typing import Protocol
@@ -35,7 +35,9 @@ class WeightSource(Protocol):
 
 
 class WeightFiles:
-    """The WeightSource of a 16-bit model directory.
+    """The WeightSource of a model directory as it was released, in 16 bits or another of source_formats.
+
+    weights   name -> where each weight is, with the shape and dtype it is read in; stacked experts as they are stored
 
     Experts have a name each, also those of families that keep them in one tensor per layer. Decoder layers beyond the
     model's own (multi-token prediction) are left out: transformers does not run them, and a draft model could not be
@@ -43,7 +45,7 @@ class WeightFiles:
     """
 
     def __init__(self, model: MoeModel):
-        """Raises FormatError or UnsupportedModelError when tensors are missing, misshapen or already quantised."""
+        """Raises FormatError or UnsupportedModelError for tensors that are missing, misshapen or in no known form."""
         self.model = model
         if is_mcmoe_checkpoint(model.path):
             raise UnsupportedModelError(
@@ -52,10 +54,11 @@ class WeightFiles:
             )
         self.files = TensorFiles(model.path)
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
-        check_tensors(model, self.files.info)
-        self._slices = _expert_slices(model) if has_fused_experts(model, self.files.info) else {}
+        self.weights = model.source_format.weights(self.files.info)
+        check_tensors(model, self.weights)
+        self._slices = _expert_slices(model) if has_fused_experts(model, self.weights) else {}
         fused = {name for name, _, _ in self._slices.values()}
-        self._names = [name for name in self.files.info if name not in fused] + list(self._slices)
+        self._names = [name for name in self.weights if name not in fused] + list(self._slices)
 
     def _belongs(self, name: str) -> bool:
         split = self.model.split_layer_name(name)
@@ -65,16 +68,17 @@ class WeightFiles:
         return self._names
 
     def read(self, name: str) -> torch.Tensor:
+        source = self.model.source_format
         if name not in self._slices:
-            return self.files.read(name)
+            return source.read(self.files, name)
         stacked, expert, rows = self._slices[name]
         if self.model.family.fused_transposed:
-            return self.files.read(stacked, (expert,)).t()[rows].contiguous()
-        return self.files.read(stacked, (expert,), rows)
+            return source.read(self.files, stacked, (expert,)).t()[rows].contiguous()
+        return source.read(self.files, stacked, (expert,), rows)
 
     def numel(self, name: str) -> int:
         if name not in self._slices:
-            return self.files.info[name].numel
+            return self.weights[name].numel
         return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
 
 

@@ -158,11 +158,11 @@ class CheckpointRun:
         sizes = dict(rest)
         for layer in layers:
             sizes.update(layer.nbytes)
-        files, is_expert = self.model.source.files.info, self.description.is_expert_tensor
+        weights, is_expert = self.model.source.weights, self.description.is_expert_tensor
         expert_bytes = sum(n for name, n in sizes.items() if is_expert(name))
         total_bytes = sum(sizes.values())
-        expert_weights = sum(info.numel for name, info in files.items() if is_expert(name))
-        all_weights = sum(info.numel for info in files.values())
+        expert_weights = sum(info.numel for name, info in weights.items() if is_expert(name))
+        all_weights = sum(info.numel for info in weights.values())
         return QuantizationReport(
             recipe=self.recipe.name,
             linear_bits=self.linear_bits,
@@ -172,8 +172,8 @@ class CheckpointRun:
             unquantized_linears={name: why for layer in layers for name, why in layer.unquantized_linears.items()},
             expert_bytes=expert_bytes,
             total_bytes=total_bytes,
-            original_expert_bytes=sum(info.nbytes for name, info in files.items() if is_expert(name)),
-            original_total_bytes=sum(info.nbytes for info in files.values()),
+            original_expert_bytes=sum(info.nbytes for name, info in weights.items() if is_expert(name)),
+            original_total_bytes=sum(info.nbytes for info in weights.values()),
             average_bits={
                 "experts": round(8 * expert_bytes / expert_weights, 4),
                 "model": round(8 * total_bytes / all_weights, 4),
@@ -197,11 +197,11 @@ class CheckpointRun:
 def _linears(model: LayerwiseModel) -> list[LinearShape]:
     """Those that are to be quantised, from the files' headers."""
     names = {f"{name}.weight" for stage in model.description.family.linears for name in stage}
-    splits = {name: model.description.split_layer_name(name) for name in model.source.files.info}
+    splits = {name: model.description.split_layer_name(name) for name in model.source.weights}
     found = {name: split[1] for name, split in splits.items() if split and split[1] in names}
     ranks = tensor_parallel_sizes(model.description.config.num_attention_heads)
     return [
-        LinearShape(relative.removesuffix(".weight"), *model.source.files.info[name].shape, ranks)
+        LinearShape(relative.removesuffix(".weight"), *model.source.weights[name].shape, ranks)
         for name, relative in found.items()
     ]
 

@@ -50,6 +50,8 @@ def found_or_not(folder: Path, name: str, find) -> dict[str, int]:
     counted = {"found": 0, "not found": 0}
     for seed in range(MUTATIONS):
         mutate_file(folder / name, random.Random(seed))
+        if (folder / name).read_bytes() == original:  # a byte replaced by itself
+            continue
         try:
             found = find()
         except Exception as error:
@@ -81,7 +83,9 @@ def test_the_tensors_of_a_unit(out, unit):
         with working_on(out, work_arguments) as work:
             return work.load(unit)
 
-    assert found_or_not(work_path(out), file, find)["not found"] == MUTATIONS
+    counted = found_or_not(work_path(out), file, find)
+    assert counted["found"] == 0
+    assert counted["not found"] > 0.9 * MUTATIONS
 
 
 def test_the_arguments(out):

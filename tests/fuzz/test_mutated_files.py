@@ -14,6 +14,8 @@ import pytest
 from tests.calibration.conftest import mixed_plan
 from tests.calibration.test_user_files import factors_like
 from tests.fuzz.mutations import mutate_file, mutated_document
+from tests.released_forms import in_fp8, in_int4
+from tests.tiny_models import make_tiny
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
@@ -81,6 +83,20 @@ def test_a_models_weights(model):
     assert refuses_some(
         outcomes(model, "model.safetensors", lambda: LayerwiseModel(WeightFiles(describe_model(model))).load_layer(0))
     )
+
+
+@pytest.mark.parametrize("form", [in_fp8, in_int4])
+def test_a_released_form(form, tmp_path, reference_model):
+    """Its config.json, and its weights and scales."""
+    model = form(make_tiny("deepseek-v3", tmp_path / "model", reference_model))
+
+    def read() -> None:
+        source = WeightFiles(describe_model(model))
+        for name in source.names()[:20]:
+            source.read(name)
+
+    assert refuses_some(outcomes(model, "config.json", lambda: inspect_model(model, 2.5)))
+    assert refuses_some(outcomes(model, "model.safetensors", read))
 
 
 def test_a_models_index(model):
