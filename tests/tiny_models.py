@@ -14,12 +14,15 @@ from transformers import (
     AutoModelForImageTextToText,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     HYV3Config,
+    Kimi_K25Config,
     MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
@@ -31,6 +34,7 @@ from transformers import (
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen3VLMoeConfig,
 )
 
 SIZES = {
@@ -80,6 +84,8 @@ class TinyModel:
     cpu_refusal  how the plugin refuses to serve it on CPUs, where vLLM cannot
     bfloat16     vLLM on CPUs has it in no other dtype
     around       keys of config.json around the text model's, of a model that takes pictures, too
+    renamed      prefix that transformers gives tensors when it saves the model -> that of released files
+    not_served   why it is not served in these tests
     stacked      part -> name of the tensor that all experts of a layer are stacked in, where released files have that
     """
 
@@ -92,6 +98,8 @@ class TinyModel:
     cpu_refusal: str | None = None
     bfloat16: bool = False
     around: dict[str, Any] | None = None
+    not_served: str | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
     stacked: dict[str, str] = field(default_factory=dict)
 
 
@@ -110,6 +118,23 @@ DELTA_NET = {
     "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "full_attention"],
 }
+
+
+DEEPSEEK_V3 = {
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 128,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_hidden_layers": 3,
+}
+DEEPSEEK_V3_MORE = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 0}
+SPARSE_ATTENTION = {"index_topk": 16, "index_head_dim": 128, "index_n_heads": 2}
 
 
 QWEN3_5 = DELTA_NET | {
@@ -191,25 +216,82 @@ TINY_MODELS: dict[str, TinyModel] = {
     ),
     "deepseek-v3": TinyModel(
         DeepseekV3Config,
-        MLA_SIZES
-        | {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 128,
-            "intermediate_size": 256,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "q_lora_rank": 128,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "n_group": 4,
-            "topk_group": 2,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "num_nextn_predict_layers": 0,
-            "num_hidden_layers": 3,
-        },
+        MLA_SIZES | DEEPSEEK_V3 | DEEPSEEK_V3_MORE,
         moe_layers=(1, 2),
         finish=_spread_correction_bias,
+    ),
+    "deepseek-v32": TinyModel(
+        DeepseekV32Config,
+        MLA_SIZES | DEEPSEEK_V3 | SPARSE_ATTENTION,
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        more=DEEPSEEK_V3_MORE,
+        not_served="sparse attention",
+    ),
+    "glm-dsa": TinyModel(
+        GlmMoeDsaConfig,
+        MLA_SIZES | DEEPSEEK_V3 | SPARSE_ATTENTION,
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        more=DEEPSEEK_V3_MORE,
+        not_served="sparse attention",
+    ),
+    "kimi-k2.5": TinyModel(
+        Kimi_K25Config,
+        MLA_SIZES | DEEPSEEK_V3 | DEEPSEEK_V3_MORE,
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        architecture="KimiK25ForConditionalGeneration",
+        around={
+            "vision_config": {
+                "num_hidden_layers": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+            },
+            "projection_hidden_size": 64,
+            "tie_word_embeddings": False,
+        },
+        renamed={
+            "language_model.model.blocks.": "language_model.model.layers.",
+            "model.mm_projector.": "mm_projector.",
+        },
+        not_served="vLLM wants its preprocessor of pictures, also for text",
+    ),
+    "qwen3-vl": TinyModel(
+        Qwen3VLMoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 192,
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [8, 4, 4],
+                "mrope_interleaved": True,
+            },
+        },
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        more={"norm_topk_prob": True},
+        around={
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+            "tie_word_embeddings": False,
+        },
     ),
     "phi": TinyModel(
         PhimoeConfig,
@@ -340,12 +422,27 @@ def make_tiny(kind: str, directory: Path, tokenizer_from: Path, **changes: Any) 
     model.bfloat16().save_pretrained(directory)
     if tiny.architecture is not None:
         edit_config(directory, architectures=[tiny.architecture])
-    edit_config(directory, **tiny.more)
+    more = tiny.more
+    if tiny.around is not None:
+        more = {"text_config": json.loads((directory / "config.json").read_text())["text_config"] | tiny.more}
+    edit_config(directory, **more)
+    if tiny.renamed:
+        tensors = load_file(directory / "model.safetensors")
+        save_file(
+            {rename(name, tiny.renamed): tensor for name, tensor in tensors.items()}, directory / "model.safetensors"
+        )
     if tiny.stacked:
         stack_experts(directory / "model.safetensors", tiny.stacked)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(tokenizer_from / name, directory / name)
     return directory
+
+
+def rename(name: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def stack_experts(file: Path, names: dict[str, str]) -> None:

@@ -118,10 +118,8 @@ class MoeModel:
         return f"{self.layer_prefix}{layer}.{self.family.fused_experts[part]}"
 
     def fused_shape(self, part: str) -> tuple[int, int, int]:
-        """Of that tensor."""
-        out_features, in_features = self.part_shapes()[part]
-        sizes = (in_features, out_features) if self.family.fused_transposed else (out_features, in_features)
-        return (self.num_experts, *sizes)
+        """Of that tensor, unless it is transposed."""
+        return (self.num_experts, *self.part_shapes()[part])
 
     def is_expert_tensor(self, name: str) -> bool:
         """Whether an on-disk tensor, of the 16-bit model or of a checkpoint, holds weights of the routed experts."""
@@ -144,8 +142,9 @@ def describe_model(path: str | Path) -> MoeModel:
         )
     whole = _read_config(path / "config.json")
     architecture = (whole.architectures or ["none"])[0]
-    config = whole.get_text_config()
-    family = _find_family(path / "config.json", whole, config, architecture)
+    family = _find_family(path / "config.json", architecture)
+    config = _asked(path, lambda: family.text_config(whole.get_text_config()))
+    _check_family(path / "config.json", whole, config, family)
     quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None)
     model = MoeModel(
         path=path,
@@ -210,18 +209,22 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise UnsupportedModelError(f"{path}: transformers cannot read it: {reason}") from error
 
 
-def _find_family(where: Path, whole: PretrainedConfig, config: PretrainedConfig, architecture: str) -> ModelFamily:
-    """whole: config.json; config: of its text model. Raises UnsupportedModelError for what no adapter handles."""
+def _find_family(where: Path, architecture: str) -> ModelFamily:
+    """Raises UnsupportedModelError for what no adapter handles."""
     family = FAMILIES.get(architecture)
     if family is None:
         reason = REFUSED.get(architecture, f"supported: {', '.join(FAMILIES)}")
         raise UnsupportedModelError(f"{where}: architecture {architecture} is not supported; {reason}.")
+    return family
+
+
+def _check_family(where: Path, whole: PretrainedConfig, config: PretrainedConfig, family: ModelFamily) -> None:
+    """whole: config.json; config: of its text model. Raises UnsupportedModelError for values that nobody handles."""
     check_model(str(where), whole)
     _check_values(where, config, family)
     reason = _asked(where.parent, lambda: family.refuse(config))
     if reason is not None:
         raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")
-    return family
 
 
 def _asked(path: Path, question: Callable[[], Any]) -> Any:
@@ -278,14 +281,18 @@ def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
 
     Raises UnsupportedModelError naming file, tensor, what was found and what was expected.
     """
-    for name, expected in _expert_tensors(model, has_fused_experts(model, tensors)):
+    fused = has_fused_experts(model, tensors)
+    for name, expected in _expert_tensors(model, fused):
         info = tensors.get(name)
         if info is None:
             raise UnsupportedModelError(
                 f"{model.path}: tensor {name} is missing; config.json promises {model.num_experts} experts in each of "
                 f"{len(model.moe_layers)} layers. Is the download complete?"
             )
-        if info.shape != expected:
+        fits = info.shape == expected
+        if fused and model.family.fused_transposed:
+            fits = fits or info.shape == (expected[0], expected[2], expected[1])
+        if not fits:
             raise UnsupportedModelError(
                 f"{info.file}: {name} has shape {list(info.shape)}, config.json implies {list(expected)}."
             )

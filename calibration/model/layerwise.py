@@ -265,7 +265,7 @@ class LayerwiseModel:
     def note_layer_arguments(self, length: int) -> None:
         """Run the model's own forward on one sequence with its layers replaced by recorders."""
         decoder, layers = self.module.model, self.module.model.layers
-        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        recorders = nn.ModuleList(_Recorder(self.description.family.layer_outputs) for _ in layers)
         decoder.layers = recorders
         try:
             with torch.no_grad():
@@ -303,11 +303,16 @@ def _in_layer(name: str) -> bool:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: passes the hidden states on and keeps the other arguments."""
+    """Stands in for a decoder layer that returns so many values: passes the hidden states on and keeps the other
+    arguments."""
 
-    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         self.kwargs = kwargs
-        return hidden
+        return hidden if self.outputs == 1 else (hidden, *[None] * (self.outputs - 1))
 
 
 def skeleton(description: MoeModel) -> PreTrainedModel:

@@ -1,12 +1,13 @@
 """Where a model's weights come from, by on-disk name: here of the files it was released as."""
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
 from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, has_fused_experts
-from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
 from vllm_mcmoe.errors import UnsupportedModelError
 
@@ -56,8 +57,8 @@ class WeightFiles:
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         self.weights = model.source_format.weights(self.files.info)
         check_tensors(model, self.weights)
-        self._slices = _expert_slices(model) if has_fused_experts(model, self.weights) else {}
-        fused = {name for name, _, _ in self._slices.values()}
+        self._slices = _expert_slices(model, self.weights) if has_fused_experts(model, self.weights) else {}
+        fused = {name for name, *_ in self._slices.values()}
         self._names = [name for name in self.weights if name not in fused] + list(self._slices)
 
     def _belongs(self, name: str) -> bool:
@@ -71,8 +72,8 @@ class WeightFiles:
         source = self.model.source_format
         if name not in self._slices:
             return source.read(self.files, name)
-        stacked, expert, rows = self._slices[name]
-        if self.model.family.fused_transposed:
+        stacked, expert, rows, transposed = self._slices[name]
+        if transposed:
             return source.read(self.files, stacked, (expert,)).t()[rows].contiguous()
         return source.read(self.files, stacked, (expert,), rows)
 
@@ -82,16 +83,19 @@ class WeightFiles:
         return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
 
 
-def _expert_slices(model: MoeModel) -> dict[str, tuple[str, int, slice]]:
-    """For a family with stacked experts: name of one matrix -> the tensor it is in, its expert, and its rows there."""
+def _expert_slices(model: MoeModel, weights: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int, slice, bool]]:
+    """Of stacked experts: name of one matrix -> the tensor it is in, its expert, its rows, and whether that tensor is
+    transposed. One whose sizes do not tell is not: transformers takes it so."""
     slices = {}
     for part in model.family.fused_experts:
         for layer, layer_name in model.moe_layers.items():
+            stacked = model.fused_tensor(layer, part)
+            transposed = weights[stacked].shape != model.fused_shape(part)
             for expert in range(model.num_experts):
                 start = 0
                 for projection in model.projections(part):
                     rows = slice(start, start + model.projection_shape(projection)[0])
                     name = f"{model.expert_tensor(layer_name, expert, projection)}.weight"
-                    slices[name] = (model.fused_tensor(layer, part), expert, rows)
+                    slices[name] = (stacked, expert, rows, transposed)
                     start = rows.stop
     return slices

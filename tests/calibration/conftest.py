@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
@@ -38,7 +43,9 @@ def layerwise(path: Path, device: str = "cpu") -> LayerwiseModel:
 
 def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of transformers' own loading and forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    text_alone = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
+    model = auto_class.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         return model(tokens).logits
 

@@ -108,7 +108,8 @@ def _load_model_classes(jobs) -> None:
     for job in jobs:
         (architecture,) = json.loads(Path(job.model, "config.json").read_text())["architectures"]
         module, name = _VLLM_MODELS[architecture]
-        model_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+        path = module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}"
+        model_class = getattr(importlib.import_module(path), name)
         ModelRegistry.register_model(architecture, model_class)
 
 

@@ -32,7 +32,7 @@ GATE_UP_BITS, DOWN_BITS = [2, 3, 1, 4, 2, 8, 2, 3], [3, 2, 2, 1, 4, 2, 8, 2]
 # Neither size a multiple of the group size, 128, and heads of a size that vLLM's CPU attention has.
 ODD = "mixtral-odd"
 ODD_SIZES = {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
-SERVED = [kind for kind, tiny in TINY_MODELS.items() if tiny.cpu_refusal is None]
+SERVED = [kind for kind, tiny in TINY_MODELS.items() if tiny.cpu_refusal is None and tiny.not_served is None]
 KINDS = {**{kind: (kind, {}) for kind in SERVED}, ODD: ("mixtral", ODD_SIZES)}
 IN_BFLOAT16 = [kind for kind in SERVED if TINY_MODELS[kind].bfloat16]
 

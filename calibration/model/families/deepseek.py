@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from vllm_mcmoe.calibration.model.families.family import (
     ATTENTION,
+    VISION_NOTE,
     ModelFamily,
     Stages,
     after_dense_layers,
@@ -57,6 +58,19 @@ def _refuse_deepseek_v3(config: PretrainedConfig) -> str | None:
     return built_into_vllm(config, "DeepSeek-V3", **values) or _refuse_sparse_step(config)
 
 
+def _refuse_sparse_attention(config: PretrainedConfig) -> str | None:
+    return _refuse_deepseek_v3(config) or differing_dense_layers(config)
+
+
+def _refuse_glm_dsa(config: PretrainedConfig) -> str | None:
+    if "shared" in config.indexer_types:
+        return "indexer_types has layers that take over the choice of the one before, and calibration runs them singly"
+    return _refuse_sparse_attention(config)
+
+
+SPARSE_ATTENTION_NOTE = "Texts of calibration are no longer than what sparse attention keeps: its choice is not tried."
+
+
 def _refuse_glm4_lite(config: PretrainedConfig) -> str | None:
     built_in = built_into_vllm(config, "GLM-4.7-Flash", attention_bias=False, rope_interleave=True)
     return built_in or differing_dense_layers(config) or _refuse_sparse_step(config)
@@ -92,4 +106,28 @@ GLM4 = ModelFamily(
 
 GLM4_LITE = replace(
     DEEPSEEK_V3, is_moe_layer=is_sparse_layer, refuse=_refuse_glm4_lite, notes=(*MLA_NOTES, PREDICTION_NOTE)
+)
+
+
+# Sparse attention: the indexer, which chooses the tokens that are attended to, stays in 16 bits.
+DEEPSEEK_V32 = replace(
+    DEEPSEEK_V3,
+    is_moe_layer=is_sparse_layer,
+    layer_kinds=("indexed_attention",),
+    linear_ignore=(*DEEPSEEK_V3.linear_ignore, r"re:.*\.self_attn\.indexer\..*"),
+    refuse=_refuse_sparse_attention,
+    notes=(*DEEPSEEK_V3.notes, SPARSE_ATTENTION_NOTE),
+)
+
+
+GLM_DSA = replace(DEEPSEEK_V32, layer_outputs=2, refuse=_refuse_glm_dsa)
+
+
+KIMI_K25 = replace(
+    DEEPSEEK_V3,
+    text_prefix="language_model.model.",
+    head="language_model.lm_head",
+    passed_through=("vision_tower.", "mm_projector."),
+    linear_ignore=(*DEEPSEEK_V3.linear_ignore, r"re:.*(vision_tower|mm_projector)\..*"),
+    notes=(*DEEPSEEK_V3.notes, VISION_NOTE),
 )

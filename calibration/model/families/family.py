@@ -13,6 +13,10 @@ def every_layer(config: PretrainedConfig, layer: int) -> bool:
     return True
 
 
+def _itself(config: PretrainedConfig) -> PretrainedConfig:
+    return config
+
+
 def _nothing_to_refuse(config: PretrainedConfig) -> None:
     return None
 
@@ -25,16 +29,19 @@ class ModelFamily:
     linears             linear layers that compressed-tensors quantises, where a layer has them, in the order of the
                         forward pass; those of one stage share their input
     linear_ignore       compressed-tensors patterns of linear layers that stay in 16 bits
+    text_config         the config of the class that calibration runs, from that of the text model, where transformers
+                        has no class for a wrapper's text model alone
     text_prefix         on-disk prefix of what transformers' text model calls "model."; of a wrapper another one
     head                on-disk name of the output head
     passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
                         are copied as they are
+    layer_outputs       values that transformers' decoder layer returns, of which hidden states are the first
     layer_kinds         values of config.json's layer_types that vLLM's model tells apart; others may not be mixed
     experts             on-disk prefix of the experts
     gate, up, down      on-disk names of an expert's projections
     fused_experts       part -> on-disk tensor with that part of all experts, for architectures some of whose files keep
                         experts so; a checkpoint names its experts one by one all the same
-    fused_transposed    whether these are [experts, in, out], not [experts, out, in]
+    fused_transposed    whether these may be [experts, in, out] instead of [experts, out, in]; the files' headers tell
     is_moe_layer        whether decoder layer N of this config has experts
     module_names        on-disk prefix -> prefix in transformers' module tree, where the two differ; the first that
                         fits counts
@@ -50,9 +57,11 @@ class ModelFamily:
     intermediate_size: str
     linears: Stages
     linear_ignore: tuple[str, ...]
+    text_config: Callable[[PretrainedConfig], PretrainedConfig] = _itself
     text_prefix: str = "model."
     head: str = "lm_head"
     passed_through: tuple[str, ...] = ()
+    layer_outputs: int = 1
     layer_kinds: tuple[str, ...] = ()
     experts: str = "mlp.experts"
     gate: str = "gate_proj"
@@ -74,6 +83,9 @@ class ModelFamily:
 
 # vLLM's router for CPUs: vllm_mcmoe/support.py, check_cpu_routing
 NOT_ROUTED_ON_CPUS = "vLLM 0.32 and 0.33 cannot route it on CPUs, in 16 bits, too; it is served on GPUs."
+
+
+VISION_NOTE = "Pictures go through the vision tower as it is, in 16 bits; calibration sees text only."
 
 
 ATTENTION: Stages = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen3MoeConfig
 
 from vllm_mcmoe.calibration.model.families.family import (
     ATTENTION,
+    VISION_NOTE,
     ModelFamily,
     built_into_vllm,
     common_head_size,
@@ -93,13 +94,41 @@ QWEN3_5 = replace(
 )
 
 
-VISION_NOTE = "Pictures go through the vision tower as it is, in 16 bits; calibration sees text only."
-
-
 QWEN3_5_WRAPPED = replace(
     QWEN3_5,
     text_prefix="model.language_model.",
     passed_through=("model.visual.",),
     linear_ignore=(*QWEN3_5.linear_ignore, r"re:.*visual\..*"),
     notes=(DELTA_NET_NOTE, VISION_NOTE),
+)
+
+
+# What Qwen3-VL's text model has beside Qwen3-MoE's: positions in three dimensions, which are one for text, and what
+# the tower adds to the hidden states of pictures.
+_OF_PICTURES = ("mrope_section", "mrope_interleaved")
+
+
+def _as_qwen3_moe(config: PretrainedConfig) -> Qwen3MoeConfig:
+    values = config.to_dict()
+    rotation = {key: value for key, value in values.pop("rope_parameters").items() if key not in _OF_PICTURES}
+    values.pop("model_type")
+    return Qwen3MoeConfig(**values, rope_parameters=rotation)
+
+
+def _refuse_qwen3_vl(config: PretrainedConfig) -> str | None:
+    if not config.norm_topk_prob:
+        return "norm_topk_prob is not true, as transformers' Qwen3-VL has it whatever config.json says; vLLM has not"
+    return None
+
+
+QWEN3_VL = replace(
+    QWEN3,
+    text_config=_as_qwen3_moe,
+    refuse=_refuse_qwen3_vl,
+    text_prefix="model.language_model.",
+    passed_through=("model.visual.",),
+    fused_experts={"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+    fused_transposed=True,
+    linear_ignore=(*QWEN3.linear_ignore, r"re:.*visual\..*"),
+    notes=(VISION_NOTE,),
 )
