@@ -23,6 +23,7 @@ from transformers import (
     GraniteMoeSharedConfig,
     HYV3Config,
     Kimi_K25Config,
+    Lfm2MoeConfig,
     MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
@@ -106,7 +107,7 @@ class TinyModel:
 def _spread_correction_bias(model: PreTrainedModel) -> None:
     """Large enough to change which experts are selected."""
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.normal_(std=0.2)
 
 
@@ -391,6 +392,21 @@ TINY_MODELS: dict[str, TinyModel] = {
         moe_layers=(1, 2),
         finish=_spread_correction_bias,
         cpu_refusal="leaves out the router's correction bias",
+    ),
+    "lfm2": TinyModel(
+        Lfm2MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 256,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_hidden_layers": 3,
+        },
+        moe_layers=(1, 2),
+        finish=_spread_correction_bias,
+        cpu_refusal="cannot route by sigmoid without groups of experts",
     ),
     "minimax-m2": TinyModel(
         MiniMaxM2Config,

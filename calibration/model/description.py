@@ -163,7 +163,7 @@ def describe_model(path: str | Path) -> MoeModel:
         intermediate=getattr(config, family.intermediate_size),
         num_experts=getattr(config, family.num_experts),
         top_k=config.num_experts_per_tok,
-        activation=config.hidden_act,
+        activation=family.activation or config.hidden_act,
     )
     _check_shapes(model)
     return model

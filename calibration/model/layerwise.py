@@ -130,7 +130,7 @@ class LayerwiseModel:
                 self._layer_names.setdefault(split[0], []).append(name)
         check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
-        self.module.model.rotary_emb.to(self.device)
+        getattr(self.module.model, self.description.family.rotary).to(self.device)
         known = {self.description.outer_name(name) for name in self.module.state_dict() if not _in_layer(name)}
         known |= {name for name in self._outer_names if self.description.passes_through(name)}
         self.left_out = [name for name in self._outer_names if name not in known]
@@ -279,7 +279,8 @@ class LayerwiseModel:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
         self._load_outer(HEAD_MODULE, self.module.lm_head)
-        logits = self.module.lm_head(self.module.model.norm(hidden.to(self.device)))
+        norm = getattr(self.module.model, self.description.family.final_norm)
+        logits = self.module.lm_head(norm(hidden.to(self.device)))
         return logits / self._config_factor(self.description.family.logits_divisor)
 
     def _config_factor(self, key: str | None) -> float:
@@ -325,7 +326,8 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
             )
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+        rotary = getattr(model.model, description.family.rotary)
+        setattr(model.model, description.family.rotary, type(rotary)(config=config))
     except Exception as error:  # of a value that no layer can be made of, whichever it is
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(

@@ -32,7 +32,8 @@ PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SUFFIXES = (PACKED, SCALE, SHAPE)
 
 SCALE_BITS = 16
-ROW_PARALLEL = ("o_proj", "down_proj")  # names' ends: tensor parallel ranks share their inputs, of others the outputs
+# names' ends: tensor parallel ranks share their inputs, of others the outputs
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", ".w2")
 TENSOR_PARALLEL = (2, 4, 8)
 THINNEST_SLICE = 128  # inputs of a rank; thinner ones are of models that nobody shares out
 

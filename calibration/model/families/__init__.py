@@ -4,7 +4,7 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, ernie, hunyuan, mixtral, qwen
+from vllm_mcmoe.calibration.model.families import deepseek, ernie, hunyuan, lfm, mixtral, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -26,6 +26,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "DeepseekV32ForCausalLM": deepseek.DEEPSEEK_V32,
     "GlmMoeDsaForCausalLM": deepseek.GLM_DSA,
     "KimiK25ForConditionalGeneration": deepseek.KIMI_K25,
+    "Lfm2MoeForCausalLM": lfm.LFM2,
     "HYV3ForCausalLM": hunyuan.HY3,
     "Ernie4_5_MoeForCausalLM": ernie.ERNIE4_5,
     "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,

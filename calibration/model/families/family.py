@@ -35,6 +35,8 @@ class ModelFamily:
     head                on-disk name of the output head
     passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
                         are copied as they are
+    final_norm, rotary  what transformers' text model calls its last norm and its rotary embedding
+    activation          of architectures whose config.json has no hidden_act
     layer_outputs       values that transformers' decoder layer returns, of which hidden states are the first
     layer_kinds         values of config.json's layer_types that vLLM's model tells apart; others may not be mixed
     experts             on-disk prefix of the experts
@@ -61,6 +63,9 @@ class ModelFamily:
     text_prefix: str = "model."
     head: str = "lm_head"
     passed_through: tuple[str, ...] = ()
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
+    activation: str | None = None
     layer_outputs: int = 1
     layer_kinds: tuple[str, ...] = ()
     experts: str = "mlp.experts"
