@@ -150,4 +150,7 @@ def test_packed_linears_give_the_logprobs_of_transformers_too(name, checkpoints,
 def test_packed_linears_are_served_where_they_belong_in_bfloat16(name, checkpoints, served):
     packed = (PACKED | DELEGATED)[name]
     expected = expected_of(checkpoints[packed.kind, packed.bits], served[name], int8_linears=name in PACKED)
-    assert (torch.cat([logprobs for _, logprobs in served[name]]) - expected).abs().mean() < MEAN_DIFFERENCE_IN_BFLOAT16
+    difference = (torch.cat([logprobs for _, logprobs in served[name]]) - expected).abs().mean()
+    print(f"{name}: mean difference {difference:.4f}, expected to spread by {expected.std():.2f}")
+    # a gated delta net's state adds up what 4 bits of rounding do to every token before
+    assert difference < (0.1 * expected.std() if packed.kind in IN_BFLOAT16 else MEAN_DIFFERENCE_IN_BFLOAT16)

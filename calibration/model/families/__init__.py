@@ -7,6 +7,9 @@ Read family.py first.
 from vllm_mcmoe.calibration.model.families import deepseek, ernie, hunyuan, lfm, mixtral, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
+_GEMMA4 = "its experts lie beside a dense MLP, under a router of its own, which calibration does not take apart"
+
+
 FAMILIES: dict[str, ModelFamily] = {
     "MixtralForCausalLM": mixtral.MIXTRAL,
     "Qwen2MoeForCausalLM": qwen.QWEN2,
@@ -32,11 +35,16 @@ FAMILIES: dict[str, ModelFamily] = {
     "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,
 }
 
-# Architectures that were looked at and cannot be done from outside vLLM, and why.
+# Architectures that were looked at and are not supported yet, and why.
 REFUSED: dict[str, str] = {
     "GptOssForCausalLM": (
-        "its experts have biases and a clamped activation, (up + 1) * gate * sigmoid(1.702 * gate) with gate and up in "
-        "alternating rows, which the kernels do not compute; vLLM's loader takes its experts under a fixed table of "
-        "names, without room for codes, scales and zeros; and its released weights have 4 bits already"
+        "its experts have biases and a clamped activation, (up + 1) * gate * sigmoid(1.702 * gate), which the kernels "
+        "do not compute"
+    ),
+    "Gemma4ForConditionalGeneration": _GEMMA4,
+    "Gemma4ForCausalLM": _GEMMA4,
+    "NemotronHForCausalLM": "its experts have no gate: relu(up) squared, which the kernels do not compute",
+    "GraniteMoeHybridForCausalLM": (
+        "vLLM loads its experts under a table of names, in which codes, scales and zeros have no place"
     ),
 }
