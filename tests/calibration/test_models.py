@@ -7,8 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.calibration.conftest import layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import edit_config, make_qwen3
+from vllm_mcmoe.calibration.model import weight_files
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import load_full_model
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
@@ -101,6 +103,37 @@ def test_a_config_that_cannot_be_quantised_is_refused(editable_model, changes, m
     edit_config(editable_model, **changes)
     with pytest.raises(UnsupportedModelError, match=message):
         describe_model(editable_model)
+
+
+def test_reading_tensors_does_not_read_their_files_header_again(reference_model, monkeypatch):
+    """A file of thousands of small experts has a header that takes longer to parse than any of them to read."""
+    opened = []
+    safe_open = weight_files.safe_open
+
+    def counted(path, **options):
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(weight_files, "safe_open", counted)
+    source = WeightFiles(describe_model(reference_model))
+    for name in source.names():
+        source.read(name)
+    assert len(source.names()) > 100
+    assert len(opened) == len(source.files.files)
+
+
+def test_a_part_of_a_tensor_is_read_alone(tmp_path):
+    tensor = torch.arange(2 * 3 * 4 * 5, dtype=torch.bfloat16).view(2, 3, 4, 5)
+    save_file({"a": torch.ones(7), "x": tensor, "empty": torch.empty(0, 4)}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    assert torch.equal(files.read("x"), tensor)
+    assert torch.equal(files.read("x", (1,)), tensor[1])
+    assert torch.equal(files.read("x", (1, 2), slice(1, 3)), tensor[1, 2, 1:3])
+    assert torch.equal(files.read("x", (), slice(1, None)), tensor[1:])
+    assert files.read("empty").shape == (0, 4)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-50])
+    with pytest.raises(FormatError, match=r"model\.safetensors: ends inside of tensor x"):
+        files.read("x")
 
 
 TENSOR = "model.layers.2.block_sparse_moe.experts.5.w3.weight"

@@ -11,7 +11,8 @@ from vllm_mcmoe.cli.options import Activations, AsJson, Data, Device, Length, Li
 
 def evaluate(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A 16-bit model or a quantised checkpoint.", show_default=False)
+        Path,
+        typer.Argument(metavar="MODEL", help="A model as released, or a quantised checkpoint.", show_default=False),
     ],
     data: Data,
     against: Annotated[
@@ -58,20 +59,21 @@ def inspect(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A quantised checkpoint, or a 16-bit model, of which config.json is enough.",
+            help="A quantised checkpoint, or a model as released, of which config.json is enough.",
             show_default=False,
         ),
     ],
     bits: Annotated[
-        float, typer.Option(help="Of a 16-bit model: bits of an expert weight to estimate the checkpoint's size for.")
+        float,
+        typer.Option(help="Of a model as released: bits of an expert weight to estimate the checkpoint's size for."),
     ] = 2.5,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model directory holds.
 
     Of a checkpoint: the bit-width of every expert, bytes by kind of tensor, and anything wrong with the files. Of a
-    16-bit model: whether it can be quantised, its sizes and the checkpoint's; with exit code 1 and the reason where it
-    cannot. Nothing but its config.json need be downloaded for that.
+    model as released: whether it can be quantised, its sizes and the checkpoint's; with exit code 1 and the reason
+    where it cannot. Nothing but its config.json need be downloaded for that.
 
     Example: `mcmoe inspect mixtral-2.5bit/`
     """
@@ -92,7 +94,9 @@ def inspect(
 def plan_resources(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="A directory with the 16-bit model's config.json.", show_default=False),
+        typer.Argument(
+            metavar="MODEL", help="A directory with the model's config.json, as released.", show_default=False
+        ),
     ],
     bits: Annotated[float, typer.Option(help="Average bits of an expert weight, scales and zeros included.")] = 2.5,
     linear_bits: LinearBits = None,

@@ -47,7 +47,12 @@ class Activations(StrEnum):
 
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Hugging Face model directory, 16-bit safetensors.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hugging Face model directory: safetensors in 16 bits, FP8 in blocks or packed INT4.",
+        show_default=False,
+    ),
 ]
 
 Data = Annotated[
