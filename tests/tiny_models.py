@@ -20,6 +20,7 @@ from transformers import (
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
     GraniteMoeConfig,
+    GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
     HYV3Config,
     Kimi_K25Config,
@@ -312,6 +313,20 @@ TINY_MODELS: dict[str, TinyModel] = {
     ),
     "granite-shared": TinyModel(
         GraniteMoeSharedConfig, {"num_local_experts": 8, "num_experts_per_tok": 3, "shared_intermediate_size": 256}
+    ),
+    "granite-hybrid": TinyModel(
+        GraniteMoeHybridConfig,
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "shared_intermediate_size": 256,
+            "layer_types": ["linear_attention", "full_attention"],
+            "position_embedding_type": "nope",
+            "mamba_n_heads": 4,
+            "mamba_d_head": 64,
+            "mamba_d_state": 64,
+            "attention_multiplier": 0.1,
+        },
     ),
     "glm4-lite": TinyModel(
         Glm4MoeLiteConfig,

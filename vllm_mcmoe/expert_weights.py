@@ -8,6 +8,7 @@ size, unevenly where they do not divide: 1408 = 11 groups over 2 ranks are 5 and
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,8 +17,19 @@ from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS, tensor_suffixes
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
 
+# Parameters that hold nothing and take one tensor of the checkpoint each, for vLLM's models that load experts by a
+# table of names in which ours are not: exact_name says what such a tensor has to be called.
+EXACT_PREFIX = "mcmoe"
+
+
+def exact_name(expert: int | str, projection: str, suffix: str) -> str:
+    """Of the parameter that takes the tensor `experts.{expert}.{projection}.{suffix}`."""
+    return f"{EXACT_PREFIX}_{expert}_{projection}_{suffix}"
+
+
 # vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down.
 GATE, UP, DOWN = "w1", "w3", "w2"
+PROJECTIONS = {"gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,17 @@ class LayerWeights:
                 parameter = getattr(projection, suffix)
                 parameter.weight_loader = self._loader(suffix)
                 yield f"{prefix}_{suffix}", parameter
+
+    def exact_parameters(self, num_experts: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """A parameter for every tensor of the layer's experts, under its exact_name; num_experts: of all ranks."""
+        for expert in range(num_experts):
+            for projection, shard_id in PROJECTIONS.items():
+                for suffix in (QWEIGHT, SCALES, ZEROS):
+                    parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+                    parameter.weight_loader = partial(
+                        self._loader(suffix), weight_name="", shard_id=shard_id, expert_id=expert
+                    )
+                    yield exact_name(expert, projection, suffix), parameter
 
     def release(self) -> None:
         """Give back the parameters' memory at once.

@@ -45,6 +45,7 @@ def select_backend() -> str:
 class McmoeMoEMethod(FusedMoEMethodBase):
     """Experts of different bit-widths in one layer; activations int8 per token and group of 128.
 
+    exact_names   whether tensors come under the names of LayerWeights.exact_parameters
     pruning       the rule that drops some of a token's experts, or None
     model_widths  of the experts of all layers, where this is not the only one
 
@@ -59,11 +60,14 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         bits: ExpertBits,
         pruning: LayerPruning | None = None,
         model_widths: frozenset[int] = frozenset(),
+        exact_names: bool = False,
     ):
         super().__init__(moe)
         self.bits = bits
         self.model_widths = model_widths | bits.widths
         self.pruning = pruning
+        self.exact_names = exact_names
+        self.exact_parameters: list[str] = []
         self.backend = select_backend()
         self.weights: LayerWeights | None = None
 
@@ -132,6 +136,10 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         self.loading.begin(self.weights, layer.activation.value)
         for name, parameter in self.weights.parameters():
             layer.register_parameter(name, parameter)
+        if self.exact_names:
+            for name, parameter in self.weights.exact_parameters(layer.global_num_experts):
+                layer.register_parameter(name, parameter)
+                self.exact_parameters.append(name)
         # `--load-format dummy` fills parameters without calling their loaders
         self.check_loaded = config.load_config.load_format != "dummy"
 
@@ -144,7 +152,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         if self.check_loaded:
             self.weights.check_complete()
         device = next(parameter.device for _, parameter in self.weights.parameters())
-        for name, _ in list(self.weights.parameters()):
+        for name in (*(name for name, _ in self.weights.parameters()), *self.exact_parameters):
             delattr(layer, name)
         layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
         top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype

@@ -15,8 +15,9 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from vllm_mcmoe.checkpoint import QUANT_METHOD, CheckpointConfig
+from vllm_mcmoe.checkpoint import QUANT_METHOD, QWEIGHT, SCALES, ZEROS, CheckpointConfig
 from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
+from vllm_mcmoe.expert_weights import PROJECTIONS, exact_name
 from vllm_mcmoe.graph_cache import add_to_cache_key
 from vllm_mcmoe.linear_choice import LINEARS_VARIABLE, MCMOE, linears_request
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
@@ -32,6 +33,10 @@ VARIABLES = (
     "VLLM_MCMOE_PRUNING",
     "VLLM_MCMOE_TILES",
 )
+
+# vLLM's models that load experts by a table of names of their own, which ours are not in. They hand what they do not
+# know to the parameter of that very name.
+BY_EXACT_NAMES = ("GraniteMoeHybridForCausalLM",)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +58,7 @@ class McmoeConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.experts = checkpoint.experts
         self.on_disk_names = {name: name for name in checkpoint.experts}
+        self.exact_names = False
         self._pruning_rules: PruningRules | None = None
         self.linear = None
         if checkpoint.linear is not None:
@@ -103,6 +109,18 @@ class McmoeConfig(QuantizationConfig):
         """Where vLLM shows the model's config, before anything is built."""
         if hf_config is not None:
             check_model(f"{model_name}: config.json", hf_config)
+            self.exact_names = any(name in BY_EXACT_NAMES for name in hf_config.architectures or ())
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """What vLLM renames tensors by before its models see them."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        mapper = super().get_checkpoint_weight_mapper()
+        if not self.exact_names:
+            return mapper
+        ours = re.compile(rf"\.experts\.(\d+)\.({'|'.join(PROJECTIONS)})\.({QWEIGHT}|{SCALES}|{ZEROS})$")
+        exact = r".experts.routed_experts." + exact_name(r"\1", r"\2", r"\3")
+        return mapper | WeightsMapper(orig_to_new_regex={ours: exact})
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the config as vLLM renames the checkpoint's tensors."""
@@ -123,7 +141,7 @@ class McmoeConfig(QuantizationConfig):
             self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
             widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
-            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(name, layer), widths)
+            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(name, layer), widths, self.exact_names)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             method = self.linear.get_quant_method(layer, prefix)

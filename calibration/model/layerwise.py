@@ -130,14 +130,16 @@ class LayerwiseModel:
                 self._layer_names.setdefault(split[0], []).append(name)
         check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
-        getattr(self.module.model, self.description.family.rotary).to(self.device)
+        rotary = getattr(self.module.model, self.description.family.rotary)
+        if rotary is not None:  # positions may be left to Mamba layers
+            rotary.to(self.device)
         known = {self.description.outer_name(name) for name in self.module.state_dict() if not _in_layer(name)}
         known |= {name for name in self._outer_names if self.description.passes_through(name)}
         self.left_out = [name for name in self._outer_names if name not in known]
         self._outer_names = [name for name in self._outer_names if name in known]
         self._check_outer()
         for name, module in self.module.model.named_children():
-            if name not in ("embed_tokens", "layers"):
+            if name not in ("embed_tokens", LAYERS):
                 self._load_outer(f"{TEXT_MODULE}{name}", module)
         self._kwargs: dict[int, dict[str, Any]] = {}
 
@@ -327,7 +329,8 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
                 config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
             )
         rotary = getattr(model.model, description.family.rotary)
-        setattr(model.model, description.family.rotary, type(rotary)(config=config))
+        if rotary is not None:
+            setattr(model.model, description.family.rotary, type(rotary)(config=config))
     except Exception as error:  # of a value that no layer can be made of, whichever it is
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(

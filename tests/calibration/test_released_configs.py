@@ -189,7 +189,6 @@ def test_a_released_model_can_be_quantised_and_has_its_published_size(name, tmp_
         ("GptOssForCausalLM", "gpt_oss", "biases and a clamped activation"),
         ("Gemma4ForConditionalGeneration", "gemma4", "beside a dense MLP"),
         ("NemotronHForCausalLM", "nemotron_h", "have no gate"),
-        ("GraniteMoeHybridForCausalLM", "granitemoehybrid", "under a table of names"),
     ],
 )
 def test_a_model_that_cannot_be_quantised_yet_is_refused_with_the_reason(architecture, model_type, reason, tmp_path):

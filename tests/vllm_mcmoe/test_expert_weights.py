@@ -5,7 +5,7 @@ import torch
 
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.expert_weights import LayerWeights, Shard
+from vllm_mcmoe.expert_weights import PROJECTIONS, LayerWeights, Shard, exact_name
 from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, pack_codes, padded
 from vllm_mcmoe.kernels.reference import fused_experts
 
@@ -227,3 +227,22 @@ def test_release_gives_the_memory_back_while_something_still_refers_to_the_param
     assert all(parameter.untyped_storage().nbytes() for parameter in kept)
     weights.release()
     assert not any(parameter.untyped_storage().nbytes() for parameter in kept)
+
+
+def test_tensors_are_taken_under_exact_names_and_those_of_other_ranks_declined(checkpoint):
+    shard = Shard(expert_ids=(1, 3), tp_rank=0, tp_size=1)
+    expected, weights = layer_weights(shard), layer_weights(shard)
+    load(expected, checkpoint)
+    parameters = dict(weights.exact_parameters(len(GATE_UP_BITS)))
+    assert all(parameter.numel() == 0 for parameter in parameters.values())
+    projections = {shard_id: projection for projection, shard_id in PROJECTIONS.items()}
+    for (expert, shard_id), matrix in checkpoint.items():
+        for suffix, tensor in ((QWEIGHT, matrix.qweight), (SCALES, matrix.scales), (ZEROS, matrix.zeros)):
+            if tensor is not None:
+                parameter = parameters.pop(exact_name(expert, projections[shard_id], suffix))
+                parameter.weight_loader(parameter, tensor)
+    assert all(name.endswith(ZEROS) for name in parameters)  # of 1-bit matrices
+    weights.check_complete()
+    for one, other in ((weights.gate_up, expected.gate_up), (weights.down, expected.down)):
+        for found, wanted in zip(one.matrices(), other.matrices(), strict=True):
+            assert torch.equal(found.dequantize(), wanted.dequantize())

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import PretrainedConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.platforms import current_platform
 
 import vllm_mcmoe
+from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.quantization import VARIABLES, McmoeConfig, _pruning_request
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +109,41 @@ def test_what_to_prune_comes_from_vllms_option_then_from_the_environment(
         monkeypatch.setenv("VLLM_MCMOE_PRUNING", variable)
     with set_current_vllm_config(engine_config(checkpoint, hf_overrides=overrides)):
         assert _pruning_request() == request_
+
+
+def config_of(*layers: str) -> McmoeConfig:
+    return McmoeConfig(CheckpointConfig(experts={name: ExpertBits((2,) * 8, (3,) * 8) for name in layers}))
+
+
+def test_a_layer_is_found_by_its_name_or_by_its_number_where_vllm_calls_it_otherwise():
+    """MiniMax-M2's layers are made as `mlp` and loaded as `block_sparse_moe`."""
+    layers = [f"model.layers.{number}.block_sparse_moe.experts" for number in (1, 2, 11)]
+    config = config_of(*layers)
+    assert config._find_layer(layers[1]) == layers[1]
+    assert config._find_layer("model.layers.1.mlp.experts") == layers[0]
+    assert config._find_layer("language.model.layers.11.mlp.experts") == layers[2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        (["model.layers.1.mlp.experts"], "model.layers.2.mlp.experts"),
+        (["model.layers.1.mlp.text_experts", "model.layers.1.mlp.vision_experts"], "model.layers.1.mlp.experts"),
+        (["model.layers.1.mlp.experts"], "mtp.mlp.experts"),
+    ],
+    ids=["another number", "two of a number", "no number"],
+)
+def test_a_layer_that_is_not_there_for_certain_is_refused(layers, wanted):
+    with pytest.raises(FormatError, match=f"no entry for the MoE layer {wanted}; it names {layers[0]}"):
+        config_of(*layers)._find_layer(wanted)
+
+
+def test_tensors_are_renamed_for_models_that_load_by_a_table_of_names_and_for_no_others():
+    config = config_of("model.layers.1.block_sparse_moe.experts")
+    name = "model.layers.1.block_sparse_moe.experts.17.up_proj.scales"
+    others = ["model.layers.1.block_sparse_moe.router.layer.weight", "model.layers.1.self_attn.q_proj.weight_scale"]
+    config.maybe_update_config("mixtral", PretrainedConfig(architectures=["MixtralForCausalLM"]))
+    assert config.get_checkpoint_weight_mapper().apply_list([name]) == [name]
+    config.maybe_update_config("granite", PretrainedConfig(architectures=["GraniteMoeHybridForCausalLM"]))
+    renamed = config.get_checkpoint_weight_mapper().apply_list([name, *others])
+    assert renamed == ["model.layers.1.block_sparse_moe.experts.routed_experts.mcmoe_17_up_proj_scales", *others]

@@ -21,6 +21,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "PhiMoEForCausalLM": mixtral.PHI,
     "GraniteMoeForCausalLM": mixtral.GRANITE,
     "GraniteMoeSharedForCausalLM": mixtral.GRANITE_SHARED,
+    "GraniteMoeHybridForCausalLM": mixtral.GRANITE_HYBRID,
     "Glm4MoeLiteForCausalLM": deepseek.GLM4_LITE,
     "Qwen3NextForCausalLM": qwen.QWEN3_NEXT,
     "Qwen3_5MoeForCausalLM": qwen.QWEN3_5,
@@ -44,7 +45,4 @@ REFUSED: dict[str, str] = {
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "Gemma4ForCausalLM": _GEMMA4,
     "NemotronHForCausalLM": "its experts have no gate: relu(up) squared, which the kernels do not compute",
-    "GraniteMoeHybridForCausalLM": (
-        "vLLM loads its experts under a table of names, in which codes, scales and zeros have no place"
-    ),
 }

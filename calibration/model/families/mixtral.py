@@ -91,3 +91,12 @@ GRANITE_SHARED = replace(
 
 
 MINIMAX_M2 = replace(MIXTRAL, router_scores="sigmoid", refuse=_refuse_minimax, notes=(NOT_ROUTED_ON_CPUS,))
+
+
+# Granite-4-H. What vLLM calls a layer's mixer, transformers calls mamba.
+GRANITE_HYBRID = replace(
+    GRANITE_SHARED,
+    layer_kinds=("linear_attention", "full_attention"),
+    linear_ignore=(*GRANITE_SHARED.linear_ignore, r"re:.*\.(mamba|mixer)\..*"),
+    notes=("Mamba layers and shared experts stay in 16 bits.",),
+)
