@@ -59,6 +59,12 @@ class McmoeHfQuantizer(HfQuantizer):
         path = _directory(model.name_or_path)
         parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, weight in _weights(path):
+            if name not in parameters:
+                kind = type(model).__name__
+                raise FormatError(
+                    f"{path}: {kind} has no parameter {name}. Checkpoints are loaded as models of text, by "
+                    "AutoModelForCausalLM."
+                )
             # transformers keeps the stored dtype of what it takes for quantised
             dtype = self.dtype if weight.is_floating_point() else weight.dtype
             parameters[name].data = weight.to(parameters[name].device, dtype)

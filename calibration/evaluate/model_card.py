@@ -46,8 +46,8 @@ def _quantization(report: QuantizationReport) -> str:
         ("calibration tokens", f"{report.calibration_tokens:,}"),
         ("bits per expert weight, scales and zeros included", f"{report.average_bits['experts']:.3f}"),
         ("bits per weight of the whole model", f"{report.average_bits['model']:.3f}"),
-        ("expert bytes", f"{report.expert_bytes:,} of {report.original_expert_bytes:,}"),
-        ("model bytes", f"{report.total_bytes:,} of {report.original_total_bytes:,}"),
+        ("expert bytes", f"{report.expert_bytes:,} of {report.original_expert_bytes:,} in 16 bits"),
+        ("model bytes", f"{report.total_bytes:,} of {report.original_total_bytes:,} in 16 bits"),
         ("share of expert weights by code width", share),
         ("attention and dense linears", linears),
     ]

@@ -74,7 +74,7 @@ class _State:
             # Becomes the gradient as it would be with this group's Q = 0: what the new values are fitted against.
             gradients = self.gradient[:, group].clone(memory_format=torch.contiguous_format)
             scales, zeros = self.grid.scales[:, index].contiguous(), self.grid.zeros[:, index].contiguous()
-            sums, change = gradients.new_empty(len(codes), len(GroupSums.__annotations__)), torch.empty_like(codes)
+            sums, change = gradients.new_empty(len(codes), len(GroupSums._fields)), torch.empty_like(codes)
             rows = (codes, product, gradients, scales, zeros, sums)
             over_rows(sum_group, rows, column_sums, written=(gradients, sums))
             fit = _fit_scale if self.grid.bits == 1 else _fit_scale_and_zero

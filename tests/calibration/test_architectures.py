@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.calibration.conftest import QUICK, layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
@@ -22,7 +22,7 @@ from vllm_mcmoe.calibration.model.layerwise import load_full_model
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.checkpoint import read_checkpoint_config
-from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
 SEQUENCES, LENGTH = 6, 64
 
@@ -155,6 +155,17 @@ def test_a_checkpoint_is_read_back_as_the_original_with_quantised_weights(kind, 
                 assert 0 < (matrix - expected).norm() / expected.norm() < 1.1, name
             else:
                 assert torch.equal(matrix, expected), name
+
+
+def test_a_wrapped_checkpoint_is_loaded_by_transformers_as_its_text_model(quantized):
+    import vllm_mcmoe.hf  # noqa: F401 -- registers the quantizer
+
+    checkpoint = quantized("qwen3.5-vision").checkpoint
+    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    for name, weight in load_dequantized(checkpoint).state_dict().items():
+        assert torch.equal(found[name], weight), name
+    with pytest.raises(FormatError, match=r"has no parameter model\.layers.*by AutoModelForCausalLM"):
+        AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
