@@ -1,6 +1,7 @@
 """`mcmoe demo`: the whole path on the embedded reference model, with a real vLLM server on localhost."""
 
 import shutil
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ PROMPTS = {
     "python": "class Server:\n    def __init__(self",
 }
 COMPLETION_TOKENS = 40
+TIMED_ROUNDS = 3
 # Eager, because compiling would double a demo's start-up for a model whose layers take microseconds.
 SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", str(LENGTH), "--max-num-seqs", "8")
 
@@ -73,34 +75,26 @@ def _ask_server(model: Path, log_file: Path) -> Served:
         serve(model, SERVER_OPTIONS, log_file=log_file) as url,
     ):
         client = OpenAI(base_url=url, api_key="none")
-        completions = {name: _complete(client, model, prompt)[0] for name, prompt in PROMPTS.items()}
-        # a second round, timed, after the first has warmed everything up
-        rounds = [_complete(client, model, prompt) for prompt in PROMPTS.values()]
-        speed = sum(tokens for _, tokens, _ in rounds) / sum(seconds for _, _, seconds in rounds)
+        completions = {name: _complete(client, model, prompt, COMPLETION_TOKENS)[0] for name, prompt in PROMPTS.items()}
+        # More rounds, timed, after the first has warmed everything up. Of each prompt two lengths: their difference is
+        # the decoding alone, whatever a request costs besides.
+        rounds = [
+            [_complete(client, model, prompt, tokens)[1] for prompt in PROMPTS.values() for _ in range(TIMED_ROUNDS)]
+            for tokens in (1, COMPLETION_TOKENS)
+        ]
+        seconds = statistics.median(rounds[1]) - statistics.median(rounds[0])
+        speed = (COMPLETION_TOKENS - 1) / seconds
     console.print(f"{model.name}: {len(PROMPTS)} prompts answered over HTTP, {speed:.0f} tokens per second")
     return Served(completions, speed)
 
 
-def _complete(client: OpenAI, model: Path, prompt: str) -> tuple[str, int, float]:
-    """Text, number of tokens after the first, and seconds from the first token to the last."""
-    stream = client.completions.create(
-        model=str(model),
-        prompt=prompt,
-        max_tokens=COMPLETION_TOKENS,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
+def _complete(client: OpenAI, model: Path, prompt: str, tokens: int) -> tuple[str, float]:
+    """A greedy continuation of so many tokens, and the seconds it took."""
+    start = time.perf_counter()
+    answer = client.completions.create(
+        model=str(model), prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
     )
-    text, first, last, tokens = "", 0.0, 0.0, 0
-    for event in stream:
-        if event.choices:
-            last = time.perf_counter()
-            first = first or last
-            text += event.choices[0].text
-        if event.usage:
-            tokens = event.usage.completion_tokens
-    return text, tokens - 1, last - first
+    return answer.choices[0].text, time.perf_counter() - start
 
 
 def _print_completions(before: Served, after: Served, bits: float) -> None:
