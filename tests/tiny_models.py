@@ -83,7 +83,7 @@ class TinyModel:
 
     moe_layers   decoder layers that have experts
     more         keys of the released models' config.json that vLLM reads, and transformers' class does not write
-    cpu_refusal  how the plugin refuses to serve it on CPUs, where vLLM cannot
+    cpu_refusal  how the plugin refuses to serve it on CPUs, where vLLM cannot: tests/vllm_mcmoe/test_refusals.py
     bfloat16     vLLM on CPUs has it in no other dtype
     around       keys of config.json around the text model's, of a model that takes pictures, too
     renamed      prefix that transformers gives tensors when it saves the model -> that of released files

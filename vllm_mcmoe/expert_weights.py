@@ -17,14 +17,12 @@ from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS, tensor_suffixes
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
 
+
 # Parameters that hold nothing and take one tensor of the checkpoint each, for vLLM's models that load experts by a
 # table of names in which ours are not: exact_name says what such a tensor has to be called.
-EXACT_PREFIX = "mcmoe"
-
-
 def exact_name(expert: int | str, projection: str, suffix: str) -> str:
     """Of the parameter that takes the tensor `experts.{expert}.{projection}.{suffix}`."""
-    return f"{EXACT_PREFIX}_{expert}_{projection}_{suffix}"
+    return f"mcmoe_{expert}_{projection}_{suffix}"
 
 
 # vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down.
