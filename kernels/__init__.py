@@ -1,8 +1,9 @@
 """Grouped GEMM over experts of different bit-widths.
 
-`experts_class(name)` gives the module that holds one layer's experts. Every backend has the same two methods:
-`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, activation, device)`, which repacks
-the checkpoint's matrices one at a time, and `forward(x, topk_weights, topk_ids, expert_map=None)`.
+`experts_class(name)` gives the module that holds one layer's experts. Every backend has the same three methods:
+`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, function, device)`, which repacks
+the checkpoint's matrices one at a time, `set_biases(gate_up, down)`, for experts that have them, and
+`forward(x, topk_weights, topk_ids, expert_map=None)`. `function` is expert_function.py's.
 """
 
 import importlib
@@ -37,8 +38,3 @@ def prune_experts(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
     if backend not in _PRUNING_MODULES:
         raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(_PRUNING_MODULES)}")
     return importlib.import_module(_PRUNING_MODULES[backend]).prune_experts
-
-
-def supported_activations(backend: str) -> tuple[str, ...]:
-    """Names of the gate activations a backend computes. Raises ValueError for an unknown backend."""
-    return tuple(experts_class(backend).activations)

@@ -6,6 +6,7 @@ A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the mode
     {layer}.{expert}.{projection}.qweight   uint8   [out, ceil(in/128), 16*bits]
     {layer}.{expert}.{projection}.scales    float16 [out, ceil(in/128)]
     {layer}.{expert}.{projection}.zeros     float16 [out, ceil(in/128)], absent at 1 bit
+    {layer}.{expert}.{projection}.bias      [out], of models whose experts have biases: as the model has it
 
 where {layer} is the on-disk prefix of a layer's experts, for example `model.layers.0.block_sparse_moe.experts`;
 the same string names the layer in the config below, in factors.json and in plan.json. `out` and `in` are the model's
@@ -25,7 +26,7 @@ from vllm_mcmoe.pruning import PruningConfig
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
 
-QWEIGHT, SCALES, ZEROS = "qweight", "scales", "zeros"
+QWEIGHT, SCALES, ZEROS, BIAS = "qweight", "scales", "zeros", "bias"
 
 
 def tensor_suffixes(bits: int) -> tuple[str, ...]:

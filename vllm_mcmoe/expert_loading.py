@@ -47,24 +47,26 @@ class ExpertLoading:
     def complete(self) -> bool:
         return 0 < self._begun == self._finished
 
-    def begin(self, weights: LayerWeights, activation: str) -> None:
+    def begin(self, weights: LayerWeights) -> None:
         """Look into the cache; where the layer is not there, let `weights` keep what it will be offered."""
         self._begun += 1
         with self._timed():
-            experts = None if self.cache is None else self.cache.find(weights, activation)
+            experts = None if self.cache is None else self.cache.find(weights)
         if experts is not None:
             self._mapped += 1
             self._experts[weights.layer_name] = experts
         elif self.config.load_config.load_format == "dummy":
             weights.allocate()  # vLLM fills parameters without calling their loaders
         else:
-            weights.on_complete = lambda: self._repack(weights, activation)
+            weights.on_complete = lambda: self._repack(weights)
 
-    def finish(self, weights: LayerWeights, activation: str) -> nn.Module:
+    def finish(self, weights: LayerWeights) -> nn.Module:
         """The layer's experts, ready to run, when all its tensors have been loaded. The last layer reports."""
         if weights.layer_name not in self._experts:
-            self._repack(weights, activation)
+            self._repack(weights)
         experts = self._experts.pop(weights.layer_name)
+        if weights.gate_up_bias is not None:
+            experts.set_biases(weights.gate_up_bias, weights.down_bias)
         self._seconds += weights.loading_seconds
         self._bytes += sum(buffer.nbytes for buffer in experts.buffers())
         self._finished += 1
@@ -100,9 +102,9 @@ class ExpertLoading:
             self._activation_counts = ActivationCounts(device)
         return self._activation_counts
 
-    def _repack(self, weights: LayerWeights, activation: str) -> None:
+    def _repack(self, weights: LayerWeights) -> None:
         with self._timed():
-            experts = None if self.cache is None else self.cache.write(weights, activation)
+            experts = None if self.cache is None else self.cache.write(weights)
             if experts is not None:
                 self._written += 1
             else:
@@ -114,7 +116,7 @@ class ExpertLoading:
                     intermediate_size=weights.intermediate_size,
                     gate_up_bits=weights.gate_up.bits,
                     down_bits=weights.down.bits,
-                    activation=activation,
+                    function=weights.function,
                     device=weights.device,
                 )
             weights.release()

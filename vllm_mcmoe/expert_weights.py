@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS, tensor_suffixes
+from vllm_mcmoe.checkpoint import BIAS, QWEIGHT, SCALES, ZEROS, tensor_suffixes
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
 
 
@@ -25,9 +26,11 @@ def exact_name(expert: int | str, projection: str, suffix: str) -> str:
     return f"mcmoe_{expert}_{projection}_{suffix}"
 
 
-# vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down.
+# vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down. Where experts have no gate,
+# up is w1.
 GATE, UP, DOWN = "w1", "w3", "w2"
 PROJECTIONS = {"gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
+WITHOUT_GATE = {"up_proj": GATE, "down_proj": DOWN}
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,11 @@ class LayerWeights:
     """Both projections of a layer, what has been loaded of them, and the loaders vLLM calls.
 
     hidden_size, intermediate_size   of this rank's kernels: whole groups
-    gate_up                          [2*intermediate_size, hidden_size], gate rows first
+    function                         what the experts compute between their projections
+    gate_up                          [2*intermediate_size, hidden_size], gate rows first; without a gate, half of it
     down                             [hidden_size, intermediate_size]
+    gate_up_bias, down_bias          float32 [experts, rows of the two], 0 in padding; None where experts have none. Of
+                                     the ranks that share experts, the first one adds down's
     intermediate_groups              this rank's groups of the whole layer's intermediate size
     loading_seconds                  spent on copying tensors so far
     finished                         the kernels have them: what comes now is a reload, which cannot reach them
@@ -128,10 +134,13 @@ class LayerWeights:
         down_bits: Sequence[int],
         model_hidden_size: int,
         model_intermediate_size: int,
+        function: ExpertFunction = SILU,
+        has_bias: bool = False,
     ):
         """model_hidden_size, model_intermediate_size: of the whole layer, over all ranks, as config.json has them."""
         self.layer_name = layer_name
         self.shard = shard
+        self.function = function
         self._model_shape = {
             GATE: (model_intermediate_size, group_count(model_hidden_size)),
             DOWN: (model_hidden_size, group_count(model_intermediate_size)),
@@ -140,26 +149,35 @@ class LayerWeights:
         rows = range(groups.start * GROUP_SIZE, min(groups.stop * GROUP_SIZE, model_intermediate_size))
         self._part = {GATE: (rows, range(group_count(model_hidden_size))), DOWN: (range(model_hidden_size), groups)}
         self.hidden_size, self.intermediate_size = padded(model_hidden_size), len(groups) * GROUP_SIZE
-        up = self.intermediate_size  # its first row in gate_up
+        first_rows = [part * self.intermediate_size for part in range(function.factor)]  # of gate and up, or of up
         self.gate_up = ProjectionWeights(
             gate_up_bits,
-            2 * up,
+            function.factor * self.intermediate_size,
             self.hidden_size // GROUP_SIZE,
-            padding=[slice(len(rows), up), slice(up + len(rows), 2 * up)],
+            padding=[slice(first + len(rows), first + self.intermediate_size) for first in first_rows],
         )
         self.down = ProjectionWeights(
             down_bits, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
         )
+        self.gate_up_bias = self.down_bias = None
+        if has_bias:
+            self.gate_up_bias = torch.zeros(len(shard.expert_ids), self.gate_up.rows, dtype=torch.float32)
+            self.down_bias = torch.zeros(len(shard.expert_ids), self.hidden_size, dtype=torch.float32)
+        self._projections = PROJECTIONS if function.gated else WITHOUT_GATE
+        self._biases = (BIAS,) if has_bias else ()
         self._tensors = [
             (expert, shard_id, suffix)
             for expert in range(len(shard.expert_ids))
-            for shard_id in (GATE, UP, DOWN)
-            for suffix in tensor_suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
+            for shard_id in self._projections.values()
+            for suffix in self._suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
         ]
         self._missing = set(self._tensors)
         self.loading_seconds = 0.0
         self.finished = False
         self.on_complete: Callable[[], None] | None = None
+
+    def _suffixes(self, bits: int) -> tuple[str, ...]:
+        return (*tensor_suffixes(bits), *self._biases)
 
     @property
     def device(self) -> torch.device:
@@ -172,21 +190,29 @@ class LayerWeights:
         self.down.allocate()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters as vLLM's checkpoint mapping expects them: w13_qweight, ..., w2_zeros."""
+        """Names and parameters as vLLM's checkpoint mapping expects them: w13_qweight, ..., w2_zeros, w2_bias."""
         for prefix, projection in (("w13", self.gate_up), ("w2", self.down)):
             for suffix in (QWEIGHT, SCALES, ZEROS):
                 parameter = getattr(projection, suffix)
                 parameter.weight_loader = self._loader(suffix)
                 yield f"{prefix}_{suffix}", parameter
+            for suffix in self._biases:
+                yield f"{prefix}_{suffix}", self._placeholder(suffix)
+
+    def _placeholder(self, suffix: str) -> nn.Parameter:
+        """Takes tensors of the checkpoint and holds nothing."""
+        parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        parameter.weight_loader = self._loader(suffix)
+        return parameter
 
     def exact_parameters(self, num_experts: int) -> Iterator[tuple[str, nn.Parameter]]:
         """A parameter for every tensor of the layer's experts, under its exact_name; num_experts: of all ranks."""
         for expert in range(num_experts):
-            for projection, shard_id in PROJECTIONS.items():
-                for suffix in (QWEIGHT, SCALES, ZEROS):
-                    parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+            for projection, shard_id in self._projections.items():
+                for suffix in (QWEIGHT, SCALES, ZEROS, *self._biases):
+                    parameter = self._placeholder(suffix)
                     parameter.weight_loader = partial(
-                        self._loader(suffix), weight_name="", shard_id=shard_id, expert_id=expert
+                        parameter.weight_loader, weight_name="", shard_id=shard_id, expert_id=expert
                     )
                     yield exact_name(expert, projection, suffix), parameter
 
@@ -224,13 +250,15 @@ class LayerWeights:
             )
         projection = self.down if shard_id == DOWN else self.gate_up
         bits = projection.bits[expert]
-        if suffix not in tensor_suffixes(bits):
+        if suffix not in self._suffixes(bits) or shard_id not in self._projections.values():
             raise FormatError(f"{where}: present in the checkpoint, but a {bits}-bit matrix has none.")
         which = DOWN if shard_id == DOWN else GATE
         (rows, groups), first = self._part[which], self.intermediate_size if shard_id == UP else 0
         packed = suffix == QWEIGHT
-        dtype = torch.uint8 if packed else torch.float16
+        dtype = {QWEIGHT: torch.uint8, BIAS: loaded.dtype}.get(suffix, torch.float16)
         expected = [*self._model_shape[which], *([packed_bytes_per_group(bits)] if packed else [])]
+        if suffix == BIAS:
+            expected = expected[:1]
         if list(loaded.shape) != expected or loaded.dtype != dtype:
             raise FormatError(
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
@@ -243,7 +271,9 @@ class LayerWeights:
             )
         if self.on_complete is not None and not projection.allocated:
             self.allocate()
-        if projection.allocated:
+        if suffix == BIAS:
+            self._load_bias(where, loaded, shard_id, expert, rows, first)
+        elif projection.allocated:
             start = time.perf_counter()
             target = projection.view(expert, suffix)[first : first + len(rows)]
             # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
@@ -256,6 +286,17 @@ class LayerWeights:
         if self.on_complete is not None and not self._missing:
             on_complete, self.on_complete = self.on_complete, None
             on_complete()
+
+    def _load_bias(
+        self, where: str, loaded: torch.Tensor, shard_id: str, expert: int, rows: range, first: int
+    ) -> None:
+        """Read whether or not matrices are: nothing else keeps biases."""
+        if not loaded.isfinite().all():
+            raise FormatError(f"{where}: has NaN or infinite values; its file is damaged.")
+        if shard_id != DOWN:
+            self.gate_up_bias[expert, first : first + len(rows)] = loaded[rows.start : rows.stop]
+        elif self.shard.tp_rank == 0:
+            self.down_bias[expert, : len(rows)] = loaded
 
     def check_complete(self) -> None:
         """Raises FormatError naming the tensors the checkpoint lacked."""

@@ -22,7 +22,7 @@ from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
-from vllm_mcmoe.support import check_cpu_routing, check_layer, check_options, check_parallelism
+from vllm_mcmoe.support import check_cpu_routing, check_layer, check_options, check_parallelism, expert_function
 
 BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
 
@@ -100,15 +100,17 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             num_experts=layer.global_num_experts,
             intermediate_size=self.moe.intermediate_size,
             tp_size=self.moe.tp_size,
-            activation=layer.activation.value,
-            backend=self.backend,
-            has_bias=self.moe.has_bias,
+            top_k=self.moe.experts_per_token,
             weight_on_input=layer.apply_router_weight_on_input,
-            swiglu_limit=self.moe.swiglu_limit,
-            swiglu_alpha=self.moe.swiglu_alpha,
-            swiglu_beta=self.moe.swiglu_beta,
             fused_shared_experts=layer.expert_map_manager.num_fused_shared_experts,
             own_class=_own_class(layer, self.moe),
+        )
+        function = expert_function(
+            layer.layer_name,
+            layer.activation.value,
+            limit=self.moe.swiglu_limit,
+            alpha=self.moe.swiglu_alpha,
+            beta=self.moe.swiglu_beta,
         )
         config = get_current_vllm_config()
         check_options(layer.layer_name, config, self.backend)
@@ -131,9 +133,11 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             down_bits=[self.bits.down[expert] for expert in shard.expert_ids],
             model_hidden_size=hidden_size,
             model_intermediate_size=self.moe.intermediate_size,
+            function=function,
+            has_bias=self.moe.has_bias,
         )
         self.loading = expert_loading(config, self.backend)
-        self.loading.begin(self.weights, layer.activation.value)
+        self.loading.begin(self.weights)
         for name, parameter in self.weights.parameters():
             layer.register_parameter(name, parameter)
         if self.exact_names:
@@ -154,7 +158,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         device = next(parameter.device for _, parameter in self.weights.parameters())
         for name in (*(name for name, _ in self.weights.parameters()), *self.exact_parameters):
             delattr(layer, name)
-        layer.mcmoe_experts = self.loading.finish(self.weights, layer.activation.value)
+        layer.mcmoe_experts = self.loading.finish(self.weights)
         top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype
         self.loading.compile_kernels(layer.mcmoe_experts, self.model_widths, top_k, dtype, layer.expert_map)
         self.weights.finished = True
@@ -178,6 +182,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden] in x.dtype."""
         if self.pruning is not None:
             topk_weights, topk_ids = layer.mcmoe_pruning(x, topk_weights, topk_ids)
+        if layer.apply_router_weight_on_input:  # of one expert a token, see check_layer
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if not self.supports_internal_mk:
             return _computed(layer, x, topk_weights, topk_ids)
         group, shares_sequence = get_ep_group(), self.moe.is_sequence_parallel

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from vllm_mcmoe.checkpoint import QUANT_METHOD, QWEIGHT, SCALES, ZEROS, CheckpointConfig
+from vllm_mcmoe.checkpoint import BIAS, QUANT_METHOD, QWEIGHT, SCALES, ZEROS, CheckpointConfig
 from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
 from vllm_mcmoe.expert_weights import PROJECTIONS, exact_name
 from vllm_mcmoe.graph_cache import add_to_cache_key
@@ -34,9 +34,12 @@ VARIABLES = (
     "VLLM_MCMOE_TILES",
 )
 
+# Of the operators that experts are computed by: raised when their arguments change.
+CONTRACT_VERSION = "2"
+
 # vLLM's models that load experts by a table of names of their own, which ours are not in. They hand what they do not
 # know to the parameter of that very name.
-BY_EXACT_NAMES = ("GraniteMoeHybridForCausalLM",)
+BY_EXACT_NAMES = ("GraniteMoeHybridForCausalLM", "GptOssForCausalLM")
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -118,7 +121,7 @@ class McmoeConfig(QuantizationConfig):
         mapper = super().get_checkpoint_weight_mapper()
         if not self.exact_names:
             return mapper
-        ours = re.compile(rf"\.experts\.(\d+)\.({'|'.join(PROJECTIONS)})\.({QWEIGHT}|{SCALES}|{ZEROS})$")
+        ours = re.compile(rf"\.experts\.(\d+)\.({'|'.join(PROJECTIONS)})\.({QWEIGHT}|{SCALES}|{ZEROS}|{BIAS})$")
         exact = r".experts.routed_experts." + exact_name(r"\1", r"\2", r"\3")
         return mapper | WeightsMapper(orig_to_new_regex={ours: exact})
 
@@ -211,8 +214,9 @@ def _layer_number(name: str) -> str | None:
 
 
 def _note_kernels(backend: str) -> None:
-    """Of the experts, in the key of compiled graphs, which name their operator and its instruction set."""
+    """Of the experts, in the key of compiled graphs, which name their operator, its arguments and instruction set."""
     add_to_cache_key("backend", backend)
+    add_to_cache_key("contract", CONTRACT_VERSION)
     if backend == "cpu":
         from vllm_mcmoe.kernels.cpu import select_isa
 

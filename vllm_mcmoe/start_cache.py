@@ -91,14 +91,14 @@ class StartCache:
         self._bytes_not_found = 0
         self._may_write = False
 
-    def find(self, weights: LayerWeights, activation: str) -> CpuExperts | None:
+    def find(self, weights: LayerWeights) -> CpuExperts | None:
         """A layer's experts from the cache, None where it does not have them, or has them damaged."""
-        experts = self._map(weights, activation)
+        experts = self._map(weights)
         if experts is None:
-            self._bytes_not_found += sum(map(sum, record_sizes(**_sizes(weights)).values()))
+            self._bytes_not_found += sum(map(sum, record_sizes(**_sizes(weights), factor=weights.function.factor).values()))
         return experts
 
-    def write(self, weights: LayerWeights, activation: str) -> CpuExperts | None:
+    def write(self, weights: LayerWeights) -> CpuExperts | None:
         """Repacks a layer's experts into the cache and maps them from there; None where that is not possible.
 
         To be called when the layer's tensors have been loaded, and `find` has been called for all layers.
@@ -109,23 +109,23 @@ class StartCache:
             self._prepare_writing()
         if self.problem:
             return None
-        experts = self._map(weights, activation)  # another process may have written it by now
+        experts = self._map(weights)  # another process may have written it by now
         if experts is not None:
             return experts
         path, key = self._entry(weights)
         matrices = weights.gate_up.matrices(), weights.down.matrices()
         try:
-            return CpuExperts.prepare(*matrices, **_sizes(weights), activation=activation, file=path, key=key)
+            return CpuExperts.prepare(*matrices, **_sizes(weights), function=weights.function, file=path, key=key)
         except OSError as error:
             self._give_up(f"{path} cannot be written: {error.strerror or error}")
             return None
 
-    def _map(self, weights: LayerWeights, activation: str) -> CpuExperts | None:
+    def _map(self, weights: LayerWeights) -> CpuExperts | None:
         if self._files is None or self.problem:
             return None
         path, key = self._entry(weights)
         try:
-            return CpuExperts.from_file(path, key, **_sizes(weights), activation=activation)
+            return CpuExperts.from_file(path, key, **_sizes(weights), function=weights.function)
         except FileNotFoundError:
             return None
         except RecordsError as error:

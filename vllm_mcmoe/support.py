@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
-from vllm_mcmoe.kernels import supported_activations
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, group_count
 
 if TYPE_CHECKING:
@@ -36,6 +36,56 @@ def check_model(where: str, config: Any) -> None:
                 )
 
 
+# vLLM's names of what experts compute. A parameter beside a name that has none would change what vLLM computes.
+_FUNCTIONS = {
+    "silu": ExpertFunction(),
+    "gelu": ExpertFunction("gelu"),
+    "gelu_tanh": ExpertFunction("gelu_tanh"),
+    "swigluoai": GPT_OSS,
+    "silu_no_mul": ExpertFunction("silu", gated=False),
+    "gelu_no_mul": ExpertFunction("gelu", gated=False),
+    "gelu_tanh_no_mul": ExpertFunction("gelu_tanh", gated=False),
+    "relu2_no_mul": ExpertFunction("relu2", gated=False),
+}
+_WITH_LIMIT = "silu"  # vLLM clamps it where there is a limit
+_WITH_PARAMETERS = "swigluoai_uninterleave"
+
+
+def expert_function(
+    name: str, activation: str, *, limit: float | None, alpha: float | None, beta: float | None
+) -> ExpertFunction:
+    """What vLLM has this layer's experts compute between their projections.
+
+    activation           vLLM's name
+    limit, alpha, beta   vLLM's swiglu_limit and so on, beside the name; None where not given
+
+    Raises UnsupportedModelError, naming the layer, for what the kernels do not compute.
+    """
+    if activation == _WITH_PARAMETERS and limit is not None:
+        return ExpertFunction(
+            "silu", limit=limit, alpha=1.0 if alpha is None else alpha, beta=0.0 if beta is None else beta
+        )
+    function = _FUNCTIONS.get(activation)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{name}: activation {activation!r} is not supported; the kernels have "
+            f"{', '.join([*_FUNCTIONS, _WITH_PARAMETERS])}. Serve the 16-bit model."
+        )
+    if activation == _WITH_LIMIT and limit is not None:
+        function = ExpertFunction("silu", limit=limit)
+    for parameter, value, built_in in (
+        ("swiglu_limit", limit, function.limit),
+        ("swiglu_alpha", alpha, function.alpha),
+        ("swiglu_beta", beta, function.beta),
+    ):
+        if value not in (None, built_in):
+            raise UnsupportedModelError(
+                f"{name}: {parameter} is {value}, beside the activation {activation!r}, which the kernels compute "
+                f"with {built_in}; the model's answers would be wrong. Serve the 16-bit model."
+            )
+    return function
+
+
 def check_layer(
     name: str,
     bits: ExpertBits,
@@ -43,13 +93,8 @@ def check_layer(
     num_experts: int,
     intermediate_size: int,
     tp_size: int,
-    activation: str,
-    backend: str,
-    has_bias: bool,
+    top_k: int,
     weight_on_input: bool,
-    swiglu_limit: float | None,
-    swiglu_alpha: float | None,
-    swiglu_beta: float | None,
     fused_shared_experts: int,
     own_class: str | None,
 ) -> None:
@@ -58,8 +103,6 @@ def check_layer(
     num_experts        of the whole layer, over all ranks
     intermediate_size  of the whole layer, over all ranks
     weight_on_input    the model multiplies the routing weight into the experts' input, not their output
-    swiglu_*           of clamp(gate) * sigmoid(alpha * clamp(gate)) * (clamp(up) + beta); None where not given. vLLM
-                       has them beside the activation's name, which for a clamped model may be plain "silu"
     fused_shared_experts   shared experts that vLLM computes as if the router had chosen them, in the same layer
     own_class          the model's own class of layers or MoE configs, which adds to what experts compute, or None
     """
@@ -77,6 +120,11 @@ def check_layer(
         raise FormatError(
             f"{name}: the model has {num_experts} experts, quantization_config.experts lists {bits.num_experts}."
         )
+    if weight_on_input and top_k != 1:
+        raise UnsupportedModelError(
+            f"{name}: the model applies routing weights to the input of {top_k} experts a token; the kernels have one "
+            "input for all of them. Serve the 16-bit model."
+        )
     groups = group_count(intermediate_size)
     if groups < tp_size:
         raise UnsupportedModelError(
@@ -84,25 +132,6 @@ def check_layer(
             f"than the {tp_size} tensor parallel ranks that share them. Use a smaller tensor parallel size, or "
             "--enable-expert-parallel, which keeps experts whole."
         )
-    if activation not in supported_activations(backend):
-        raise UnsupportedModelError(
-            f"{name}: activation {activation!r} is not supported; the {backend} kernels have "
-            f"{', '.join(supported_activations(backend))}."
-        )
-    for parameter, value, neutral in (
-        ("swiglu_limit", swiglu_limit, None),
-        ("swiglu_alpha", swiglu_alpha, 1.0),
-        ("swiglu_beta", swiglu_beta, 0.0),
-    ):
-        if value not in (None, neutral):
-            raise UnsupportedModelError(
-                f"{name}: {parameter} is {value}, beside the activation {activation!r}; the kernels have no clamp, "
-                "no slope and no offset, so the model's answers would be wrong. Serve the 16-bit model."
-            )
-    if weight_on_input:
-        raise UnsupportedModelError(f"{name}: models that apply routing weights to the input are not supported.")
-    if has_bias:
-        raise UnsupportedModelError(f"{name}: experts with biases are not supported.")
 
 
 def check_parallelism(

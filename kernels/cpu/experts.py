@@ -14,17 +14,19 @@ from vllm_mcmoe.kernels.cpu.isa import select_isa
 from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.records_file import PrivateRecords, RecordsWriter, map_records
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
-from vllm_mcmoe.kernels.cpu.vectors import GATES
+from vllm_mcmoe.kernels.cpu.vectors import function_code
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix
 from vllm_mcmoe.kernels.reference import check_matrix, local_ids
 
 
 def record_sizes(
-    hidden_size: int, intermediate_size: int, gate_up_bits: Sequence[int], down_bits: Sequence[int]
+    hidden_size: int, intermediate_size: int, gate_up_bits: Sequence[int], down_bits: Sequence[int], factor: int
 ) -> dict[str, list[int]]:
-    """Bytes of every expert's records, by buffer."""
+    """Bytes of every expert's records, by buffer. factor: of the experts' function."""
+    rows = factor * intermediate_size
     return {
-        "gate_up": [matrix_bytes(expert_record(width), 2 * intermediate_size, hidden_size) for width in gate_up_bits],
+        "gate_up": [matrix_bytes(expert_record(width), rows, hidden_size) for width in gate_up_bits],
         "down": [matrix_bytes(expert_record(width), hidden_size, intermediate_size) for width in down_bits],
     }
 
@@ -34,20 +36,21 @@ class CpuExperts(torch.nn.Module):
 
     gate_up, down              uint8 [bytes]       every expert's records, see layout.py
     gate_up_table, down_table  int64 [experts, 2]  bit-width, offset of the expert's first byte
+    gate_up_bias, down_bias    float32 [experts, rows], gate_up's in the order of its row blocks; None without biases
     """
 
-    activations = GATES
-
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
+    def __init__(self, hidden_size: int, intermediate_size: int, function: ExpertFunction):
         super().__init__()
-        if activation not in GATES:
-            raise ValueError(f"the cpu kernels have no activation {activation!r}; supported: {', '.join(GATES)}")
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size <= 0 or size % GROUP_SIZE:
                 raise ValueError(f"{name} {size} is not a positive multiple of the group size {GROUP_SIZE}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.activation = activation
-        self.activation_index = GATES.index(activation)
+        self.function, self.function_code = function, function_code(function)
+        limit = float("inf") if function.limit is None else function.limit
+        parameters = torch.tensor([limit, function.alpha, function.beta], dtype=torch.float32)
+        self.register_buffer("function_parameters", parameters, persistent=False)
+        self.register_buffer("gate_up_bias", None, persistent=False)
+        self.register_buffer("down_bias", None, persistent=False)
         self.isa = select_isa()
         compile_layer(self.isa)
 
@@ -61,31 +64,32 @@ class CpuExperts(torch.nn.Module):
         intermediate_size: int,
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
-        activation: str = "silu",
+        function: ExpertFunction = SILU,
         device: torch.device | str = "cpu",
         file: Path | None = None,
         key: Mapping[str, Any] | None = None,
     ) -> Self:
         """Repack, experts side by side on torch's number of threads, and compile.
 
-        gate_up yields [2I, H] matrices, gate rows first, down yields [H, I]. Raises ValueError for an activation, width
-        size or device the kernels lack, and for a matrix other than announced.
+        gate_up yields [2I, H] matrices, gate rows first, or [I, H] for a function without a gate; down yields [H, I].
+        Raises ValueError for a width, size or device the kernels lack, and for a matrix other than announced.
 
         With `file` the records are written there and mapped from there, for `from_file` to find under the same key (see
         records_file.py). Raises OSError where that fails; nothing is left of the file then.
         """
         if torch.device(device).type != "cpu":
             raise ValueError(f"the cpu kernels run on CPUs, not on {device}")
-        experts = cls(hidden_size, intermediate_size, activation)
+        experts = cls(hidden_size, intermediate_size, function)
         for name, bits in (("gate_up", gate_up_bits), ("down", down_bits)):
             unknown = sorted(set(bits) - set(WIDTHS))
             if unknown:
                 raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits)
-        gate_up_shape, down_shape = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor)
+        gate_up_shape, down_shape = (function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        gate_up_blocks = gate_up_row_blocks(intermediate_size, function.factor)
         down_blocks = torch.arange(hidden_size // ROWS).numpy()
         with PrivateRecords(sizes) if file is None else RecordsWriter(file, key or {}, sizes) as records:
-            _fill(records, "gate_up", gate_up, gate_up_bits, gate_up_shape, gate_up_row_blocks(intermediate_size))
+            _fill(records, "gate_up", gate_up, gate_up_bits, gate_up_shape, gate_up_blocks)
             _fill(records, "down", down, down_bits, down_shape, down_blocks)
             experts._hold(records.publish(), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
         return experts
@@ -100,14 +104,14 @@ class CpuExperts(torch.nn.Module):
         intermediate_size: int,
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
-        activation: str = "silu",
+        function: ExpertFunction = SILU,
     ) -> Self:
         """What `prepare` with this file and key gave, mapped read-only, its checksums compared; and compile.
 
         Raises OSError where the file cannot be read, RecordsError where it is damaged or of another key.
         """
-        experts = cls(hidden_size, intermediate_size, activation)
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits)
+        experts = cls(hidden_size, intermediate_size, function)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor)
         experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
         return experts
 
@@ -120,6 +124,12 @@ class CpuExperts(torch.nn.Module):
             self.register_buffer(name, records, persistent=False)
             self.register_buffer(f"{name}_table", table, persistent=False)
 
+    def set_biases(self, gate_up: torch.Tensor, down: torch.Tensor | None) -> None:
+        """gate_up: float32 [E, 2I or I], gate first; down: float32 [E, H], None where another rank adds it."""
+        blocks = torch.from_numpy(gate_up_row_blocks(self.intermediate_size, self.function.factor))
+        self.gate_up_bias = gate_up.unflatten(1, (-1, ROWS))[:, blocks].flatten(1).contiguous()
+        self.down_bias = None if down is None else down.contiguous()
+
     def forward(
         self,
         x: torch.Tensor,
@@ -130,7 +140,11 @@ class CpuExperts(torch.nn.Module):
         """x: float32, bfloat16 or float16 [T, H]; topk_weights: float [T, J]; topk_ids: int [T, J], of experts here or,
         with a map, of all of them -> [T, H] like x."""
         topk_ids = local_ids(topk_ids, expert_map)
-        return torch.ops.vllm_mcmoe.cpu_fused_experts(
+        return torch.ops.vllm_mcmoe.cpu_fused_experts(*self.arguments(x, topk_weights, topk_ids))
+
+    def arguments(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> tuple:
+        """What the custom op takes for these tokens; the ids are of experts here."""
+        return (
             x,
             topk_weights,
             topk_ids,
@@ -138,8 +152,11 @@ class CpuExperts(torch.nn.Module):
             self.gate_up_table,
             self.down,
             self.down_table,
+            self.gate_up_bias,
+            self.down_bias,
             self.intermediate_size,
-            self.activation_index,
+            self.function_code,
+            self.function_parameters,
             self.isa,
         )
 

@@ -11,7 +11,7 @@ A record is one group of G inputs of 16 output rows ("a row block"); G is 128 in
 
 Shifting a vector by b*s and masking gives one quad of 16 rows: the operand of VNNI's dot product, and one row of an AMX
 tile. Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates
-8 blocks (128 rows) of gate with the 8 of up that they multiply.
+8 blocks (128 rows) of gate with the 8 of up that they multiply, where experts have a gate.
 
 Every instruction set shares this layout. Records are kept on disk under LAYOUT_VERSION: whoever changes them raises it.
 """
@@ -85,9 +85,9 @@ def matrix_bytes(record: Record, out_features: int, in_features: int) -> int:
     return -(-exact // ALIGNMENT) * ALIGNMENT
 
 
-def gate_up_row_blocks(intermediate_size: int) -> np.ndarray:
-    """Order in which the row blocks of a [2I, H] gate_up matrix are stored: int64 [2I/16]."""
-    blocks = np.arange(2 * intermediate_size // ROWS).reshape(2, -1, GROUP_SIZE // ROWS)
+def gate_up_row_blocks(intermediate_size: int, factor: int) -> np.ndarray:
+    """Order in which the row blocks of a [factor * I, H] gate_up matrix are stored: int64 [factor * I/16]."""
+    blocks = np.arange(factor * intermediate_size // ROWS).reshape(factor, -1, GROUP_SIZE // ROWS)
     return np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(-1)
 
 

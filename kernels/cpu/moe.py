@@ -1,4 +1,4 @@
-"""One MoE layer in compiled code: group tokens by expert, quantise, gate_up and gate, down and weighted sum.
+"""One MoE layer in compiled code: group tokens by expert, quantise, gate_up and activation, down and weighted sum.
 
 A (token, expert) pair is a slot; slots are sorted by expert, then by token, and those of one expert form the chunks of
 chunks.py. Work is cut into the tasks of team.py, because experts differ in width and tokens, and cores in speed.
@@ -6,6 +6,7 @@ chunks.py. Work is cut into the tasks of team.py, because experts differ in widt
 
 from enum import IntEnum
 
+import numpy as np
 from numba import njit
 
 from vllm_mcmoe.kernels.cpu.chunks import (
@@ -19,7 +20,23 @@ from vllm_mcmoe.kernels.cpu.chunks import (
 from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64, fetch_add
 from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
 from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
-from vllm_mcmoe.kernels.cpu.vectors import add_weighted, copy64, gate_gelu, gate_gelu_tanh, gate_silu, quantize_float32
+from vllm_mcmoe.kernels.cpu.vectors import (
+    WITH_PARAMETERS,
+    WITHOUT_GATE,
+    add_weighted,
+    copy64,
+    gate_gelu,
+    gate_gelu_tanh,
+    gate_relu2,
+    gate_silu,
+    gate_silu_with_parameters,
+    gelu,
+    gelu_tanh,
+    quantize_float32,
+    relu2,
+    scale_and_add,
+    silu,
+)
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
@@ -39,7 +56,7 @@ class Field(IntEnum):
     EXPERTS = 8  # value
     HIDDEN = 9  # value
     INTERMEDIATE = 10  # value
-    ACTIVATION = 11  # value: index into vectors.GATES
+    FUNCTION = 11  # value: vectors.function_code
     GATE_UP = 12  # records, see layout.py
     GATE_UP_TABLE = 13  # int64 [experts, 2]: width, offset of the expert's first record
     DOWN = 14
@@ -64,14 +81,17 @@ class Field(IntEnum):
     PARALLEL = 33  # GOMP_parallel
     WORKER = 34  # what every thread of the team runs
     MULTIPLY_ROWS = 35  # the products of this CPU's instruction set
+    PARAMETERS = 36  # float32 [3]: limit, alpha and beta of a function that has them
+    GATE_UP_BIAS = 37  # float32 [experts, rows], in the order of the records; 0 for none
+    DOWN_BIAS = 38  # float32 [experts, hidden]; 0 for none
 
 
 # numba takes plain integers as constants, not members of an enumeration
 (
-    X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, ACTIVATION,
+    X, OUT, DTYPE, TOKENS, TOP_K, TOPK_IDS, IDS_ARE_INT64, TOPK_WEIGHTS, EXPERTS, HIDDEN, INTERMEDIATE, FUNCTION,
     GATE_UP, GATE_UP_TABLE, DOWN, DOWN_TABLE, COUNTERS, SLOT_OF, SLOT_TOKEN, SLOT_WEIGHT, SLOT_CHUNK, CHUNKS,
     CHUNK_COUNT, EXPERT_START, CODES, SCALES, MID_CODES, MID_SCALES, SCRATCH, SCRATCH_BYTES, DOWN_ROWS, BAD_ID,
-    THREADS, PARALLEL, WORKER, MULTIPLY_ROWS,
+    THREADS, PARALLEL, WORKER, MULTIPLY_ROWS, PARAMETERS, GATE_UP_BIAS, DOWN_BIAS,
 ) = map(int, Field)  # fmt: skip
 
 
@@ -168,14 +188,27 @@ def quantize_inputs(p):
 
 
 @njit
+def _is_gated(p):
+    return p[FUNCTION] & WITHOUT_GATE == 0
+
+
+@njit
+def _add_bias(totals, bias, blocks, count):
+    """Add float32 [16 * blocks] at `bias` to every slot's totals."""
+    for block in range(blocks):
+        for i in range(count):
+            scale_and_add(totals + (block * count + i) * ROWS * 4, np.float32(1.0), bias + block * ROWS * 4)
+
+
+@njit
 def gate_up_phase(p, scratch):
-    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, 8 of up).
+    """Tasks: (chunk of an expert's slots) x (128 intermediate rows: 8 row blocks of gate, if there is one, 8 of up).
 
     Returns the tasks done.
     """
     hidden, columns = p[HIDDEN], p[INTERMEDIATE] // GROUP_ROWS
     chunks, table = as_int32(p[CHUNKS]), as_int64(p[GATE_UP_TABLE])
-    blocks = 2 * GROUP_ROWS // ROWS
+    blocks = (2 if _is_gated(p) else 1) * GROUP_ROWS // ROWS
     done = 0
     while True:
         task = fetch_add(p[COUNTERS] + 128, 1)
@@ -190,25 +223,47 @@ def gate_up_phase(p, scratch):
         multiply_chunk(
             p[MULTIPLY_ROWS], bits, records, blocks, hidden, GROUP_SIZE, p[CODES], p[SCALES], first, count, scratch
         )
-        _gate_and_quantize(p, scratch, first, count, column)
+        if p[GATE_UP_BIAS]:
+            first_row = (expert * columns + column) * blocks * ROWS
+            _add_bias(scratch, p[GATE_UP_BIAS] + first_row * 4, blocks, count)
+        _activate_and_quantize(p, scratch, first, count, column, blocks)
 
 
 @njit
-def _gate_and_quantize(p, totals, first, count, column):
-    """act(gate) * up of one group of 128 intermediate rows, quantised into the slots' tiles."""
-    intermediate, half = p[INTERMEDIATE], GROUP_ROWS // ROWS
+def _activate(p, first, up, out):
+    """The experts' function on 16 float32. first: address of gate, or of up where there is no gate."""
+    code = p[FUNCTION]
+    if code == 0:
+        gate_silu(first, up, out)
+    elif code == WITH_PARAMETERS:
+        gate_silu_with_parameters(first, up, out, p[PARAMETERS])
+    elif code == 1:
+        gate_gelu(first, up, out)
+    elif code == 2:
+        gate_gelu_tanh(first, up, out)
+    elif code == 3:
+        gate_relu2(first, up, out)
+    elif code == WITHOUT_GATE:
+        silu(first, out)
+    elif code == WITHOUT_GATE + 1:
+        gelu(first, out)
+    elif code == WITHOUT_GATE + 2:
+        gelu_tanh(first, out)
+    else:
+        relu2(first, out)
+
+
+@njit
+def _activate_and_quantize(p, totals, first, count, column, blocks):
+    """One group of 128 intermediate rows, quantised into the slots' tiles."""
+    intermediate, group_blocks = p[INTERMEDIATE], GROUP_ROWS // ROWS
     row_bytes = ROWS * 4
-    group = totals + 2 * half * count * row_bytes  # float32 [128], behind the totals
+    group = totals + blocks * count * row_bytes  # float32 [128], behind the totals
     for i in range(count):
-        for block in range(half):
+        for block in range(group_blocks):
             gate = totals + (block * count + i) * row_bytes
-            up = totals + ((block + half) * count + i) * row_bytes
-            if p[ACTIVATION] == 0:
-                gate_silu(gate, up, group + block * row_bytes)
-            elif p[ACTIVATION] == 1:
-                gate_gelu(gate, up, group + block * row_bytes)
-            else:
-                gate_gelu_tanh(gate, up, group + block * row_bytes)
+            up = totals + ((block + group_blocks) * count + i) * row_bytes
+            _activate(p, gate, up, group + block * row_bytes)
         low = code_address(p[MID_CODES], first, count, i, intermediate, GROUP_SIZE, column)
         scale = scale_address(p[MID_SCALES], first, count, i, intermediate, GROUP_SIZE, column)
         quantize_float32(GROUP_SIZE, group, low, low + count * 64, scale)
@@ -238,6 +293,8 @@ def down_phase(p, scratch):
                 p[MULTIPLY_ROWS], bits, records, blocks, intermediate, GROUP_SIZE,
                 p[MID_CODES], p[MID_SCALES], first, count, totals,
             )  # fmt: skip
+            if p[DOWN_BIAS]:
+                _add_bias(totals, p[DOWN_BIAS] + (expert * hidden + first_row) * 4, blocks, count)
             _add_to_tokens(p, totals, first, count, blocks, out)
         for token in range(tokens):
             source = out + token * rows * 4

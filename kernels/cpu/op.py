@@ -27,7 +27,8 @@ _kept = threading.local()  # calls from different threads may run at once
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "cpu_fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor gate_up_table, "
-    "Tensor down, Tensor down_table, int intermediate_size, int activation, str isa) -> Tensor",
+    "Tensor down, Tensor down_table, Tensor? gate_up_bias, Tensor? down_bias, int intermediate_size, int function, "
+    "Tensor parameters, str isa) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -86,7 +87,10 @@ def kept_buffer(size: int) -> torch.Tensor:
     return buffer
 
 
-def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa, out):
+def _run(
+    x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
+    intermediate_size, function, parameters, isa, out,
+):  # fmt: skip
     tokens, hidden = x.shape
     top_k, experts = topk_ids.shape[1], gate_up_table.shape[0]
     threads = torch.get_num_threads()
@@ -106,7 +110,7 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
         experts,
         hidden,
         intermediate_size,
-        activation,
+        function,
         gate_up.data_ptr(),
         gate_up_table.data_ptr(),
         down.data_ptr(),
@@ -126,6 +130,9 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
         compiled.gomp_parallel,
         compiled.worker,
         compiled.multiply_rows,
+        parameters.data_ptr(),
+        0 if gate_up_bias is None else gate_up_bias.data_ptr(),
+        0 if down_bias is None else down_bias.data_ptr(),
     )
     compiled.entry(ctypes.addressof(params))
     bad_id = params[_BAD_ID]
@@ -134,8 +141,9 @@ def _run(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, in
 
 
 def _cpu_fused_experts(
-    x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa
-):
+    x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
+    intermediate_size, function, parameters, isa,
+):  # fmt: skip
     x, topk_ids = x.contiguous(), topk_ids.contiguous()
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.to(torch.int64)
@@ -145,7 +153,8 @@ def _cpu_fused_experts(
         last = first + MAX_TOKENS
         _run(
             x[first:last], topk_weights[first:last], topk_ids[first:last],
-            gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa, out[first:last],
+            gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
+            intermediate_size, function, parameters, isa, out[first:last],
         )  # fmt: skip
     return out
 
@@ -154,5 +163,5 @@ _LIBRARY.impl("cpu_fused_experts", _cpu_fused_experts, "CPU")
 
 
 @torch.library.register_fake("vllm_mcmoe::cpu_fused_experts", lib=_LIBRARY)
-def _fake(x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, intermediate_size, activation, isa):
+def _fake(x, *_):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -12,6 +12,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.intrinsics import F16, F32, I8, I16, I32, I64
+from vllm_mcmoe.kernels.expert_function import ExpertFunction
 
 LANES = 16
 VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
@@ -129,6 +130,11 @@ def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(builder.fmul(x, constant(VF32, 0.5)), builder.fadd(one, erf))
 
 
+def _relu2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    positive = call(builder, "llvm.maximum.v16f32", VF32, x, constant(VF32, 0.0))  # keeps NaN
+    return builder.fmul(positive, positive)
+
+
 def _gate(formula):
     """gate(gate_address, up_address, out_address): out = formula(gate) * up on 16 float32."""
 
@@ -144,8 +150,48 @@ def _gate(formula):
     return gate
 
 
-gate_silu, gate_gelu, gate_gelu_tanh = _gate(_silu), _gate(_gelu), _gate(_gelu_tanh)
-GATES = ("silu", "gelu", "gelu_tanh")  # position = how the compiled code names the activation
+def _without_gate(formula):
+    """activate(up_address, out_address): out = formula(up) on 16 float32."""
+
+    @intrinsic
+    def activate(typing_context, up_address, out_address):
+        def emit(context, builder, signature, args):
+            store(builder, formula(builder, load(builder, VF32, args[0])), args[1])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), emit
+
+    return activate
+
+
+@intrinsic
+def gate_silu_with_parameters(typing_context, gate_address, up_address, out_address, parameters):
+    """As gate_silu, with limit, alpha and beta of expert_function.py: float32 [3] at an address, limit may be inf."""
+
+    def emit(context, builder, signature, args):
+        limit, alpha, beta = (splat(builder, load(builder, F32, args[3], 4 * i)) for i in range(3))
+        gate, up = load(builder, VF32, args[0]), load(builder, VF32, args[1])
+        gate = call(builder, "llvm.minimum.v16f32", VF32, gate, limit)
+        up = call(builder, "llvm.minimum.v16f32", VF32, up, limit)
+        up = call(builder, "llvm.maximum.v16f32", VF32, up, builder.fneg(limit))
+        gated = _times_sigmoid(builder, gate, builder.fmul(gate, alpha))
+        store(builder, builder.fmul(gated, builder.fadd(up, beta)), args[2])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+
+gate_silu, gate_gelu, gate_gelu_tanh, gate_relu2 = map(_gate, (_silu, _gelu, _gelu_tanh, _relu2))
+silu, gelu, gelu_tanh, relu2 = map(_without_gate, (_silu, _gelu, _gelu_tanh, _relu2))
+
+# How the compiled code names functions: the activation's position, plus WITHOUT_GATE or WITH_PARAMETERS.
+ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu2")
+WITHOUT_GATE, WITH_PARAMETERS = 4, 8
+
+
+def function_code(function: ExpertFunction) -> int:
+    code = ACTIVATION_NAMES.index(function.activation)
+    return code + (0 if function.gated else WITHOUT_GATE) + (WITH_PARAMETERS if function.has_parameters else 0)
 
 
 def _quantize_group(dtype: int):

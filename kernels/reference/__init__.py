@@ -10,16 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix
 
 INT8_MAX = 127  # codes stay symmetric: -128 is never used, so negating an activation negates its code
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
-}
 
 
 def quantize_activations(x: torch.Tensor, group_size: int = GROUP_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,25 +58,30 @@ def fused_experts(
     gate_up: Sequence[PackedMatrix],
     down: Sequence[PackedMatrix],
     *,
-    activation: str = "silu",
+    function: ExpertFunction = SILU,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
     activations: Literal["int8", "float"] = "int8",
 ) -> torch.Tensor:
-    """out[t] = sum_j topk_weights[t, j] * down_e(act(gate_e(x[t])) * up_e(x[t])),  e = topk_ids[t, j].
+    """out[t] = sum_j topk_weights[t, j] * down_e(function(gate_up_e(x[t]))),  e = topk_ids[t, j].
 
     x: float [T, H]; topk_weights: float [T, J]; topk_ids: integer [T, J], negative contributes nothing.
-    gate_up[e]: [2I, H], gate rows first; down[e]: [H, I]. Returns [T, H] in x.dtype; sums are float32.
-    Raises ValueError for an activation that is not one of ACTIVATIONS.
+    gate_up[e]: [2I, H], gate rows first, or [I, H] of a function without a gate; down[e]: [H, I]. gate_up_bias and
+    down_bias: float32 [E, 2I or I] and [E, H], added to what the two matrices give. Returns [T, H] in x.dtype; sums are
+    float32.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {sorted(ACTIVATIONS)}")
     linear = linear_int8 if activations == "int8" else linear_float
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
         if expert < 0:
             continue
         tokens, slots = torch.where(topk_ids == expert)
-        gate, up = linear(x[tokens], gate_up[expert]).chunk(2, dim=-1)  # [n, I] each
-        expert_out = linear(ACTIVATIONS[activation](gate) * up, down[expert])  # [n, H]
+        projected = linear(x[tokens], gate_up[expert])  # [n, 2I or I]
+        if gate_up_bias is not None:
+            projected += gate_up_bias[expert]
+        expert_out = linear(function(projected), down[expert])  # [n, H]
+        if down_bias is not None:
+            expert_out += down_bias[expert]
         routing_weight = topk_weights[tokens, slots].float()
         out.index_add_(0, tokens, routing_weight.unsqueeze(-1) * expert_out)
     return out.to(x.dtype)
@@ -93,11 +93,11 @@ class ReferenceExperts(torch.nn.Module):
     gate_up, down: lists of PackedMatrix, in checkpoint layout.
     """
 
-    activations = tuple(ACTIVATIONS)
-
-    def __init__(self, gate_up: Sequence[PackedMatrix], down: Sequence[PackedMatrix], activation: str):
+    def __init__(self, gate_up: Sequence[PackedMatrix], down: Sequence[PackedMatrix], function: ExpertFunction):
         super().__init__()
-        self.gate_up, self.down, self.activation = list(gate_up), list(down), activation
+        self.gate_up, self.down, self.function = list(gate_up), list(down), function
+        self.register_buffer("gate_up_bias", None, persistent=False)
+        self.register_buffer("down_bias", None, persistent=False)
 
     @classmethod
     def prepare(
@@ -109,12 +109,11 @@ class ReferenceExperts(torch.nn.Module):
         intermediate_size: int,
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
-        activation: str = "silu",
+        function: ExpertFunction = SILU,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Collect the experts on `device`. Raises ValueError where a matrix or activation is not what was announced."""
-        check_activation("reference", activation)
-        shapes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
+        """Collect the experts on `device`. Raises ValueError where a matrix is not what was announced."""
+        shapes = ((function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         collected = []
         for name, matrices, bits, shape in zip(
             ("gate_up", "down"), (gate_up, down), (gate_up_bits, down_bits), shapes, strict=True
@@ -125,7 +124,13 @@ class ReferenceExperts(torch.nn.Module):
             for expert, (matrix, width) in enumerate(zip(experts, bits, strict=True)):
                 check_matrix(f"{name} of expert {expert}", matrix, width, shape)
             collected.append(experts)
-        return cls(*collected, activation)
+        return cls(*collected, function)
+
+    def set_biases(self, gate_up: torch.Tensor, down: torch.Tensor | None) -> None:
+        """gate_up: float32 [E, 2I or I], gate first; down: float32 [E, H], None where another rank adds it."""
+        device = self.gate_up[0].qweight.device
+        self.gate_up_bias = gate_up.to(device)
+        self.down_bias = None if down is None else down.to(device)
 
     def forward(
         self,
@@ -136,7 +141,16 @@ class ReferenceExperts(torch.nn.Module):
     ) -> torch.Tensor:
         """x: [T, H], topk_weights and topk_ids: [T, J], expert_map as for local_ids -> [T, H] in x.dtype."""
         topk_ids = local_ids(topk_ids, expert_map)
-        return fused_experts(x, topk_weights, topk_ids, self.gate_up, self.down, activation=self.activation)
+        return fused_experts(
+            x,
+            topk_weights,
+            topk_ids,
+            self.gate_up,
+            self.down,
+            function=self.function,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+        )
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
@@ -148,14 +162,6 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
         return topk_ids
     local = expert_map[topk_ids.clamp(min=0).long()]
     return torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
-
-
-def check_activation(backend: str, activation: str) -> None:
-    """Raises ValueError, naming the supported ones, when the experts' gate has another activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"the {backend} kernels have no activation {activation!r}; supported: {', '.join(ACTIVATIONS)}"
-        )
 
 
 def check_matrix(name: str, matrix: PackedMatrix, bits: int, shape: tuple[int, int]) -> None:

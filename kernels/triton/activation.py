@@ -1,27 +1,38 @@
-"""Gated activations as device functions, float32 in and out.
+"""What experts compute between their projections, as device functions, float32 in and out: expert_function.py's formulas.
 
-gate, up [.., ..] float32 -> activation(gate) * up, the formulas of vLLM's MoE layers.
+NaN passes through every limit.
 """
 
 import triton
 import triton.language as tl
 
-# names as in vLLM's MoEActivation; `swigluoai` with gate and up in halves, as this format stores them
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep")
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    if ACTIVATION == "silu":
+        if ALPHA == 1.0:
+            return x * tl.sigmoid(x)
+        else:
+            return x * tl.sigmoid(ALPHA * x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return positive * positive
 
 
 @triton.jit
-def gated_activation(gate, up, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(2.0 * inner) * up  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-    elif ACTIVATION == "swigluoai":
-        clamped = tl.minimum(gate, 7.0)
-        return clamped * tl.sigmoid(1.702 * clamped) * (tl.clamp(up, -7.0, 7.0) + 1.0)
-    else:
-        tl.static_assert(ACTIVATION == "swiglustep")
-        return tl.minimum(gate * tl.sigmoid(gate), 7.0) * tl.clamp(up, -7.0, 7.0)
+def gated(
+    gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr
+):  # fmt: skip
+    """LIMIT is None for none."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if BETA != 0.0:
+        up += BETA
+    return activated(gate, ACTIVATION, ALPHA) * up

@@ -9,10 +9,10 @@ from typing import Literal, Self
 import torch
 import triton
 
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import PackedMatrix
-from vllm_mcmoe.kernels.triton.activation import ACTIVATIONS
 from vllm_mcmoe.kernels.triton.launches import Routing, are_few, compile_kernel, run_kernel, run_layer
-from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_experts
+from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_bias, pack_experts
 from vllm_mcmoe.kernels.triton.tiles import Device, Shape, Tiles, choose_tiles, describe_device
 
 MIN_CUDA_CAPABILITY = (8, 0)  # mma.m16n8k32 on int8 and cp.async
@@ -26,7 +26,8 @@ ACTIVATIONS_VARIABLE = "VLLM_MCMOE_ACTIVATIONS"
 _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "triton_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] gate_up, "
-    "Tensor[] down, int widths, int intermediate_size, str activation, bool float_activations) -> Tensor",
+    "Tensor[] down, Tensor? gate_up_bias, Tensor? down_bias, int widths, int intermediate_size, str activation, "
+    "bool gated, float? limit, float alpha, float beta, bool float_activations) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -38,20 +39,27 @@ def _triton_experts(
     expert_map: torch.Tensor | None,
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     widths: int,
     intermediate_size: int,
     activation: str,
+    gated: bool,
+    limit: float | None,
+    alpha: float,
+    beta: float,
     float_activations: bool,
 ) -> torch.Tensor:
-    """out[t] = sum_j topk_weights[t, j] * down_e(activation(gate_e(x[t])) * up_e(x[t])),  e = topk_ids[t, j].
+    """out[t] = sum_j topk_weights[t, j] * down_e(function(gate_up_e(x[t]))),  e = topk_ids[t, j].
 
     x float [tokens, hidden], topk_weights float and topk_ids int [tokens, top_k], expert_map int32 [global experts];
-    gate_up, down: the tensors of an ExpertStack; widths: bit b set where the kernels must know b bits. Shapes alone
-    decide grids and allocations, so it can be captured.
+    gate_up, down: the tensors of an ExpertStack, the biases its bias; widths: bit b set where the kernels must know b
+    bits; activation to beta: an ExpertFunction. Shapes alone decide grids and allocations, so it can be captured.
     """
-    hidden_size = x.shape[1]
-    gate_up_stack = ExpertStack(*gate_up, 2 * intermediate_size, hidden_size, gated=True, widths=widths)
-    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=widths)
+    function = ExpertFunction(activation, gated, limit, alpha, beta)
+    hidden_size, rows = x.shape[1], function.factor * intermediate_size
+    gate_up_stack = ExpertStack(*gate_up, rows, hidden_size, gated=gated, widths=widths, bias=gate_up_bias)
+    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=widths, bias=down_bias)
     device, experts = describe_device(x.device), gate_up_stack.experts
     all_experts = experts if expert_map is None else expert_map.numel()
     shape = Shape(experts, topk_ids.shape[1], hidden_size, intermediate_size, float_activations, all_experts)
@@ -61,9 +69,7 @@ def _triton_experts(
         rows, ids, routing_weights = x[chunk], topk_ids[chunk].contiguous(), topk_weights[chunk].contiguous()
         tiles = choose_tiles(device, shape, rows.shape[0])
         routing = Routing(routing_weights, ids, expert_map, experts, tiles.block_tokens)
-        run_layer(
-            run_kernel, rows, routing, gate_up_stack, down_stack, tiles, activation, float_activations, out[chunk]
-        )
+        run_layer(run_kernel, rows, routing, gate_up_stack, down_stack, tiles, function, float_activations, out[chunk])
     return out
 
 
@@ -72,7 +78,7 @@ for _device in ("CPU", "CUDA"):  # CPU: interpreted
 
 
 @torch.library.register_fake("vllm_mcmoe::triton_experts", lib=_LIBRARY)
-def _fake(x, topk_weights, topk_ids, expert_map, gate_up, down, *_) -> torch.Tensor:
+def _fake(x, *_) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -88,21 +94,29 @@ def _tiles_of_any_prompt(device: Device, shape: Shape) -> dict[tuple, tuple[int,
 
 @lru_cache
 def compile_layer(
-    device: torch.device, shape: Shape, widths: int, activation: str, dtype: torch.dtype, is_mapped: bool
+    device: torch.device,
+    shape: Shape,
+    widths: int,
+    function: ExpertFunction,
+    biased: tuple[bool, bool],
+    dtype: torch.dtype,
+    is_mapped: bool,
 ) -> None:
     """Compiles what layers of this shape run for any number of tokens of `dtype`, unless Triton's cache has it.
 
-    widths: as in the op. Several kernels at a time, one per CPU core.
+    widths: as in the op; biased: whether gate_up and down are. Several kernels at a time, one per CPU core.
     """
     empty = partial(torch.empty, device=device)
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
 
-    def stack(out_features: int, in_features: int, gated: bool) -> ExpertStack:
+    def stack(out_features: int, in_features: int, gated: bool, biased: bool) -> ExpertStack:
         codes, scales = empty(0, dtype=torch.uint8), empty(0, dtype=torch.int32)
         offsets, bits = empty(shape.experts, 2, dtype=torch.int64), empty(shape.experts, dtype=torch.int32)
-        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, widths)
+        bias = empty(0, dtype=torch.float32) if biased else None
+        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, widths, bias)
 
-    gate_up, down = stack(2 * intermediate, hidden, gated=True), stack(hidden, intermediate, gated=False)
+    gate_up = stack(function.factor * intermediate, hidden, function.gated, biased[0])
+    down = stack(hidden, intermediate, False, biased[1])
     expert_map = empty(shape.all_experts or shape.experts, dtype=torch.int32) if is_mapped else None
     described = describe_device(device)
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
@@ -111,7 +125,7 @@ def compile_layer(
             ids = empty(tokens, shape.top_k, dtype=torch.int32)
             weights = empty(tokens, shape.top_k, dtype=torch.float32)
             routing = Routing(weights, ids, expert_map, shape.experts, tiles.block_tokens)
-            run_layer(compile_kernel, x, routing, gate_up, down, tiles, activation, shape.float_activations, out)
+            run_layer(compile_kernel, x, routing, gate_up, down, tiles, function, shape.float_activations, out)
 
 
 def check_device(device: torch.device) -> None:
@@ -139,19 +153,16 @@ class TritonExperts(torch.nn.Module):
     Buffers: the tensors of two ExpertStacks, `gate_up_*` and `down_*`.
     """
 
-    activations = ACTIVATIONS
-
-    def __init__(
-        self, gate_up: ExpertStack, down: ExpertStack, activation: str, float_activations: bool,
-        widths: Iterable[int] = (),
-    ):  # fmt: skip
+    def __init__(self, gate_up: ExpertStack, down: ExpertStack, function: ExpertFunction, float_activations: bool):
         super().__init__()
         for name, stack in (("gate_up", gate_up), ("down", down)):
             for field, tensor in stack.tensors().items():
                 self.register_buffer(f"{name}_{field}", tensor, persistent=False)
         self.widths = gate_up.widths | down.widths
-        self.hidden_size, self.intermediate_size, self.activation = gate_up.in_features, down.in_features, activation
+        self.hidden_size, self.intermediate_size, self.function = gate_up.in_features, down.in_features, function
         self.float_activations = float_activations
+        self.register_buffer("gate_up_bias", None, persistent=False)
+        self.register_buffer("down_bias", None, persistent=False)
 
     @classmethod
     def prepare(
@@ -163,21 +174,20 @@ class TritonExperts(torch.nn.Module):
         intermediate_size: int,
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
-        activation: str = "silu",
+        function: ExpertFunction = SILU,
         device: torch.device | str = "cuda",
         activations: Literal["int8", "float"] | None = None,
     ) -> Self:
         """Repack a layer's experts, one matrix at a time, on the device.
 
-        gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first; down: [hidden_size, intermediate_size].
+        gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first, without a gate half of it; down:
+        [hidden_size, intermediate_size].
         activations: what the activations are multiplied as. "int8" is the contract of all backends; "float" rounds them
         to float16 instead. None takes VLLM_MCMOE_ACTIVATIONS, or int8 without it.
-        Raises ValueError for an unsupported device or activation, and where a matrix is not what was announced.
+        Raises ValueError for an unsupported device, and where a matrix is not what was announced.
         """
         device = torch.device(device)
         check_device(device)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"the triton kernels have no activation {activation!r}; supported: {ACTIVATIONS}")
         activations = activations or os.environ.get(ACTIVATIONS_VARIABLE, "int8")
         if activations not in ("int8", "float"):
             raise ValueError(f"{ACTIVATIONS_VARIABLE}={activations!r}: choose int8 or float")
@@ -185,9 +195,9 @@ class TritonExperts(torch.nn.Module):
             pack_experts(
                 gate_up,
                 bits=gate_up_bits,
-                out_features=2 * intermediate_size,
+                out_features=function.factor * intermediate_size,
                 in_features=hidden_size,
-                gated=True,
+                gated=function.gated,
                 device=device,
             ),
             pack_experts(
@@ -198,9 +208,15 @@ class TritonExperts(torch.nn.Module):
                 gated=False,
                 device=device,
             ),
-            activation,
+            function,
             activations == "float",
         )
+
+    def set_biases(self, gate_up: torch.Tensor, down: torch.Tensor | None) -> None:
+        """gate_up: float32 [E, 2I or I], gate first; down: float32 [E, H], None where another rank adds it."""
+        device = self.gate_up_bits.device
+        self.gate_up_bias = pack_bias(gate_up.to(device), self.function.gated)
+        self.down_bias = None if down is None else pack_bias(down.to(device), gated=False)
 
     def forward(
         self,
@@ -233,7 +249,8 @@ class TritonExperts(torch.nn.Module):
         all_experts = experts if expert_map is None else expert_map.numel()
         shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)
         device = self.gate_up_bits.device
-        compile_layer(device, shape, self.widths, self.activation, dtype, expert_map is not None)
+        biased = self.gate_up_bias is not None, self.down_bias is not None
+        compile_layer(device, shape, self.widths, self.function, biased, dtype, expert_map is not None)
 
     def arguments(
         self,
@@ -250,8 +267,14 @@ class TritonExperts(torch.nn.Module):
             expert_map,
             [self.gate_up_codes, self.gate_up_scales, self.gate_up_offsets, self.gate_up_bits],
             [self.down_codes, self.down_scales, self.down_offsets, self.down_bits],
+            self.gate_up_bias,
+            self.down_bias,
             self.widths,
             self.intermediate_size,
-            self.activation,
+            self.function.activation,
+            self.function.gated,
+            self.function.limit,
+            self.function.alpha,
+            self.function.beta,
             self.float_activations,
         )

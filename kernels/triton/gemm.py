@@ -2,7 +2,7 @@
 
     out[slot, n] = sum_g x_scale[row, g] * scale[n, g] * ( sum_k code[n, k] * x[row, k]  -  zero[n, g] * x_sum[row, g] )
 
-A slot is one (token, chosen expert) pair, slot = token * top_k + j; it reads row slot // slots_per_row of x. One
+and the expert's bias[n], where it has one. A slot is one (token, chosen expert) pair, slot = token * top_k + j; it reads row slot // slots_per_row of x. One
 program computes a tile of 256 features for BLOCK_TOKENS slots of one expert, over all groups or, with split-K, over
 a part of them. The last of the parts to arrive adds them up, always in the same order.
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_mcmoe.kernels.triton.accumulate import accumulate
-from vllm_mcmoe.kernels.triton.activation import gated_activation
+from vllm_mcmoe.kernels.triton.activation import activated, gated
 from vllm_mcmoe.kernels.triton.fields import field_count, tile_rows
 from vllm_mcmoe.kernels.triton.quantize import scale_of, stored_position, stored_sum, stored_value
 from vllm_mcmoe.kernels.triton.routing import routed_sum
@@ -44,8 +44,21 @@ def _store_sums(sums, partial_ptr, part, slot, slots, tile, N, BITS: tl.constexp
 
 
 @triton.jit
-def _load_sums(partial_ptr, split_k, slot, slots, tile, N, BLOCK_TOKENS: tl.constexpr, BITS: tl.constexpr):
-    """What `_store_sums` stored, added in the order of the parts; N is whole tiles."""
+def _add_bias(sums, bias_ptr, tile, part, BITS: tl.constexpr):
+    """Added by the first part. bias: the expert's, float32, whole tiles."""
+    ROWS: tl.constexpr = tile_rows(BITS)
+    biased = ()
+    for field in tl.static_range(field_count(BITS)):
+        bias = tl.load(bias_ptr + tile * 256 + field * ROWS + tl.arange(0, ROWS))
+        biased = biased + (sums[field] + tl.where(part == 0, bias, 0.0)[:, None],)
+    return biased
+
+
+@triton.jit
+def _load_sums(
+    partial_ptr, split_k, slot, slots, tile, N, BLOCK_TOKENS: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """What `_store_sums` stored, added in the order of the parts. WHOLE: N is whole tiles."""
     ROWS: tl.constexpr = tile_rows(BITS)
     sums = ()
     for _ in tl.static_range(field_count(BITS)):
@@ -54,7 +67,10 @@ def _load_sums(partial_ptr, split_k, slot, slots, tile, N, BLOCK_TOKENS: tl.cons
         added = ()
         for field in tl.static_range(field_count(BITS)):
             at = _partial_at(partial_ptr, part, slot, slots, tile, N, field, BITS)
-            added = added + (sums[field] + tl.load(at, mask=(slot < slots)[None, :], other=0.0),)
+            inside = (slot < slots)[None, :]
+            if not WHOLE:
+                inside &= (tile * 256 + field * ROWS + tl.arange(0, ROWS) < N)[:, None]
+            added = added + (sums[field] + tl.load(at, mask=inside, other=0.0),)
         sums = added
     return sums
 
@@ -73,41 +89,67 @@ def _arrive(counter_ptr, AMD: tl.constexpr):
 
 
 @triton.jit
-def _store_activated(
-    sums, out_ptr, scale_ptr, sum_ptr, slot, slots, tile, N,
-    BITS: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT: tl.constexpr,
+def _store_group(
+    values, first_field, group, features, out_ptr, scale_ptr, sum_ptr, slot, slots,
+    FIELDS: tl.constexpr, ROWS: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """Activation, then int8 or float16 [slots, N/2] with scale and sum [slots, N/256]: the tile is one group."""
-    ROWS: tl.constexpr = tile_rows(BITS)
-    PAIRS: tl.constexpr = field_count(BITS) // 2  # the tile's first 128 features are gate, the last 128 up
-    activated = ()
-    for field in tl.static_range(PAIRS):
-        activated = activated + (gated_activation(sums[field], sums[field + PAIRS], ACTIVATION),)
-    absmax = tl.max(tl.abs(activated[0]), axis=0)
-    for field in tl.static_range(1, PAIRS):
-        absmax = tl.maximum(absmax, tl.max(tl.abs(activated[field]), axis=0))
+    """128 intermediate features, values[first_field] and the fields after it, as int8 or float16 of `features` a slot,
+    with scale and sum. Groups beyond `features` are padding.
+    """
+    absmax = tl.max(tl.abs(values[first_field]), axis=0)
+    for field in tl.static_range(1, FIELDS):
+        absmax = tl.maximum(absmax, tl.max(tl.abs(values[first_field + field]), axis=0))
     scale = scale_of(absmax, FLOAT)
     inside = slot < slots
     slot = slot.to(tl.int64)
     value_sum = tl.zeros_like(scale)
-    for field in tl.static_range(PAIRS):
-        values = stored_value(activated[field], scale[None, :], FLOAT)
-        value_sum += tl.sum(values, axis=0)
-        feature = tile * 128 + stored_position(field * ROWS + tl.arange(0, ROWS), FLOAT)
-        out_at = out_ptr + slot[None, :] * (N // 2) + feature[:, None]
-        tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[None, :])
-    tl.store(scale_ptr + slot * (N // 256) + tile, scale, mask=inside)
-    tl.store(sum_ptr + slot * (N // 256) + tile, stored_sum(value_sum, FLOAT), mask=inside)
+    for field in tl.static_range(FIELDS):
+        stored = stored_value(values[first_field + field], scale[None, :], FLOAT)
+        value_sum += tl.sum(stored, axis=0)
+        feature = group * 128 + stored_position(field * ROWS + tl.arange(0, ROWS), FLOAT)
+        out_at = out_ptr + slot[None, :] * features + feature[:, None]
+        tl.store(out_at, stored.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+    tl.store(scale_ptr + slot * (features // 128) + group, scale, mask=inside)
+    tl.store(sum_ptr + slot * (features // 128) + group, stored_sum(value_sum, FLOAT), mask=inside)
+
+
+@triton.jit
+def _store_activated(
+    sums, out_ptr, scale_ptr, sum_ptr, slot, slots, tile, N,
+    BITS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """The experts' function. With a gate a tile's first 128 features are gate, the last 128 up: one group. Without,
+    they are two groups, the second of which may lie beyond N.
+    """
+    ROWS: tl.constexpr = tile_rows(BITS)
+    PAIRS: tl.constexpr = field_count(BITS) // 2
+    values = ()
+    if GATED:
+        for field in tl.static_range(PAIRS):
+            values = values + (gated(sums[field], sums[field + PAIRS], ACTIVATION, LIMIT, ALPHA, BETA),)
+        _store_group(values, 0, tile, N // 2, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT)
+    else:
+        for field in tl.static_range(2 * PAIRS):
+            values = values + (activated(sums[field], ACTIVATION, ALPHA),)
+        for half in tl.static_range(2):
+            group = 2 * tile + half
+            if group < N // 128:
+                _store_group(
+                    values, half * PAIRS, group, N, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT
+                )
 
 
 @triton.jit
 def _tile(
-    x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, partial_ptr, counter_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
+    x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, bias_ptr,
+    partial_ptr, counter_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
     slot, slots, slots_per_row, tile, part, split_k, N, K,
-    BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """One program's work for an expert of one width; codes_ptr and scales_ptr point at the expert."""
+    """One program's work for an expert of one width; codes_ptr, scales_ptr and bias_ptr point at the expert."""
     groups = K // 128
     x_row = (tl.where(slot < slots, slot, 0) // slots_per_row).to(tl.int64)  # padding reads row 0, is never stored
     codes_ptr += tile.to(tl.int64) * groups * (32 * 1024 * BITS // 8)
@@ -119,6 +161,8 @@ def _tile(
         part * share, tl.minimum(part * share + share, groups),
         BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
     )  # fmt: skip
+    if BIASED:
+        sums = _add_bias(sums, bias_ptr, tile, part, BITS)
     if ACTIVATION is None:
         _store_sums(sums, partial_ptr, part, slot, slots, tile, N, BITS)
     else:
@@ -127,9 +171,12 @@ def _tile(
             _store_sums(sums, partial_ptr, part, slot, slots, tile, N, BITS)
             complete = _arrive(counter_ptr, AMD) == split_k - 1
             if complete:
-                sums = _load_sums(partial_ptr, split_k, slot, slots, tile, N, BLOCK_TOKENS, BITS)
+                sums = _load_sums(partial_ptr, split_k, slot, slots, tile, N, BLOCK_TOKENS, BITS, GATED)
         if complete:
-            _store_activated(sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, slots, tile, N, BITS, ACTIVATION, FLOAT)
+            _store_activated(
+                sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, slots, tile, N,
+                BITS, ACTIVATION, GATED, LIMIT, ALPHA, BETA, FLOAT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -150,22 +197,26 @@ def _place(program, blocks, tiles, GROUP: tl.constexpr):
 )
 def grouped_gemm_kernel(
     x_ptr, x_scale_ptr, x_sum_ptr,
-    codes_ptr, scales_ptr, offsets_ptr, bits_ptr,
+    codes_ptr, scales_ptr, offsets_ptr, bits_ptr, bias_ptr,
     ids_ptr, map_ptr, weights_ptr, sorted_slots_ptr, block_expert_ptr,
     partial_ptr, counters_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
     slots, blocks, tiles, slots_per_row, top_k, split_k, experts, N, K,
     WIDTHS: tl.constexpr, MAPPED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr, INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
     COMBINE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles * blocks, split_k), tiles of 256 features.
 
     x               int8    [rows, K]              float16 where FLOAT; with x_scale, x_sum float32 [rows, K/128]
     codes, scales, offsets, bits                   an ExpertStack
+    bias            float32 [experts, 256 * tiles] where BIASED, features in the stack's row order
     ids, map, weights, sorted_slots, block_expert  the routing, see routing.py
     partial         float32 [split_k, slots, N]    partial sums, features in the stack's row order
     counters        int32                          zeros: [blocks, tiles], or [tiles] to COMBINE; see `_arrive`
-    ACTIVATION      out as x, [slots, N/2], with out_scale and out_sum float32 [slots, N/256]; None: partial alone
+    ACTIVATION      out as x, [slots, N/2], with out_scale and out_sum float32 [slots, N/256]; None: partial alone.
+                    Not GATED: [slots, N] and [slots, N/128]. LIMIT, ALPHA, BETA: of expert_function.py
     COMBINE         the last program of a tile adds up what all of them stored: out [tokens, N], the routed sum
     WIDTHS          bit b set: some expert of the model has b bits; the others' code is not even compiled
     """
@@ -181,12 +232,12 @@ def grouped_gemm_kernel(
             if (WIDTHS >> exponent) & 1:
                 if bits == exponent:
                     _tile(
-                        x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr,
+                        x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, bias_ptr + expert * tiles * 256,
                         partial_ptr, counters_ptr + block * tiles + tile, out_ptr, out_scale_ptr, out_sum_ptr,
                         slot, slots, slots_per_row, tile, part, split_k, N, K,
                         exponent, BLOCK_TOKENS,
                         2 if exponent == 8 else STAGES,  # 32 KiB a stage: three exceed the 99 KiB of sm86, sm89, sm120
-                        ACTIVATION, INLINE_ASM, AMD, FLOAT,
+                        BIASED, ACTIVATION, GATED, LIMIT, ALPHA, BETA, INLINE_ASM, AMD, FLOAT,
                     )  # fmt: skip
     if COMBINE:
         if _arrive(counters_ptr + tile, AMD) == blocks * split_k - 1:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import triton
 
+from vllm_mcmoe.kernels.expert_function import ExpertFunction
 from vllm_mcmoe.kernels.triton.gemm import BLOCKS_PER_GROUP, SUMMED_ROWS, grouped_gemm_kernel
 from vllm_mcmoe.kernels.triton.layout import ExpertStack
 from vllm_mcmoe.kernels.triton.prepare import LARGEST_BLOCK, prepare_kernel
@@ -131,9 +132,9 @@ def _grouped_gemm(
     split_k: int,
     partial: torch.Tensor,
     counters: torch.Tensor,
-    activation: str | None,
+    function: ExpertFunction | None,
 ) -> None:
-    """Into `out`, activations with `activation`, or the routed sum [tokens, features] of few.
+    """Into `out`, activations with `function`, or the routed sum [tokens, features] of few.
 
     partial: float32 [split_k, slots, features], where the parts are added up by others, or later.
     """
@@ -148,6 +149,7 @@ def _grouped_gemm(
         weights.scales,
         weights.offsets,
         weights.bits,
+        weights.scales if weights.bias is None else weights.bias,  # a pointer that is never read without one
         routing.ids,
         routing.map,
         routing.weights,
@@ -171,11 +173,16 @@ def _grouped_gemm(
         MAPPED=routing.is_mapped,
         BLOCK_TOKENS=tiles.block_tokens,
         STAGES=tiles.num_stages,
-        ACTIVATION=activation,
+        BIASED=weights.bias is not None,
+        ACTIVATION=None if function is None else function.activation,
+        GATED=weights.gated,
+        LIMIT=None if function is None else function.limit,
+        ALPHA=1.0 if function is None else function.alpha,
+        BETA=0.0 if function is None else function.beta,
         INLINE_ASM=_has_ptx(x.values.device),
         AMD=device.is_amd,
         FLOAT=x.is_float,
-        COMBINE=activation is None and routing.are_few,
+        COMBINE=function is None and routing.are_few,
         GROUP=BLOCKS_PER_GROUP,
         ROWS=SUMMED_ROWS,
         num_warps=tiles.num_warps,
@@ -218,7 +225,7 @@ def run_layer(
     gate_up: ExpertStack,
     down: ExpertStack,
     tiles: Tiles,
-    activation: str,
+    function: ExpertFunction,
     float_activations: bool,
     out: torch.Tensor,
 ) -> None:
@@ -233,7 +240,7 @@ def run_layer(
 
     split_k = tiles.gate_up_split_k
     partial = partial_sums(split_k, gate_up.out_features) if split_k > 1 else activated.scales  # never touched
-    _grouped_gemm(launch, quantized, gate_up, routing, activated, tiles, split_k, partial, counters.gate_up, activation)
+    _grouped_gemm(launch, quantized, gate_up, routing, activated, tiles, split_k, partial, counters.gate_up, function)
     split_k = tiles.down_split_k
     partial = partial_sums(split_k, down.out_features)
     _grouped_gemm(launch, activated, down, routing, out, tiles, split_k, partial, counters.down, None)

@@ -139,6 +139,7 @@ class ExpertStack:
     bits     int32 [experts]      width of each expert
     gated    rows are gate and up, interleaved by interleave_gate_up
     widths   bit b is set where some expert has b bits, of this layer or another that shares its kernels
+    bias     float32 [experts, whole tiles], see pack_bias; None without biases
     """
 
     codes: torch.Tensor
@@ -149,6 +150,7 @@ class ExpertStack:
     in_features: int
     gated: bool
     widths: int
+    bias: torch.Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -175,6 +177,13 @@ class ExpertStack:
             codes, scales = split_gate_up(codes), split_gate_up(scales)
             zeros = None if zeros is None else split_gate_up(zeros)
         return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
+
+
+def pack_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
+    """float32 [experts, features], gate before up -> [experts, features of whole tiles] in the order of the rows."""
+    features = bias.shape[1]
+    rows = torch.nn.functional.pad(bias, (0, padded_features(features) - features))
+    return interleave_gate_up(rows.t()).t().contiguous() if gated else rows.contiguous()
 
 
 def _offsets(bits: Sequence[int], out_features: int, in_features: int) -> tuple[list[tuple[int, int]], int, int]:

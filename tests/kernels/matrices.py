@@ -2,7 +2,17 @@
 
 import torch
 
+from vllm_mcmoe.kernels.expert_function import ACTIVATIONS, GPT_OSS, SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
+
+# Every kind of function: with and without a gate, and each parameter by itself.
+FUNCTIONS = [
+    *(ExpertFunction(activation, gated) for activation in ACTIVATIONS for gated in (True, False)),
+    GPT_OSS,
+    ExpertFunction(limit=0.05),
+    ExpertFunction(alpha=1.702),
+    ExpertFunction(beta=1.0),
+]
 
 
 def random_matrix(bits: int, out_features: int, in_features: int, generator: torch.Generator) -> PackedMatrix:
@@ -14,16 +24,34 @@ def random_matrix(bits: int, out_features: int, in_features: int, generator: tor
     return PackedMatrix(bits, pack_codes(codes, bits), scales.half(), None if bits == 1 else zeros.half())
 
 
-def random_layer(gate_up_bits: list[int], down_bits: list[int], hidden: int, intermediate: int, seed: int = 0) -> dict:
+def random_layer(
+    gate_up_bits: list[int],
+    down_bits: list[int],
+    hidden: int,
+    intermediate: int,
+    seed: int = 0,
+    function: ExpertFunction = SILU,
+) -> dict:
     """Keyword arguments of `prepare` for one layer."""
     generator = torch.Generator().manual_seed(seed)
+    rows = function.factor * intermediate
     return {
-        "gate_up": [random_matrix(bits, 2 * intermediate, hidden, generator) for bits in gate_up_bits],
+        "gate_up": [random_matrix(bits, rows, hidden, generator) for bits in gate_up_bits],
         "down": [random_matrix(bits, hidden, intermediate, generator) for bits in down_bits],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "gate_up_bits": gate_up_bits,
         "down_bits": down_bits,
+        "function": function,
+    }
+
+
+def random_biases(experts: int, hidden: int, intermediate: int, function: ExpertFunction = SILU) -> dict:
+    """Keyword arguments of `set_biases`, of about the size of what the matrices of random_layer give."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "gate_up": torch.randn(experts, function.factor * intermediate, generator=generator),
+        "down": torch.randn(experts, hidden, generator=generator),
     }
 
 

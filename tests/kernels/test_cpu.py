@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.matrices import random_call, random_layer
+from tests.kernels.matrices import FUNCTIONS, random_biases, random_call, random_layer
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
 from vllm_mcmoe.kernels.cpu.op import MAX_TOKENS
+from vllm_mcmoe.kernels.expert_function import GPT_OSS
 from vllm_mcmoe.kernels.packing import WIDTHS
 from vllm_mcmoe.kernels.reference import ReferenceExperts
 
@@ -38,9 +39,12 @@ def threads():
     torch.set_num_threads(before)
 
 
-def assert_agrees(layer: dict, call: tuple, activation: str = "silu") -> None:
-    found = CpuExperts.prepare(**layer, activation=activation)(*call)
-    expected = ReferenceExperts.prepare(**layer, activation=activation)(*call)
+def assert_agrees(layer: dict, call: tuple, biases: dict | None = None) -> None:
+    modules = CpuExperts.prepare(**layer), ReferenceExperts.prepare(**layer)
+    if biases is not None:
+        for module in modules:
+            module.set_biases(**biases)
+    found, expected = (module(*call) for module in modules)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
 
@@ -88,10 +92,32 @@ def test_agrees_over_more_tokens_than_one_pass_takes(isa):
     assert_agrees(layer, random_call(MAX_TOKENS + 3, 128, 2, 1))
 
 
-@pytest.mark.parametrize("activation", CpuExperts.activations)
-def test_agrees_for_every_activation(isa, activation):
-    layer = random_layer([4, 8], [4, 8], HIDDEN, INTERMEDIATE)
-    assert_agrees(layer, random_call(6, HIDDEN, 2, 2), activation)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_agrees_for_every_function(isa, function, biased):
+    layer = random_layer([4, 8], [4, 8], HIDDEN, INTERMEDIATE, function=function)
+    biases = random_biases(2, HIDDEN, INTERMEDIATE, function) if biased else None
+    assert_agrees(layer, random_call(6, HIDDEN, 2, 2), biases)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_biases_of_the_right_expert_are_added(isa, tokens):
+    """Experts of several widths, some without tokens, an odd number of groups, and one bias left to another rank."""
+    layer = random_layer(MIXED, MIXED[::-1], 256, HIDDEN, function=GPT_OSS)
+    biases = random_biases(5, 256, HIDDEN)
+    assert_agrees(layer, random_call(tokens, 256, 5, 2), biases)
+    assert_agrees(layer, random_call(tokens, 256, 5, 2), biases | {"down": None})
+
+
+def test_nan_passes_through_limits(isa):
+    """A limit must not turn NaN into a number that looks like one."""
+    layer = random_layer([4], [4], 128, 128, function=GPT_OSS)
+    x, weights, ids = random_call(2, 128, 1, 1)
+    module = CpuExperts.prepare(**layer)
+    bias = torch.zeros(1, 256)
+    bias[0, 3] = torch.nan
+    module.set_biases(bias, None)
+    assert module(x, weights, ids).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,8 +248,10 @@ def test_compiled_by_torch_equals_eager(isa):
 
 def test_custom_op_passes_torchs_own_check(isa):
     module = CpuExperts.prepare(**random_layer([2, 3], [3, 2], 128, 128))
-    buffers = (module.gate_up, module.gate_up_table, module.down, module.down_table)
-    torch.library.opcheck(torch.ops.vllm_mcmoe.cpu_fused_experts, (*random_call(5, 128, 2, 2), *buffers, 128, 0, isa))
+    call = random_call(5, 128, 2, 2)
+    torch.library.opcheck(torch.ops.vllm_mcmoe.cpu_fused_experts, module.arguments(*call))
+    module.set_biases(**random_biases(2, 128, 128))
+    torch.library.opcheck(torch.ops.vllm_mcmoe.cpu_fused_experts, module.arguments(*call))
 
 
 def test_runs_on_numbas_threads_where_torch_has_no_openmp_team():
@@ -263,7 +291,6 @@ def test_an_instruction_set_this_cpu_lacks_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "relu2"}, "no activation 'relu2'; supported: silu, gelu, gelu_tanh"),
         ({"gate_up_bits": [2, 5]}, "gate_up: the cpu kernels have no 5-bit matrices"),
         ({"down_bits": [3, 4]}, "down of expert 1: expected 4 bits and shape .* found 2 bits"),
         ({"down_bits": [3, 2, 2]}, "down: 3 widths were given, but only 2 matrices"),

@@ -109,5 +109,5 @@ def test_a_record_has_each_code_where_the_layout_says(bits, quad, byte_offset, e
 
 
 def test_gate_and_up_blocks_of_the_same_128_rows_lie_together():
-    order = layout.gate_up_row_blocks(256).tolist()
+    order = layout.gate_up_row_blocks(256, 2).tolist()
     assert order == [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]

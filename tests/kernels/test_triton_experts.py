@@ -5,14 +5,15 @@ is sixteen times float32's rounding; the measured error is 1e-7. A requantised i
 of a half, which moves one code of hundreds by one; none does with these seeds.
 """
 
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 
+from tests.kernels.matrices import FUNCTIONS, random_biases
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
 from tests.kernels.triton_interpreter import import_interpreted, programs_backwards, strict
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
 from vllm_mcmoe.kernels.packing import WIDTHS
 from vllm_mcmoe.kernels.reference import fused_experts, linear_int8
 
@@ -32,15 +33,13 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def prepare(layer: Layer, activation: str = "silu", activations: str = "int8") -> torch.nn.Module:
-    return triton_experts.TritonExperts.prepare(
-        iter(layer.gate_up),
-        iter(layer.down),
-        **layer.announced(),
-        activation=activation,
-        activations=activations,
-        device="cpu",
+def prepare(layer: Layer, activations: str = "int8", biases: dict | None = None) -> torch.nn.Module:
+    module = triton_experts.TritonExperts.prepare(
+        iter(layer.gate_up), iter(layer.down), **layer.announced(), activations=activations, device="cpu"
     )
+    if biases is not None:
+        module.set_biases(**biases)
+    return module
 
 
 def run(
@@ -50,23 +49,37 @@ def run(
     topk_ids: torch.Tensor,
     *,
     tiles: Tiles = DECODE,
-    activation: str = "silu",
     activations: str = "int8",
+    biases: dict | None = None,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One layer through the interpreted kernels, with the given tiles."""
     with strict(), mock.patch.object(triton_experts, "choose_tiles", lambda *_: tiles):
-        return prepare(layer, activation, activations)(x, topk_weights, topk_ids, expert_map)
+        return prepare(layer, activations, biases)(x, topk_weights, topk_ids, expert_map)
 
 
-def reference(layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    return fused_experts(x, topk_weights, topk_ids, layer.gate_up, layer.down)
+def reference(
+    layer: Layer,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    biases: dict | None = None,
+) -> torch.Tensor:
+    named = {f"{part}_bias": bias for part, bias in (biases or {}).items()}
+    return fused_experts(x, topk_weights, topk_ids, layer.gate_up, layer.down, function=layer.function, **named)
 
 
-def assert_agrees(layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **how) -> None:
-    found = run(layer, x, topk_weights, topk_ids, **how)
+def assert_agrees(
+    layer: Layer,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    biases: dict | None = None,
+    **how,
+) -> None:
+    found = run(layer, x, topk_weights, topk_ids, biases=biases, **how)
     assert found.dtype == x.dtype
-    assert relative_error(found, reference(layer, x, topk_weights, topk_ids)) < TOLERANCE
+    assert relative_error(found, reference(layer, x, topk_weights, topk_ids, biases)) < TOLERANCE
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -232,48 +245,51 @@ def test_the_environment_can_ask_for_float_activations(monkeypatch):
         prepare(random_layer([2], 128, 128), activations=None)
 
 
-def _clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate = gate.clamp(max=7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
-
-
-def _stepped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
-
-
-def _gated(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return lambda gate, up: function(gate) * up
-
-
-FORMULAS = {
-    "silu": _gated(torch.nn.functional.silu),
-    "gelu": _gated(torch.nn.functional.gelu),
-    "gelu_tanh": _gated(lambda gate: torch.nn.functional.gelu(gate, approximate="tanh")),
-    "swigluoai": _clamped_swiglu,
-    "swiglustep": _stepped_swiglu,
-}
-
-
 @pytest.mark.parametrize("split_k", [1, 2], ids=["fused", "after split-K"])
-@pytest.mark.parametrize("activation", FORMULAS)
-def test_gated_activations(activation, split_k):
-    layer, (x, topk_weights, topk_ids) = random_layer([3], 256, 128), random_tokens(4, 256, 1, 1)
-    x *= 20  # gates of +-20: both clamps and both tails are reached
-    gate, up = linear_int8(x, layer.gate_up[0]).chunk(2, dim=-1)
-    assert gate.max() > 7 > -7 > gate.min()
-    expected = topk_weights * linear_int8(FORMULAS[activation](gate, up), layer.down[0])
-    tiles = Tiles(8, 2, 3, gate_up_split_k=split_k)
-    found = run(layer, x, topk_weights, topk_ids, tiles=tiles, activation=activation)
-    assert relative_error(found, expected) < TOLERANCE
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_every_function(function, split_k):
+    layer, (x, topk_weights, topk_ids) = random_layer([3], 256, 128, function=function), random_tokens(4, 256, 1, 1)
+    x *= 20  # gates of +-20: limits and both tails are reached
+    projected = linear_int8(x, layer.gate_up[0])
+    assert projected.max() > 7 > -7 > projected.min()
+    assert_agrees(layer, x, topk_weights, topk_ids, tiles=Tiles(8, 2, 3, gate_up_split_k=split_k))
 
 
-def test_every_activation_is_tested():
-    assert set(FORMULAS) == set(triton_experts.TritonExperts.activations)
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL, Tiles(8, 2, 3, 4, 2)], ids=["decode", "prefill", "split-K"])
+@pytest.mark.parametrize("tokens", [2, 9], ids=["few", "many"])
+def test_biases_are_added_once(tokens, tiles):
+    """Sizes that fill no whole tile, experts of every width, and down's bias left to another rank."""
+    layer = random_layer(MIXED, 640, 384, function=GPT_OSS)
+    biases = random_biases(len(MIXED), 640, 384)
+    call = random_tokens(tokens, 640, len(MIXED), 2)
+    assert_agrees(layer, *call, tiles=tiles, biases=biases)
+    assert_agrees(layer, *call, tiles=tiles, biases=biases | {"down": None})
 
 
-def test_an_unknown_activation_is_refused():
-    with strict(), pytest.raises(ValueError, match="no activation 'relu'"):
-        prepare(random_layer([2], 128, 128), activation="relu")
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL, Tiles(8, 2, 3, 2, 1)], ids=["decode", "prefill", "split-K"])
+@pytest.mark.parametrize("intermediate", [128, 256, 384])
+def test_experts_without_a_gate_have_two_groups_in_a_tile(intermediate, tiles, activations):
+    """The second of which is not there where groups are odd in number."""
+    function = ExpertFunction("relu2", gated=False)
+    layer = random_layer(MIXED, 256, intermediate, function=function)
+    biases = random_biases(len(MIXED), 256, intermediate, function)
+    call = random_tokens(5, 256, len(MIXED), 2)
+    found = run(layer, *call, tiles=tiles, activations=activations, biases=biases)
+    named = {f"{part}_bias": bias for part, bias in biases.items()}
+    expected = fused_experts(
+        *call, layer.gate_up, layer.down, function=function, activations=activations, **named
+    )
+    bound = TOLERANCE if activations == "int8" else FLOAT_TOLERANCE
+    assert relative_error(found, expected) < bound
+
+
+def test_nan_passes_through_limits():
+    layer = random_layer([4], 128, 128, function=GPT_OSS)
+    bias = torch.zeros(1, 256)
+    bias[0, 3] = torch.nan
+    found = run(layer, *random_tokens(2, 128, 1, 1), biases={"gate_up": bias, "down": None})
+    assert found.isnan().all()
 
 
 def test_an_unsupported_device_is_refused():

@@ -23,6 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
+
 if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interpreted; this module must not be the first
     from vllm_mcmoe.kernels.triton.tiles import Tiles
 
@@ -109,7 +111,8 @@ def _gemm(
     target: str,
     tiles: "Tiles",
     widths: Sequence[int],
-    activation: str | None = None,
+    function: ExpertFunction | None = None,
+    biased: bool = False,
     is_float: bool = False,
     combines: bool = False,
     in_ci: bool = True,
@@ -121,7 +124,12 @@ def _gemm(
         "MAPPED": True,
         "BLOCK_TOKENS": tiles.block_tokens,
         "STAGES": tiles.num_stages,
-        "ACTIVATION": activation,
+        "BIASED": biased,
+        "ACTIVATION": function and function.activation,
+        "GATED": function is None or function.gated,
+        "LIMIT": function and function.limit,
+        "ALPHA": function.alpha if function else 1.0,
+        "BETA": function.beta if function else 0.0,
         "INLINE_ASM": not _is_amd(target),
         "AMD": _is_amd(target),
         "FLOAT": is_float,
@@ -130,7 +138,9 @@ def _gemm(
         "ROWS": gemm.SUMMED_ROWS,
     }
     bits = widths[0] if len(widths) == 1 else 0
-    details = [", float"] * is_float + [", SiLU"] * bool(activation) + [", combining"] * combines
+    names = {None: "", SILU: ", SiLU", GPT_OSS: ", clamped SiLU"}
+    details = [", float"] * is_float + [names.get(function, f", {function}")]
+    details += [", biases"] * biased + [", combining"] * combines
     name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{''.join(details)}"
     return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, bits, in_ci)
 
@@ -161,9 +171,11 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
     every = [
         *(_gemm(target, decode, [bits]) for bits in DECODE_WIDTHS),
         *(_gemm(target, decode, [bits], is_float=True, in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
-        _gemm(target, decode, (1, 2, 3, 4), activation="silu"),
+        _gemm(target, decode, (1, 2, 3, 4), SILU),
+        _gemm(target, decode, (1, 2, 3, 4), GPT_OSS, biased=True),
+        _gemm(target, decode, (1, 2, 3, 4), ExpertFunction("relu2", gated=False), in_ci=False),
         _gemm(target, decode, (1, 2, 3, 4), combines=True),
-        *(_gemm(target, tiles, DECODE_WIDTHS, activation="silu", in_ci=False) for tiles in larger),
+        *(_gemm(target, tiles, DECODE_WIDTHS, SILU, in_ci=False) for tiles in larger),
         *(_gemm(target, larger[-1], [bits], in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
         *(_gemm(target, larger[-1], [bits], is_float=True, in_ci=False) for bits in SPLIT_AND_WHOLE),
         *(Case(name, kernel, tuple(constants.items())) for name, kernel, constants in small),

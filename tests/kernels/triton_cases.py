@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
 
 
@@ -25,6 +26,7 @@ class Layer:
     down: list[PackedMatrix]
     hidden_size: int
     intermediate_size: int
+    function: ExpertFunction = SILU
 
     def announced(self) -> dict:
         """The keyword arguments of `prepare` that describe the matrices."""
@@ -33,15 +35,18 @@ class Layer:
             "intermediate_size": self.intermediate_size,
             "gate_up_bits": [matrix.bits for matrix in self.gate_up],
             "down_bits": [matrix.bits for matrix in self.down],
+            "function": self.function,
         }
 
 
-def random_layer(bits: Sequence[int], hidden_size: int, intermediate_size: int, seed: int = 0) -> Layer:
+def random_layer(
+    bits: Sequence[int], hidden_size: int, intermediate_size: int, seed: int = 0, function: ExpertFunction = SILU
+) -> Layer:
     """Down projections take the widths in reverse, so that an expert's two widths differ."""
     generator = torch.Generator().manual_seed(seed)
-    gate_up = [random_matrix(b, 2 * intermediate_size, hidden_size, generator) for b in bits]
+    gate_up = [random_matrix(b, function.factor * intermediate_size, hidden_size, generator) for b in bits]
     down = [random_matrix(b, hidden_size, intermediate_size, generator) for b in reversed(bits)]
-    return Layer(gate_up, down, hidden_size, intermediate_size)
+    return Layer(gate_up, down, hidden_size, intermediate_size, function)
 
 
 def random_tokens(

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from tests.kernels.triton_launcher import Recorder, pretended_gpu
+from vllm_mcmoe.kernels.expert_function import SILU
 from vllm_mcmoe.kernels.triton import experts, launches, tiles
 from vllm_mcmoe.kernels.triton.layout import ExpertStack
 
@@ -43,7 +44,7 @@ def experts_of(shape: tiles.Shape, layer: Layer) -> torch.nn.Module:
 
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     gate_up, down = stack(2 * intermediate, hidden, layer.gate_up, True), stack(hidden, intermediate, layer.down, False)
-    return experts.TritonExperts(gate_up, down, "silu", False)
+    return experts.TritonExperts(gate_up, down, SILU, False)
 
 
 def call(layer: torch.nn.Module, shape: tiles.Shape, tokens: int, expert_map: torch.Tensor | None = None) -> None:

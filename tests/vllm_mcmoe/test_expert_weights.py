@@ -6,6 +6,7 @@ import torch
 from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.expert_weights import PROJECTIONS, LayerWeights, Shard, exact_name
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
 from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, pack_codes, padded
 from vllm_mcmoe.kernels.reference import fused_experts
 
@@ -39,7 +40,7 @@ def random_checkpoint(hidden: int, intermediate: int) -> dict[tuple[int, str], P
 
 
 def layer_weights(
-    shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, *, allocate: bool = True
+    shard: Shard, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, *, allocate: bool = True, **more
 ) -> LayerWeights:
     weights = LayerWeights(
         LAYER,
@@ -48,6 +49,7 @@ def layer_weights(
         down_bits=[DOWN_BITS[e] for e in shard.expert_ids],
         model_hidden_size=hidden,
         model_intermediate_size=intermediate,
+        **more,
     )
     if allocate:
         weights.allocate()
@@ -131,6 +133,83 @@ def test_ranks_of_any_sizes_add_up_to_the_experts_without_padding(hidden, interm
     # float32 sums in another order over at most 1408 products
     torch.testing.assert_close(total[:, :hidden], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert not total[:, hidden:].any()
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "tp_size"), [(576, 352, 1), (192, 360, 3), (256, 512, 2)])
+@pytest.mark.parametrize("function", [GPT_OSS, ExpertFunction("relu2", gated=False)], ids=str)
+def test_ranks_add_each_bias_once(function, hidden, intermediate, tp_size):
+    """Biases come in any dtype, also where the start cache has the matrices and nothing else is read."""
+    checkpoint = random_checkpoint(hidden, intermediate)
+    if not function.gated:
+        checkpoint = {place: matrix for place, matrix in checkpoint.items() if place[1] != "w3"}
+    generator = torch.Generator().manual_seed(0)
+    biases = {
+        place: torch.randn(hidden if place[1] == "w2" else intermediate, generator=generator).bfloat16()
+        for place in checkpoint
+    }
+    x = torch.randn(3, hidden, generator=generator)
+    topk_weights, topk_ids = torch.rand(3, 2, generator=generator), torch.tensor([[0, 1], [2, 3], [3, 0]])
+
+    def project(expert: int, shard_id: str, inputs: torch.Tensor) -> torch.Tensor:
+        weight = checkpoint[expert, shard_id].dequantize(in_features=len(inputs))
+        return weight @ inputs + biases[expert, shard_id].float()
+
+    expected = torch.zeros(3, hidden)
+    for token in range(3):
+        for expert, weight in zip(topk_ids[token].tolist(), topk_weights[token], strict=True):
+            parts = [project(expert, part, x[token]) for part in (("w1", "w3") if function.gated else ("w1",))]
+            expected[token] += weight * project(expert, "w2", function(torch.cat(parts)))
+
+    total = torch.zeros(3, padded(hidden))
+    for rank in range(tp_size):
+        shard = Shard((0, 1, 2, 3), rank, tp_size)
+        weights, cached = (
+            layer_weights(shard, hidden, intermediate, allocate=allocate, function=function, has_bias=True)
+            for allocate in (True, False)
+        )
+        for loaded in (weights, cached):
+            load(loaded, checkpoint)
+            parameters = dict(loaded.parameters())
+            for (expert, shard_id), bias in biases.items():
+                parameter = parameters[f"{'w2' if shard_id == 'w2' else 'w13'}_bias"]
+                parameter.weight_loader(parameter, bias, "", shard_id, expert)
+            loaded.check_complete()
+        assert torch.equal(weights.gate_up_bias, cached.gate_up_bias)
+        assert torch.equal(weights.down_bias, cached.down_bias)
+        total += fused_experts(
+            torch.nn.functional.pad(x, (0, padded(hidden) - hidden)),
+            topk_weights,
+            topk_ids,
+            list(weights.gate_up.matrices()),
+            list(weights.down.matrices()),
+            function=function,
+            gate_up_bias=weights.gate_up_bias,
+            down_bias=weights.down_bias,
+            activations="float",
+        )
+    torch.testing.assert_close(total[:, :hidden], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert not total[:, hidden:].any()
+
+
+def test_a_missing_bias_is_named(checkpoint):
+    weights = layer_weights(Shard((0, 1, 2, 3), 0, 1), has_bias=True)
+    load(weights, checkpoint)
+    with pytest.raises(FormatError, match=f"{LAYER}: 12 tensors are missing.*expert 0 w1 bias"):
+        weights.check_complete()
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(7), r"expert 1, w2 bias: found .*\[7\], expected .*\[256\]"),
+        (torch.full((HIDDEN,), torch.inf), "expert 1, w2 bias: has NaN or infinite values"),
+    ],
+)
+def test_a_bias_that_cannot_be_one_is_refused(bias, message):
+    weights = layer_weights(Shard((0, 1, 2, 3), 0, 1), has_bias=True, allocate=False)
+    parameter = dict(weights.parameters())["w2_bias"]
+    with pytest.raises(FormatError, match=message):
+        parameter.weight_loader(parameter, bias, "", "w2", 1)
 
 
 def test_a_rank_copies_its_slice_alone(checkpoint):

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.reload import initialize_layerwise_reload,
 from tests.vllm_mcmoe.test_expert_weights import random_matrix
 from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
 from vllm_mcmoe.moe_method import McmoeMoEMethod
 from vllm_mcmoe.quantization import McmoeConfig
 
@@ -59,17 +60,25 @@ def make_layer(config: VllmConfig, prefix: str = LAYER, **options) -> RoutedExpe
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"swiglu_alpha": 1.0, "swiglu_beta": 0.0}, {"activation": "gelu"}],
-    ids=["plain", "neutral parameters", "gelu"],
+    ("options", "function"),
+    [
+        ({}, SILU),
+        ({"swiglu_alpha": 1.0, "swiglu_beta": 0.0}, SILU),
+        ({"activation": "gelu"}, ExpertFunction("gelu")),
+        ({"swiglu_limit": 10.0}, ExpertFunction(limit=10.0)),
+        ({"activation": "swigluoai", "has_bias": True}, GPT_OSS),
+    ],
+    ids=["plain", "neutral parameters", "gelu", "clamped", "gpt-oss"],
 )
-def test_layers_that_the_kernels_compute_get_the_method(quantized_config, options):
+def test_layers_that_the_kernels_compute_get_the_method(quantized_config, options, function):
     layer = make_layer(engine_config(quantized_config), **options)
     assert isinstance(layer.quant_method, McmoeMoEMethod)
+    assert layer.quant_method.weights.function == function
+    assert (layer.quant_method.weights.down_bias is not None) == options.get("has_bias", False)
 
 
-@pytest.mark.parametrize(("parameter", "value"), [("swiglu_limit", 7.0), ("swiglu_alpha", 1.702), ("swiglu_beta", 1.0)])
-def test_a_clamped_activation_is_refused_though_it_calls_itself_silu(quantized_config, parameter, value):
+@pytest.mark.parametrize(("parameter", "value"), [("swiglu_alpha", 1.702), ("swiglu_beta", 1.0)])
+def test_a_parameter_that_vllm_would_not_heed_is_refused(quantized_config, parameter, value):
     with pytest.raises(UnsupportedModelError, match=f"{LAYER}: {parameter} is {value}, beside the activation 'silu'"):
         make_layer(engine_config(quantized_config), activation="silu", **{parameter: value})
 

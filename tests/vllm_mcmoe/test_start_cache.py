@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.kernels.matrices import random_call
 from tests.vllm_mcmoe.test_expert_weights import (
     HIDDEN,
     INTERMEDIATE,
@@ -75,16 +76,16 @@ def start(root: Path, model: Path, tensors, shard: Shard = WHOLE):
     """What a start does with one layer: (the experts, or None where they cannot be cached; whether they were found)."""
     cache = StartCache(root, lambda: model)
     weights = layer_weights(shard, allocate=False)
-    found = cache.find(weights, "silu")
+    found = cache.find(weights)
     if found is not None:
         return found, True
     weights.allocate()
     load(weights, tensors)
-    return cache.write(weights, "silu"), False
+    return cache.write(weights), False
 
 
 def found_again(root: Path, model: Path, shard: Shard = WHOLE) -> bool:
-    return StartCache(root, lambda: model).find(layer_weights(shard, allocate=False), "silu") is not None
+    return StartCache(root, lambda: model).find(layer_weights(shard, allocate=False)) is not None
 
 
 def test_the_second_start_finds_what_the_first_wrote(root, model, tensors):
@@ -155,14 +156,14 @@ def test_ranks_with_different_parts_have_different_files(root, model, tensors):
         assert found
         weights = layer_weights(part)
         load(weights, tensors)
-        assert torch.equal(experts.down, StartCache(root / "other", lambda: model).write(weights, "silu").down)
+        assert torch.equal(experts.down, StartCache(root / "other", lambda: model).write(weights).down)
 
 
 def test_the_same_part_of_another_layer_has_a_file_of_its_own(root, model, tensors):
     start(root, model, tensors)
     weights = layer_weights(WHOLE)
     other = LayerWeights("model.layers.1.mlp.experts", WHOLE, weights.gate_up.bits, weights.down.bits, 256, 512)
-    assert StartCache(root, lambda: model).find(other, "silu") is None
+    assert StartCache(root, lambda: model).find(other) is None
 
 
 @pytest.mark.parametrize("version", ["LAYOUT_VERSION", "FORMAT_VERSION"])
@@ -229,11 +230,11 @@ def test_a_foreign_entry_is_named_and_written_again(root, model, tensors, log):
 def two_layers(cache: StartCache, tensors) -> list:
     """Both layers of a model, as vLLM goes through them: all are built before one is finished."""
     layers = [layer_weights(WHOLE, allocate=False), layer_weights(Shard((0, 1), 0, 1), allocate=False)]
-    assert [cache.find(weights, "silu") for weights in layers] == [None, None]
+    assert [cache.find(weights) for weights in layers] == [None, None]
     for weights in layers:
         weights.allocate()
         load(weights, tensors)
-    return [cache.write(weights, "silu") for weights in layers]
+    return [cache.write(weights) for weights in layers]
 
 
 def test_a_disk_without_room_for_all_layers_is_warned_of_once_and_not_begun_with(
@@ -297,22 +298,22 @@ def test_a_checkpoint_that_is_downloaded_while_it_is_loaded_is_cached(root, mode
     there = []
     cache = StartCache(root, lambda: model if there else None)
     weights = layer_weights(WHOLE, allocate=False)
-    assert cache.find(weights, "silu") is None
+    assert cache.find(weights) is None
     weights.allocate()
     load(weights, tensors)
     there.append(True)
-    assert cache.write(weights, "silu") is not None
+    assert cache.write(weights) is not None
     assert found_again(root, model)
 
 
 def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_cached(root, model, tensors, log):
     cache = StartCache(root, lambda: model)
     weights = layer_weights(WHOLE, allocate=False)
-    cache.find(weights, "silu")
+    cache.find(weights)
     weights.allocate()
     load(weights, tensors)
     touch(model / "model.safetensors")
-    assert cache.write(weights, "silu") is None
+    assert cache.write(weights) is None
     (warning,) = warnings(log)
     assert "has changed while it was being loaded" in warning
     assert files(root) == []
@@ -321,11 +322,11 @@ def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_cached(root, model,
 def test_a_layer_that_another_process_has_written_meanwhile_is_mapped(root, model, tensors):
     cache = StartCache(root, lambda: model)
     weights = layer_weights(WHOLE, allocate=False)
-    assert cache.find(weights, "silu") is None
+    assert cache.find(weights) is None
     start(root, model, tensors)
     (file,) = files(root)
     before = file.stat()
-    assert cache.write(weights, "silu") is not None  # without memory, it could not have repacked
+    assert cache.write(weights) is not None  # without memory, it could not have repacked
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -365,11 +366,11 @@ def two_layers_of_a_model(loading: ExpertLoading, tensors) -> list[torch.nn.Modu
     layers = [layer_weights(WHOLE, allocate=False), layer_weights(Shard((0, 1), 0, 1), allocate=False)]
     layers[1].layer_name = "model.layers.1.mlp.experts"
     for weights in layers:
-        loading.begin(weights, "silu")
+        loading.begin(weights)
     for weights in layers:
         load(weights, tensors if weights.on_complete or weights.gate_up.allocated else without_content(tensors))
         weights.check_complete()
-    return [loading.finish(weights, "silu") for weights in layers]
+    return [loading.finish(weights) for weights in layers]
 
 
 @pytest.fixture
@@ -390,12 +391,35 @@ def test_each_start_says_in_one_line_what_it_did(config, root, tensors, monkeypa
         assert f"Cache: {root}; VLLM_MCMOE_CACHE=off switches it off." in message
 
 
+def test_mapped_experts_get_the_biases_of_their_checkpoint(config, root, tensors, monkeypatch, log):
+    """Biases are in no file of the cache: the second start reads them, though it reads no matrix."""
+    monkeypatch.setenv("VLLM_MCMOE_CACHE", str(root))
+    x, topk_weights, topk_ids = random_call(3, HIDDEN, 4, 2)
+
+    def output(bias: float) -> torch.Tensor:
+        loading = ExpertLoading(config, "cpu")
+        weights = layer_weights(WHOLE, allocate=False, has_bias=True)
+        loading.begin(weights)
+        load(weights, tensors if weights.on_complete else without_content(tensors))
+        parameters = dict(weights.parameters())
+        for expert, shard_id in tensors:
+            size, name = (HIDDEN, "w2_bias") if shard_id == "w2" else (INTERMEDIATE, "w13_bias")
+            parameters[name].weight_loader(parameters[name], torch.full((size,), bias), "", shard_id, expert)
+        weights.check_complete()
+        return loading.finish(weights)(x, topk_weights, topk_ids)
+
+    first, again, other = output(0.5), output(0.5), output(0.25)
+    assert [("mapped" in message) for _, message in log] == [False, True, True]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_a_layer_is_repacked_when_its_last_tensor_has_come_and_needs_no_memory_after_that(config, tensors):
     loading = ExpertLoading(config, "cpu")
     layers = [layer_weights(WHOLE, allocate=False), layer_weights(Shard((0, 1), 0, 1), allocate=False)]
     layers[1].layer_name = "model.layers.1.mlp.experts"
     for weights in layers:
-        loading.begin(weights, "silu")
+        loading.begin(weights)
     sizes = []
     for weights in layers:
         load(weights, tensors, skip="0.w1.qweight")
@@ -404,7 +428,7 @@ def test_a_layer_is_repacked_when_its_last_tensor_has_come_and_needs_no_memory_a
         last.weight_loader(last, tensors[0, "w1"].qweight, weight_name="", shard_id="w1", expert_id=0)
     assert sizes == [[True, False], [False, True]]
     for weights in layers:
-        assert loading.finish(weights, "silu").down.numel() > 0
+        assert loading.finish(weights).down.numel() > 0
 
 
 def test_off_means_no_cache(config, root, tensors, monkeypatch, log):
@@ -445,6 +469,6 @@ def test_dummy_weights_and_other_backends_are_not_cached(
 def test_every_model_a_process_loads_is_looked_at_anew(config, reference_model):
     """Even where the one before was never finished: its layers must not be taken for those of the next."""
     unfinished = expert_loading(config, "cpu")
-    unfinished.begin(layer_weights(WHOLE, allocate=False), "silu")  # and a failure ends the start
+    unfinished.begin(layer_weights(WHOLE, allocate=False))  # and a failure ends the start
     assert expert_loading(config, "cpu") is unfinished
     assert expert_loading(engine_config(reference_model), "cpu") is not unfinished

@@ -92,8 +92,8 @@ HEEDED = {
     "num_local_experts",  # create_weights
     "hidden_dim",
     "intermediate_size",
-    "activation",  # check_layer
-    "has_bias",
+    "activation",  # expert_function
+    "has_bias",  # create_weights
     "swiglu_limit",
     "swiglu_alpha",
     "swiglu_beta",
