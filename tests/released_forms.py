@@ -78,6 +78,29 @@ def in_int4(model: Path) -> Path:
     return model
 
 
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # magnitudes by code; a fourth bit is the sign
+LARGEST_FP4_POWER = 2  # 6 lies below 2**3
+
+
+def in_mxfp4(model: Path) -> Path:
+    """gpt-oss's experts in blocks of 32 along their inputs, in place."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            blocks = tensors.pop(name).float().transpose(1, 2).unflatten(2, (-1, 32))  # [experts, out, blocks, 32]
+            powers = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30).log2().floor() - LARGEST_FP4_POWER
+            scaled = blocks / 2**powers
+            codes = (scaled.abs()[..., None] - FP4).abs().argmin(-1) + 8 * (scaled < 0)
+            packed = codes[..., 0::2] | codes[..., 1::2] << 4
+            tensors[f"{name}_blocks"] = packed.to(torch.uint8)
+            tensors[f"{name}_scales"] = (powers[..., 0] + 127).to(torch.uint8)
+
+    edit_tensors(model, change)
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_config(model, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": left})
+    return model
+
+
 def without_form(model: Path) -> None:
     """config.json as of a model in 16 bits, in place."""
     config = json.loads((model / "config.json").read_text())

@@ -19,6 +19,7 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
+    GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
@@ -110,6 +111,15 @@ def _spread_correction_bias(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.normal_(std=0.2)
+
+
+def _reach_limits(model: PreTrainedModel) -> None:
+    """Of gpt-oss's gate and up, which are of size 1 in a random model, at 7; and as much less down."""
+    for name, parameter in model.named_parameters():
+        if ".experts.gate_up_proj" in name:
+            parameter.data.mul_(5)
+        elif ".experts.down_proj" in name:
+            parameter.data.div_(5)
 
 
 # Of a gated delta net, as vLLM's kernels for CPUs have it.
@@ -430,6 +440,17 @@ TINY_MODELS: dict[str, TinyModel] = {
         more={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
         cpu_refusal="cannot route by sigmoid without groups of experts",
     ),
+    "gpt-oss": TinyModel(
+        GptOssConfig,
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 160,
+            "head_dim": 64,
+            "sliding_window": 16,
+        },
+        finish=_reach_limits,
+    ),
 }
 
 
@@ -445,7 +466,7 @@ def make_tiny(kind: str, directory: Path, tokenizer_from: Path, **changes: Any) 
     if not model.config.tie_word_embeddings:
         torch.nn.init.normal_(model.get_input_embeddings().weight)
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
+        if name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)

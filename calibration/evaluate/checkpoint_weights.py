@@ -3,17 +3,19 @@
 model = load_dequantized("mixtral-2.5bit")     # a transformers model in float32
 """
 
+import math
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.description import FLOAT_DTYPES, MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import load_full_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles, WeightSource
 from vllm_mcmoe.calibration.quantize.linears import PACKED, SUFFIXES, dequantize_linear, linear_bits
 from vllm_mcmoe.checkpoint import (
+    BIAS,
     QWEIGHT,
     SCALES,
     ZEROS,
@@ -41,8 +43,10 @@ class CheckpointWeights:
         _check_layers(model, self.config)
         for layer_name in model.moe_layers.values():
             for expert in range(model.num_experts):
-                for projection in (model.family.gate, model.family.up, model.family.down):
+                for projection in model.all_projections:
                     self._check_matrix(layer_name, expert, projection)
+                    if model.has_biases:
+                        self._check_bias(model.expert_tensor(layer_name, expert, projection))
 
     def _bits(self, layer_name: str, expert: int, projection: str) -> int:
         layer = self.config.experts[layer_name]
@@ -69,6 +73,17 @@ class CheckpointWeights:
                     f"{info.file}: {name} is {info.dtype} {list(info.shape)}; "
                     f"a {bits}-bit {projection} needs {dtype} {list(shape)}."
                 )
+
+    def _check_bias(self, base: str) -> None:
+        name = f"{base}.{BIAS}"
+        info = self.files.info.get(name)
+        if info is None:
+            raise FormatError(f"{self.model.path}: tensor {name} is missing; the checkpoint is incomplete.")
+        if info.dtype not in FLOAT_DTYPES or info.shape != self.model.tensor_shape(name):
+            raise FormatError(
+                f"{info.file}: {name} is {info.dtype} {list(info.shape)}; expected a float of "
+                f"{list(self.model.tensor_shape(name))}."
+            )
 
     def names(self) -> list[str]:
         names = []
@@ -106,8 +121,7 @@ class CheckpointWeights:
     def numel(self, name: str) -> int:
         base = name.removesuffix(".weight")
         if self.model.is_expert_tensor(name):
-            rows, columns = self.model.projection_shape(base.rpartition(".")[2])
-            return rows * columns
+            return math.prod(self.model.tensor_shape(name))
         packed = self.files.info.get(f"{base}.{PACKED}")
         return self.files.info[name].numel if packed is None else packed.numel * 32 // self.linear_bits
 

@@ -5,8 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from vllm_mcmoe.calibration.measure.expert_tokens import Activation, intermediate
-from vllm_mcmoe.calibration.model.description import MoeModel, activation_function
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, ExpertsForward
 from vllm_mcmoe.kernels.packing import from_groups, to_groups
 from vllm_mcmoe.kernels.reference import quantize_activations
@@ -23,14 +22,13 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
     return from_groups(to_groups(codes) * scales[..., None], x.shape[-1])
 
 
-def pruned_layer(layer: DecoderLayer, model: MoeModel, pruner: LayerPruning) -> AbstractContextManager[None]:
+def pruned_layer(layer: DecoderLayer, pruner: LayerPruning) -> AbstractContextManager[None]:
     """Within the block the layer's experts are pruned, with float activations."""
-    return layer.experts_forward(experts_forward(layer, activation_function(model), torch.Tensor.float, pruner))
+    return layer.experts_forward(experts_forward(layer, torch.Tensor.float, pruner))
 
 
 def experts_forward(
     layer: DecoderLayer,
-    activation: Activation,
     round_inputs: Callable[[torch.Tensor], torch.Tensor],
     pruner: LayerPruning | None,
 ) -> ExpertsForward:
@@ -44,11 +42,12 @@ def experts_forward(
             topk_weights, topk_ids = pruner(x, topk_weights, topk_ids)
         rounded = round_inputs(x)
         out = torch.zeros_like(x)
-        for expert in topk_ids.unique().tolist():
-            if expert < 0:
+        for number in topk_ids.unique().tolist():
+            if number < 0:
                 continue
-            index, slot = (topk_ids == expert).nonzero(as_tuple=True)
-            y = round_inputs(intermediate(rounded[index], layer.gate_up[expert], activation)) @ layer.down[expert].t()
+            index, slot = (topk_ids == number).nonzero(as_tuple=True)
+            expert = layer.expert(number)
+            y = expert.output(round_inputs(expert.intermediate(rounded[index])))
             out.index_add_(0, index, y * topk_weights[index, slot, None])
         return out
 
@@ -58,6 +57,6 @@ def experts_forward(
 def layer_rules(rules: PruningRules, model: MoeModel, target: float) -> dict[str, LayerPruning]:
     """Layer name -> its rule. Raises FormatError for rules of another model."""
     return {
-        name: rules.layer(name, target, top_k=model.top_k, num_experts=model.num_experts, hidden_size=model.hidden)
+        name: rules.layer(name, target, top_k=model.top_k, num_experts=model.num_experts, hidden_size=model.expert_hidden)
         for name in model.moe_layers.values()
     }

@@ -20,11 +20,14 @@ from vllm_mcmoe.kernels.packing import packed_bytes_per_group
 KINDS = (
     ("expert codes", re.compile(r"\.experts\.\d+\..*\.qweight$")),
     ("expert scales and zeros", re.compile(r"\.experts\.\d+\..*\.(scales|zeros)$")),
+    ("expert biases", re.compile(r"\.experts\.\d+\..*\.bias$")),
     ("experts, not quantised", re.compile(r"\.experts\.\d+\..*\.weight$")),
     ("other linears, quantised", re.compile(r"\.weight_(packed|scale|shape|zero_point|g_idx)$")),
     ("embeddings and output head", re.compile(r"(embed_tokens|lm_head)\.")),
     ("attention, router, norms", re.compile(r"")),
 )
+
+GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class CheckpointSummary:
             "expert_bits": self.expert_bits,
             "warnings": self.warnings,
         }
+
+GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,15 @@ def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> 
     for name in headers:
         if match := pattern.match(name):
             found.setdefault((match[1], int(match[2])), []).append(match[3])
+    gated = any(projection in GATES for projections in found.values() for projection in projections)
+    complete = 3 if gated else 2
     for layer, bits in config.experts.items():
         for expert in range(bits.num_experts):
             projections = found.pop((layer, expert), [])
-            if len(projections) != 3:
-                warnings.append(f"{layer}, expert {expert}: {len(projections)} of 3 projections have a qweight")
+            if len(projections) != complete:
+                warnings.append(
+                    f"{layer}, expert {expert}: {len(projections)} of {complete} projections have a qweight"
+                )
             rows = [headers[f"{layer}.{expert}.{projection}.{QWEIGHT}"].shape[0] for projection in projections]
             # Gate and up have as many rows as the intermediate size, down as the hidden size: columns are padded.
             parameters += len(rows) * min(rows, default=0) * max(rows, default=0)

@@ -215,7 +215,7 @@ def _looked_up_weights(model: torch.nn.Module) -> int:
 
 
 def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[LinearShape]) -> Parameters:
-    expert = 3 * description.hidden * description.intermediate
+    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
     layers = len(description.moe_layers)
     experts = layers * description.num_experts * expert
     quantised = sum(linear.out_features * linear.in_features for linear in linears)

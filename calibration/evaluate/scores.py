@@ -21,7 +21,6 @@ from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, layer_rules, round_activations
 from vllm_mcmoe.calibration.measure.sensitivity import kl_divergence
-from vllm_mcmoe.calibration.model.description import activation_function
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightSource
@@ -185,7 +184,7 @@ class _FinalStates:
         pruners: Mapping[str, LayerPruning] | None = None,
     ):
         self.model, self.weights, self.pruners = LayerwiseModel(weights, device), weights, pruners or {}
-        moe_layers, activation = weights.model.moe_layers, activation_function(weights.model)
+        moe_layers = weights.model.moe_layers
         integer = activations == "int8" and isinstance(weights, CheckpointWeights)
         round_inputs = round_activations if integer else torch.Tensor.float
         with torch.no_grad():
@@ -195,7 +194,7 @@ class _FinalStates:
             ):
                 with self.model.loaded_layer(index) as layer:
                     pruner = self.pruners.get(moe_layers.get(index))
-                    with layer.experts_forward(experts_forward(layer, activation, round_inputs, pruner)):
+                    with layer.experts_forward(experts_forward(layer, round_inputs, pruner)):
                         self.batches = [layer(batch).cpu() for batch in self.batches]
 
     def log_probs(self, batch: int) -> torch.Tensor:
@@ -237,8 +236,8 @@ def _exp(loss: float) -> float:
 
 
 def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
-    """Bytes of the experts' tensors and of all, and average bits per weight, on disk."""
-    is_expert, info = weights.model.is_expert_tensor, weights.files.info
+    """Bytes of the experts' weights and of all, and average bits per weight, on disk."""
+    is_expert, info = weights.model.is_expert_weight, weights.files.info
     expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))
     total_bytes = sum(tensor.nbytes for tensor in info.values())
     expert_weights = sum(weights.numel(name) for name in weights.names() if is_expert(name))

@@ -8,15 +8,14 @@ import torch
 from vllm_mcmoe.calibration.matrix.gptq import quantize_gptq
 from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
 from vllm_mcmoe.calibration.measure.expert_tokens import (
-    Activation,
     ExpertTokens,
     build_factor,
     calibration_tokens,
     hessian_weights,
-    intermediate,
     tokens_of,
 )
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace
+from vllm_mcmoe.calibration.model.experts import Expert
 from vllm_mcmoe.calibration.recipes import Recipe
 
 # Tokens an expert's errors are measured on. The loss increase from 4096 tokens varies by 6% between seeds of the
@@ -37,7 +36,6 @@ class ExpertMeasurement:
 def measure_expert(
     trace: MoeTrace,
     expert: int,
-    activation: Activation,
     recipe: Recipe,
     widths: tuple[int, ...],
     gradient_norms: torch.Tensor | None,
@@ -49,22 +47,22 @@ def measure_expert(
     (D^T g).(h' - h).
     """
     tokens = tokens_of(trace.inputs, expert)
-    gate_up, down = trace.layer.gate_up[expert], trace.layer.down[expert]
-    measured = ExpertMeasurement({}, {"gate_up": {}, "down": {}}, _down_output_max(tokens, gate_up, down, activation))
+    computed, down = trace.layer.expert(expert), trace.layer.down[expert]
+    measured = ExpertMeasurement({}, {"gate_up": {}, "down": {}}, _down_output_max(tokens, computed))
     if not widths:
         return measured
     sample = tokens.at_most(MEASURED_TOKENS)
     represented = len(tokens) / max(len(sample), 1)  # tokens a measured one stands for
     x = sample.x
-    h = intermediate(x, gate_up, activation)
+    h = computed.intermediate(x)
     output = h @ down.t()
     weight = sample.routing_weight[:, None]
     if trace.gradients is not None:
         gradients = trace.gradients[sample.index].to(weight.device) * weight
         gradients_at_h = gradients @ down
-    quantizers = _part_quantizers(trace, expert, activation, recipe, gradient_norms)
+    quantizers = _part_quantizers(trace, expert, recipe, gradient_norms)
     for width in widths:
-        h_change = intermediate(x, quantizers["gate_up"](width), activation).sub_(h)
+        h_change = computed.intermediate(x, quantizers["gate_up"](width)).sub_(h)
         down_quantized = quantizers["down"](width)
         output_change = (h @ down_quantized.t()).sub_(output)
         if trace.gradients is not None:
@@ -79,16 +77,15 @@ def measure_expert(
     return measured
 
 
-def _down_output_max(tokens: ExpertTokens, gate_up: torch.Tensor, down: torch.Tensor, activation: Activation) -> float:
+def _down_output_max(tokens: ExpertTokens, expert: Expert) -> float:
     """Over all of the expert's tokens: massive activations appear at very few."""
-    maxima = [float((intermediate(x, gate_up, activation) @ down.t()).abs().max()) for x in tokens.chunks() if len(x)]
+    maxima = [float(expert(x).abs().max()) for x in tokens.chunks() if len(x)]
     return max(maxima, default=0.0)
 
 
 def _part_quantizers(
     trace: MoeTrace,
     expert: int,
-    activation: Activation,
     recipe: Recipe,
     gradient_norms: torch.Tensor | None,
 ) -> dict[str, Callable[[int], torch.Tensor]]:
@@ -105,7 +102,7 @@ def _part_quantizers(
     tokens: ExpertTokens = calibration_tokens(trace.inputs, expert)
     token_weights = hessian_weights(tokens, recipe.hessian_weighting, gradient_norms)
     quantizers = {}
-    transforms = {"gate_up": None, "down": lambda x: intermediate(x, weights["gate_up"], activation)}
+    transforms = {"gate_up": None, "down": trace.layer.expert(expert).intermediate}
     for part, weight in weights.items():
         name = f"{trace.name}.{expert}.{part}"
         factor = build_factor(tokens, token_weights, transforms[part], recipe, name)

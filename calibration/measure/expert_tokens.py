@@ -10,8 +10,6 @@ from vllm_mcmoe.calibration.model.activations import SCRATCH, Activations, Activ
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer
 from vllm_mcmoe.calibration.recipes import Recipe
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
 # Below one token per column of a group, a group's Hessian is singular and says more about damping than about inputs.
 MIN_EXPERT_TOKENS = 128
 POOL_TOKENS = 4096  # tokens standing for the whole layer; 16 per input of a 256-wide Hessian, cheap everywhere
@@ -175,9 +173,3 @@ def second_moment(tokens: ExpertTokens, weights: torch.Tensor | None, transform:
         else:
             moment.addmm_(weighted.t(), y)
     return moment
-
-
-def intermediate(x: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """activation(gate x) * up x. x: [n, hidden], gate_up: [2*intermediate, hidden] -> [n, intermediate]."""
-    gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
-    return activation(gate).mul_(up)

@@ -21,7 +21,7 @@ from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace, backward_traces, forward_traces
 from vllm_mcmoe.calibration.measure.super_experts import MASSIVE_RATIO, flag_super_experts
 from vllm_mcmoe.calibration.model.activations import ActivationStore
-from vllm_mcmoe.calibration.model.description import MoeModel, activation_function
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import TokenSequences
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
@@ -155,7 +155,7 @@ def _measure_layer(
 ) -> LayerFactors:
     activation_count, routing_weight_sum = routing_statistics(trace.router_probs, trace.inputs.topk_ids)
     experts = [
-        measure_expert(trace, expert, activation_function(description), recipe, widths, gradient_norms)
+        measure_expert(trace, expert, recipe, widths, gradient_norms)
         for expert in range(description.num_experts)
     ]
     loss_increase = None

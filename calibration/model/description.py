@@ -10,23 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PretrainedConfig
-from transformers.activations import ACT2FN
 
 from vllm_mcmoe.calibration.model.families import FAMILIES, REFUSED
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 from vllm_mcmoe.calibration.model.source_formats import READ, SourceFormat, find_source_format
 from vllm_mcmoe.calibration.model.weight_files import TensorInfo
+from vllm_mcmoe.checkpoint import BIAS
 from vllm_mcmoe.errors import UnsupportedModelError
+from vllm_mcmoe.kernels.expert_function import ExpertFunction
 from vllm_mcmoe.support import check_model
 
 # transformers' module tree: the text model, its decoder layers, the output head
 TEXT_MODULE, LAYERS, HEAD_MODULE = "model.", "layers", "lm_head"
-
-
-# What the kernels implement (the kernel contract: silu(gate) * up).
-SUPPORTED_ACTIVATIONS = ("silu",)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,10 @@ class MoeModel:
     config       of the text model, which in a wrapper is a part of config.json
     source_format  what the files' weights are in
     moe_layers   decoder layer index -> layer name, the on-disk prefix of its experts
-    hidden, intermediate, num_experts, top_k   sizes of every MoE layer
+    hidden       size of the hidden states
+    expert_hidden, intermediate, num_experts, top_k   sizes of every MoE layer; latent experts have a hidden size of
+                 their own
+    function     what experts compute between their projections
     """
 
     path: Path
@@ -47,31 +46,58 @@ class MoeModel:
     num_layers: int
     moe_layers: dict[int, str]
     hidden: int
+    expert_hidden: int
     intermediate: int
     num_experts: int
     top_k: int
-    activation: str
+    function: ExpertFunction
 
     def expert_tensor(self, layer_name: str, expert: int, projection: str) -> str:
-        """On-disk name, without suffix, of a matrix: projection is one of the family's gate, up and down."""
+        """On-disk name, without suffix, of a matrix: projection is one of all_projections."""
         return f"{layer_name}.{expert}.{projection}"
 
     def projections(self, part: str) -> tuple[str, ...]:
-        """On-disk projections of a part: "gate_up" is two matrices stacked by rows, "down" is one."""
-        return (self.family.gate, self.family.up) if part == "gate_up" else (self.family.down,)
+        """On-disk projections of a part: "gate_up" is two matrices, or one where experts have no gate, "down" is one."""
+        if part == "down":
+            return (self.family.down,)
+        return (self.family.gate, self.family.up) if self.function.gated else (self.family.up,)
+
+    @property
+    def all_projections(self) -> tuple[str, ...]:
+        """On-disk projections of an expert."""
+        return (*self.projections("gate_up"), *self.projections("down"))
+
+    def projection_rows(self, part: str) -> list[slice]:
+        """Rows of each of a part's projections in the part as calibration has it."""
+        count = len(self.projections(part))
+        if self.family.experts_interleaved:
+            return [slice(first, None, count) for first in range(count)]
+        rows = self.part_shapes()[part][0] // count
+        return [slice(first * rows, (first + 1) * rows) for first in range(count)]
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """[out, in] of one on-disk matrix of an expert."""
         if projection == self.family.down:
-            return self.hidden, self.intermediate
-        return self.intermediate, self.hidden
+            return self.expert_hidden, self.intermediate
+        return self.intermediate, self.expert_hidden
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Of one expert's tensor, a weight or a bias, by its on-disk name in 16 bits."""
+        projection, suffix = name.rsplit(".", 2)[1:]
+        shape = self.projection_shape(projection)
+        return shape[:1] if suffix == BIAS else shape
 
     def part_shapes(self) -> dict[str, list[int]]:
         """[out, in] of the parts as allocation counts them: gate and up stacked by rows."""
         return {
-            "gate_up": [2 * self.intermediate, self.hidden],
-            "down": [self.hidden, self.intermediate],
+            "gate_up": [self.function.factor * self.intermediate, self.expert_hidden],
+            "down": [self.expert_hidden, self.intermediate],
         }
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether its experts do."""
+        return bool(self.family.fused_biases)
 
     def read_config(self) -> dict[str, Any]:
         """config.json as it is written, without transformers' defaults and without what its weights are in."""
@@ -117,16 +143,27 @@ class MoeModel:
         """On-disk name of the tensor with that part of all experts of decoder layer N, in a fused_experts family."""
         return f"{self.layer_prefix}{layer}.{self.family.fused_experts[part]}"
 
-    def fused_shape(self, part: str) -> tuple[int, int, int]:
-        """Of that tensor, unless it is transposed."""
-        return (self.num_experts, *self.part_shapes()[part])
+    def fused_bias(self, layer: int, part: str) -> str:
+        """On-disk name of the tensor with the biases of that part of all experts."""
+        return f"{self.layer_prefix}{layer}.{self.family.fused_biases[part]}"
+
+    def fused_shapes(self, part: str) -> list[tuple[int, int, int]]:
+        """That a fused tensor of weights may have; the second one is transposed."""
+        rows, columns = self.part_shapes()[part]
+        plain, transposed = (self.num_experts, rows, columns), (self.num_experts, columns, rows)
+        return {"never": [plain], "maybe": [plain, transposed], "always": [transposed]}[self.family.fused_transposed]
 
     def is_expert_tensor(self, name: str) -> bool:
-        """Whether an on-disk tensor, of the 16-bit model or of a checkpoint, holds weights of the routed experts."""
+        """Whether an on-disk tensor, of the 16-bit model or of a checkpoint, belongs to the routed experts."""
         split = self.split_layer_name(name)
         if split is None or split[0] not in self.moe_layers:
             return False
-        return split[1].startswith(f"{self.family.experts}.") or split[1] in self.family.fused_experts.values()
+        fused = (*self.family.fused_experts.values(), *self.family.fused_biases.values())
+        return split[1].startswith(f"{self.family.experts}.") or split[1] in fused
+
+    def is_expert_weight(self, name: str) -> bool:
+        """Whether it holds weights of theirs, in any form: what bits per weight are counted of."""
+        return self.is_expert_tensor(name) and not name.endswith(BIAS)
 
 
 def describe_model(path: str | Path) -> MoeModel:
@@ -160,10 +197,11 @@ def describe_model(path: str | Path) -> MoeModel:
             )
         },
         hidden=config.hidden_size,
+        expert_hidden=_asked(path, lambda: family.expert_hidden(config)),
         intermediate=getattr(config, family.intermediate_size),
         num_experts=getattr(config, family.num_experts),
         top_k=config.num_experts_per_tok,
-        activation=family.activation or config.hidden_act,
+        function=_asked(path, lambda: _function(path / "config.json", config, family)),
     )
     _check_shapes(model)
     return model
@@ -227,6 +265,13 @@ def _check_family(where: Path, whole: PretrainedConfig, config: PretrainedConfig
         raise UnsupportedModelError(f"{where}: {reason}; served, the model would not compute what was calibrated.")
 
 
+def _function(where: Path, config: PretrainedConfig, family: ModelFamily) -> ExpertFunction:
+    try:
+        return family.function(config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{where}: {error}.") from None
+
+
 def _asked(path: Path, question: Callable[[], Any]) -> Any:
     """What a family makes of a config. Raises UnsupportedModelError where a value is of no type that it could have."""
     try:
@@ -261,10 +306,6 @@ def _check_shapes(model: MoeModel) -> None:
     where = model.path / "config.json"
     if not model.moe_layers:
         raise UnsupportedModelError(f"{where}: no layer has experts; there is nothing to quantise.")
-    if model.activation not in SUPPORTED_ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{where}: hidden_act is {model.activation!r}; supported: {', '.join(SUPPORTED_ACTIVATIONS)}."
-        )
 
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -289,12 +330,10 @@ def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
                 f"{model.path}: tensor {name} is missing; config.json promises {model.num_experts} experts in each of "
                 f"{len(model.moe_layers)} layers. Is the download complete?"
             )
-        fits = info.shape == expected
-        if fused and model.family.fused_transposed:
-            fits = fits or info.shape == (expected[0], expected[2], expected[1])
-        if not fits:
+        if info.shape not in expected:
             raise UnsupportedModelError(
-                f"{info.file}: {name} has shape {list(info.shape)}, config.json implies {list(expected)}."
+                f"{info.file}: {name} has shape {list(info.shape)}, config.json implies "
+                f"{' or '.join(str(list(shape)) for shape in expected)}."
             )
         if info.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
@@ -303,21 +342,18 @@ def check_tensors(model: MoeModel, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _expert_tensors(model: MoeModel, fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the experts' tensors in the 16-bit model's files."""
+def _expert_tensors(model: MoeModel, fused: bool) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Names of the experts' tensors in the 16-bit model's files, and the shapes that each may have."""
     for layer, layer_name in model.moe_layers.items():
         if fused:
             for part in model.family.fused_experts:
-                yield model.fused_tensor(layer, part), model.fused_shape(part)
+                yield model.fused_tensor(layer, part), model.fused_shapes(part)
+            for part in model.family.fused_biases:
+                yield model.fused_bias(layer, part), [(model.num_experts, model.part_shapes()[part][0])]
             continue
         for expert in range(model.num_experts):
-            for projection in (model.family.gate, model.family.up, model.family.down):
-                yield (
-                    f"{model.expert_tensor(layer_name, expert, projection)}.weight",
-                    model.projection_shape(projection),
-                )
-
-
-def activation_function(model: MoeModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation between gate and up, element by element."""
-    return ACT2FN[model.activation]
+            for projection in model.all_projections:
+                base = model.expert_tensor(layer_name, expert, projection)
+                for suffix in ("weight", BIAS) if model.has_biases else ("weight",):
+                    name = f"{base}.{suffix}"
+                    yield name, [model.tensor_shape(name)]

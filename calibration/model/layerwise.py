@@ -12,8 +12,8 @@ model's device, and what the model computes is there; hidden states may be given
             hidden = [layer(batch) for batch in hidden]
     logits = model.logits(hidden[0])
 
-Transformers keeps a layer's experts as two tensors, `gate_up_proj [E, 2I, H]` (gate rows first) and
-`down_proj [E, H, I]`, whatever the names on disk. The call `experts(hidden_states, top_k_index, top_k_weights)` is
+Transformers keeps a layer's experts as two tensors, as a rule `gate_up_proj [E, 2I, H]` (gate rows first) and
+`down_proj [E, H, I]`, whatever the names on disk; `DecoderLayer.expert` knows the exceptions. The call `experts(hidden_states, top_k_index, top_k_weights)` is
 the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
 """
 
@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vllm_mcmoe.calibration.common.device import check_layer_fits
 from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel
-from vllm_mcmoe.calibration.model.families.family import ModelFamily
+from vllm_mcmoe.calibration.model.experts import Expert
 from vllm_mcmoe.calibration.model.weights import WeightSource
+from vllm_mcmoe.checkpoint import BIAS
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.memory import release_freed_memory
 
@@ -47,12 +48,12 @@ ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 
 @dataclass
 class DecoderLayer:
-    """One loaded decoder layer with the arguments transformers passes it besides the hidden states, and the device both
-    are on."""
+    """One loaded decoder layer of a model, with the arguments transformers passes it besides the hidden states, and the
+    device both are on."""
 
     module: nn.Module
     kwargs: dict[str, Any]
-    family: ModelFamily
+    model: MoeModel
     device: torch.device
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -63,17 +64,30 @@ class DecoderLayer:
     @property
     def experts(self) -> nn.Module | None:
         """Transformers' module of all routed experts; None in a dense layer."""
-        return getattr(self.module.get_submodule(self.family.moe_module), "experts", None)
+        return getattr(self.module.get_submodule(self.model.family.moe_module), "experts", None)
 
     @property
     def gate_up(self) -> torch.Tensor:
-        """float32 [experts, 2*intermediate, hidden], gate rows first."""
-        return self.experts.gate_up_proj
+        """float32 [experts, out, in], a view of the layer's weights; rows as in `Expert`."""
+        return self._stack("gate_up")
 
     @property
     def down(self) -> torch.Tensor:
-        """float32 [experts, hidden, intermediate]."""
-        return self.experts.down_proj
+        """float32 [experts, hidden, intermediate], likewise."""
+        return self._stack("down")
+
+    def _stack(self, part: str) -> torch.Tensor:
+        stack = getattr(self.experts, stack_name(self.model, part))
+        return stack.transpose(1, 2) if self.model.family.experts_transposed else stack
+
+    def expert(self, number: int) -> Expert:
+        """One of the layer's."""
+        biases = [
+            getattr(self.experts, bias_name(self.model, part))[number] if self.model.has_biases else None
+            for part in ("gate_up", "down")
+        ]
+        interleaved = self.model.family.experts_interleaved
+        return Expert(self.model.function, interleaved, self.gate_up[number], self.down[number], *biases)
 
     @contextmanager
     def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
@@ -93,13 +107,14 @@ class DecoderLayer:
     def router_scores(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """Within the block receive(float32 [N, experts], in host memory) is called before each experts call with the
         scores of all experts, from which the router selects."""
-        position = self.family.router_logits
-        score = torch.sigmoid if self.family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
+        family = self.model.family
+        position = family.router_logits
+        score = torch.sigmoid if family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
 
         def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
             receive(score(output[position].detach().float()).cpu())
 
-        router = self.module.get_submodule(f"{self.family.moe_module}.{self.family.router}")
+        router = self.module.get_submodule(f"{family.moe_module}.{family.router}")
         handle = router.register_forward_hook(hook)
         try:
             yield
@@ -220,27 +235,38 @@ class LayerwiseModel:
                 state[model.module_name(model.split_layer_name(name)[1])] = self._read(name)
         if index in model.moe_layers:
             experts = model.module_name(f"{model.family.experts}.")
-            state[f"{experts}gate_up_proj"] = self.expert_weights(index, "gate_up")
-            state[f"{experts}down_proj"] = self.expert_weights(index, "down")
+            for part in ("gate_up", "down"):
+                weights = self.expert_weights(index, part)
+                state[experts + stack_name(model, part)] = (
+                    weights.transpose(1, 2) if model.family.experts_transposed else weights
+                )
+                if model.has_biases:
+                    state[experts + bias_name(model, part)] = self.expert_biases(index, part)
         return state
 
     def expert_weights(self, index: int, part: str) -> torch.Tensor:
-        """float32 [experts, out, in] of "gate_up" (gate rows first) or "down"."""
+        """float32 [experts, out, in] of "gate_up" or "down", rows as in `Expert`."""
+        return self._stacked(index, part, "weight", self.description.part_shapes()[part])
+
+    def expert_biases(self, index: int, part: str) -> torch.Tensor:
+        """float32 [experts, out], likewise."""
+        return self._stacked(index, part, BIAS, self.description.part_shapes()[part][:1])
+
+    def _stacked(self, index: int, part: str, suffix: str, shape: list[int]) -> torch.Tensor:
         model = self.description
-        out_features, in_features = model.part_shapes()[part]
-        weights = torch.empty(model.num_experts, out_features, in_features, device=self.device)
+        stacked = torch.empty(model.num_experts, *shape, device=self.device)
         for expert in range(model.num_experts):
-            projections = model.projections(part)
-            for projection, rows in zip(projections, weights[expert].chunk(len(projections)), strict=True):
-                rows.copy_(self._read(f"{model.expert_tensor(model.moe_layers[index], expert, projection)}.weight"))
-        return weights
+            for projection, rows in zip(model.projections(part), model.projection_rows(part), strict=True):
+                name = f"{model.expert_tensor(model.moe_layers[index], expert, projection)}.{suffix}"
+                stacked[expert, rows] = self._read(name)
+        return stacked
 
     @contextmanager
     def loaded_layer(self, index: int) -> Iterator[DecoderLayer]:
         """The decoder layer with its weights, which are dropped at the end of the block."""
         module = self.load_layer(index)
         try:
-            yield DecoderLayer(module, self._kwargs[index], self.description.family, self.device)
+            yield DecoderLayer(module, self._kwargs[index], self.description, self.device)
         finally:
             module.to("meta")
             release_freed_memory()
@@ -300,6 +326,16 @@ class LayerwiseModel:
         return self.module
 
 
+def stack_name(model: MoeModel, part: str) -> str:
+    """What transformers' module calls the weights of a part of all experts."""
+    return {"gate_up": "gate_up_proj" if model.function.gated else "up_proj", "down": "down_proj"}[part]
+
+
+def bias_name(model: MoeModel, part: str) -> str:
+    """Likewise, their biases."""
+    return f"{stack_name(model, part)}_bias"
+
+
 def _in_layer(name: str) -> bool:
     """Whether a parameter of transformers' module tree belongs to a decoder layer."""
     return name.startswith(f"{TEXT_MODULE}{LAYERS}.")
@@ -325,9 +361,8 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
         del config.quantization_config  # the weights arrive here dequantised
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, experts_implementation="eager", attn_implementation="sdpa"
-            )
+            # attention as the class has it: sdpa, or eager where it has no other
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
         rotary = getattr(model.model, description.family.rotary)
         if rotary is not None:
             setattr(model.model, description.family.rotary, type(rotary)(config=config))

@@ -1,4 +1,4 @@
-"""What models are released in: 16 bits, FP8 in blocks, INT4 in groups. Read one tensor at a time, as 16-bit weights.
+"""What models are released in: 16 bits, FP8, MXFP4, INT4. Read one tensor at a time, as 16-bit weights.
 
 A format says which weights the tensors of a model's files make up, before any is read, and what one of them is. Nothing
 else knows that a source was not in 16 bits: calibration sees what the released weights stand for.
@@ -12,13 +12,17 @@ from typing import Any, Protocol, Self
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
 WEIGHT = ".weight"
-READ = "16 bits, FP8 in blocks (fp8 with weight_block_size), INT4 in groups (compressed-tensors, pack-quantized)"
+READ = (
+    "16 bits, FP8 in blocks (fp8 with weight_block_size), MXFP4 (mxfp4, as gpt-oss has it), INT4 in groups "
+    "(compressed-tensors, pack-quantized)"
+)
 
 
 class SourceFormat(Protocol):
@@ -172,6 +176,55 @@ class PackedIntegers:
         return (weights.num_bits + 16 / weights.group_size) / 8 if expert else 2  # of the rest, those in `ignore`
 
 
+@dataclass(frozen=True)
+class Mxfp4Blocks:
+    """FP4 in blocks of 32 with a power of two each, of all experts of a layer in one tensor: gpt-oss's release format.
+
+    Read as its release in 16 bits has them, [experts, in, out].
+    """
+
+    label: str = "MXFP4 in blocks of 32"
+
+    BLOCKS, SCALES, BLOCK = "_blocks", "_scales", 32
+
+    def weights(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        found = {}
+        for name, info in stored.items():
+            if name.endswith(self.SCALES):
+                _require(stored, name, name.removesuffix(self.SCALES) + self.BLOCKS)
+            elif name.endswith(self.BLOCKS):
+                base = name.removesuffix(self.BLOCKS)
+                scale = _require(stored, name, base + self.SCALES)
+                parts = info.shape[:-1]
+                if len(info.shape) != 4 or info.shape[-1] * 2 != self.BLOCK or info.dtype != "U8":
+                    raise FormatError(
+                        f"{info.file}: {name} is {info.dtype} {list(info.shape)}, expected U8 [experts, rows, blocks, "
+                        f"{self.BLOCK // 2}]."
+                    )
+                if scale.shape != parts or scale.dtype != "U8":
+                    raise FormatError(
+                        f"{scale.file}: {base}{self.SCALES} is {scale.dtype} {list(scale.shape)}; {name}, "
+                        f"{list(info.shape)}, has U8 {list(parts)} blocks."
+                    )
+                experts, rows, blocks = parts
+                found[base] = replace(info, dtype="BF16", shape=(experts, blocks * self.BLOCK, rows))
+            else:
+                found[name] = info
+        return found
+
+    def read(
+        self, files: TensorFiles, name: str, index: tuple[int, ...] = (), rows: slice = slice(None)
+    ) -> torch.Tensor:
+        if name + self.BLOCKS not in files.info:
+            return files.read(name, index, rows)
+        blocks, scales = (files.read(name + suffix, index) for suffix in (self.BLOCKS, self.SCALES))
+        whole = convert_moe_packed_tensors(blocks.view(-1, *blocks.shape[-3:]), scales.view(-1, *scales.shape[-2:]))
+        return whole.view(*blocks.shape[:-3], *whole.shape[-2:])[rows]
+
+    def bytes_per_weight(self, expert: bool) -> float:
+        return 0.5 + 1 / self.BLOCK if expert else 2
+
+
 def _require(stored: Mapping[str, TensorInfo], name: str, other: str) -> TensorInfo:
     if other not in stored:
         raise FormatError(f"{stored[name].file}: tensor {other} is missing, which {name} belongs to.")
@@ -192,6 +245,8 @@ def find_source_format(where: str, quantization: Any) -> SourceFormat:
     block = quantization.get("weight_block_size") if method == "fp8" else None
     if isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
         return Fp8Blocks((block[0], block[1]))
+    if method == "mxfp4":
+        return Mxfp4Blocks()
     packed = PackedIntegers.of(quantization) if method == "compressed-tensors" else None
     if packed is not None:
         return packed

@@ -8,7 +8,7 @@ import torch
 
 from vllm_mcmoe.calibration.model.description import MoeModel, check_tensors, has_fused_experts
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
-from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
+from vllm_mcmoe.checkpoint import BIAS, is_mcmoe_checkpoint
 from vllm_mcmoe.errors import UnsupportedModelError
 
 # Tables of rotary embeddings that older versions of transformers stored; all that read the files today compute them.
@@ -73,29 +73,30 @@ class WeightFiles:
         if name not in self._slices:
             return source.read(self.files, name)
         stacked, expert, rows, transposed = self._slices[name]
-        if transposed:
-            return source.read(self.files, stacked, (expert,)).t()[rows].contiguous()
+        if transposed or rows.step is not None:
+            part = source.read(self.files, stacked, (expert,))
+            return (part.t() if transposed else part)[rows].contiguous()
         return source.read(self.files, stacked, (expert,), rows)
 
     def numel(self, name: str) -> int:
         if name not in self._slices:
             return self.weights[name].numel
-        return math.prod(self.model.projection_shape(name.rsplit(".", 2)[1]))
+        return math.prod(self.model.tensor_shape(name))
 
 
 def _expert_slices(model: MoeModel, weights: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int, slice, bool]]:
-    """Of stacked experts: name of one matrix -> the tensor it is in, its expert, its rows, and whether that tensor is
-    transposed. One whose sizes do not tell is not: transformers takes it so."""
+    """Of stacked experts: name of one matrix or bias -> the tensor it is in, its expert, its rows, and whether that
+    tensor is transposed. One that may be, and whose sizes do not tell, is not: transformers takes it so."""
     slices = {}
     for part in model.family.fused_experts:
         for layer, layer_name in model.moe_layers.items():
             stacked = model.fused_tensor(layer, part)
-            transposed = weights[stacked].shape != model.fused_shape(part)
+            always = model.family.fused_transposed == "always"
+            transposed = always or weights[stacked].shape != model.fused_shapes(part)[0]
             for expert in range(model.num_experts):
-                start = 0
-                for projection in model.projections(part):
-                    rows = slice(start, start + model.projection_shape(projection)[0])
-                    name = f"{model.expert_tensor(layer_name, expert, projection)}.weight"
-                    slices[name] = (stacked, expert, rows, transposed)
-                    start = rows.stop
+                for projection, rows in zip(model.projections(part), model.projection_rows(part), strict=True):
+                    base = model.expert_tensor(layer_name, expert, projection)
+                    slices[f"{base}.weight"] = (stacked, expert, rows, transposed)
+                    if model.has_biases:
+                        slices[f"{base}.{BIAS}"] = (model.fused_bias(layer, part), expert, rows, False)
     return slices

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from vllm_mcmoe.calibration.measure.expert_tokens import Activation, MoeInputs, intermediate
+from vllm_mcmoe.calibration.measure.expert_tokens import MoeInputs
 from vllm_mcmoe.calibration.measure.sensitivity import backward_traces
 from vllm_mcmoe.calibration.model.activations import Rows
-from vllm_mcmoe.calibration.model.description import activation_function
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.kernels.reference.pruning import TINY, by_weight, renormalized
 
@@ -48,22 +47,24 @@ class RoutedTokens:
 
 def routed_tokens(model: LayerwiseModel, tokens: torch.Tensor, **options: Any) -> Iterator[RoutedTokens]:
     """Every MoE layer's tokens, last layer first. tokens and options are backward_traces'."""
-    activation = activation_function(model.description)
     for trace in backward_traces(model, tokens, **options):
         weights, ids = by_weight(trace.inputs.topk_weights, trace.inputs.topk_ids)
         inputs = MoeInputs(trace.inputs.x, ids, weights, trace.inputs.device)
-        products = _gradient_products(trace.layer, inputs, trace.gradients, activation)
+        products = _gradient_products(trace.layer, inputs, trace.gradients)
         yield RoutedTokens(trace.name, inputs.x, weights, ids, products)
 
 
-def _gradient_products(layer: DecoderLayer, inputs: MoeInputs, gradients: Rows, activation: Activation) -> torch.Tensor:
-    """g . E_j(x) = (D^T g) . h, float32 [N, k]."""
+def _gradient_products(layer: DecoderLayer, inputs: MoeInputs, gradients: Rows) -> torch.Tensor:
+    """g . E_j(x) = (D^T g) . h + g . b with b the down projection's bias, float32 [N, k]."""
     products = torch.zeros_like(inputs.topk_weights)
     for expert in range(len(layer.gate_up)):
         index, slot = (inputs.topk_ids == expert).nonzero(as_tuple=True)
         x, gradient = inputs.x[index].to(inputs.device), gradients[index].to(inputs.device)
-        h = intermediate(x, layer.gate_up[expert], activation)
-        products[index, slot] = ((gradient @ layer.down[expert]) * h).sum(-1).cpu()
+        computed = layer.expert(expert)
+        found = ((gradient @ computed.down) * computed.intermediate(x)).sum(-1)
+        if computed.down_bias is not None:
+            found += gradient @ computed.down_bias
+        products[index, slot] = found.cpu()
     return products
 
 

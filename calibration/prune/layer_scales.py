@@ -39,7 +39,7 @@ def measured_costs(
                 for batches in variants.values():
                     batches[:] = [layer(batch).cpu() for batch in batches]
                 if index in names:
-                    with pruned_layer(layer, model.description, pruners[names[index]]):
+                    with pruned_layer(layer, pruners[names[index]]):
                         variants[names[index]] = [layer(batch).cpu() for batch in base]
                 base = [layer(batch).cpu() for batch in base]
         costs = dict.fromkeys(variants, 0.0)

@@ -130,7 +130,7 @@ def _layer_scales(
             layer.tensors["cut"].expand(description.top_k - 1),
             layer.tensors["renormalize"],
             description.num_experts,
-            description.hidden,
+            description.expert_hidden,
         )
         for name, layer in layers.items()
     }

@@ -158,7 +158,7 @@ class CheckpointRun:
         sizes = dict(rest)
         for layer in layers:
             sizes.update(layer.nbytes)
-        weights, is_expert = self.model.source.weights, self.description.is_expert_tensor
+        weights, is_expert = self.model.source.weights, self.description.is_expert_weight
         expert_bytes = sum(n for name, n in sizes.items() if is_expert(name))
         total_bytes = sum(sizes.values())
         expert_weights = sum(info.numel for name, info in weights.items() if is_expert(name))

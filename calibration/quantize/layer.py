@@ -19,18 +19,16 @@ from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
 from vllm_mcmoe.calibration.measure.expert_tokens import (
-    Activation,
     ExpertTokens,
     MoeInputs,
     build_factor,
     calibration_tokens,
     hessian_weights,
-    intermediate,
     moe_inputs,
     tokens_of,
 )
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
-from vllm_mcmoe.calibration.model.description import MoeModel, activation_function
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.linears import (
     SUFFIXES,
@@ -169,28 +167,25 @@ class _LayerJob:
 
     def quantize_experts(self, inputs: MoeInputs) -> None:
         name = self.description.moe_layers[self.index]
-        activation = activation_function(self.description)
         for expert in range(self.description.num_experts):
             tokens = calibration_tokens(inputs, expert)
             own = tokens_of(inputs, expert)
             sample = own.at_most(ERROR_TOKENS)
-            before = _expert_output(self.layer, expert, sample, activation)
+            before = self.layer.expert(expert)(sample.x)
             bits = {part: self.options.bits[part][expert] for part in ("gate_up", "down")}
-            self._quantize_expert(name, expert, tokens, bits, activation)
-            after = _expert_output(self.layer, expert, sample, activation)
+            self._quantize_expert(name, expert, tokens, bits)
+            after = self.layer.expert(expert)(sample.x)
             error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
             self.experts.append(ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled))
         pooled = [expert for expert, r in enumerate(self.experts) if r.pooled_hessian]
         if pooled:
             self.log(f"{name}: too few tokens for experts {pooled}; calibrated on the layer's tokens instead")
 
-    def _quantize_expert(
-        self, layer_name: str, expert: int, tokens: ExpertTokens, bits: dict[str, int], activation: Activation
-    ) -> None:
+    def _quantize_expert(self, layer_name: str, expert: int, tokens: ExpertTokens, bits: dict[str, int]) -> None:
         """Quantise gate_up, then down on the intermediate it now gives; the layer keeps the dequantised weights."""
         layer, recipe = self.layer, self.options.recipe
         weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
-        transforms = {"gate_up": None, "down": lambda x: intermediate(x, layer.gate_up[expert], activation)}
+        transforms = {"gate_up": None, "down": layer.expert(expert).intermediate}
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
             factor = build_factor(tokens, weights, transforms[part], recipe, name)
@@ -199,10 +194,10 @@ class _LayerJob:
             self._add_part(layer_name, expert, part, matrix)
 
     def _add_part(self, layer_name: str, expert: int, part: str, matrix: QuantizedMatrix) -> None:
-        projections = self.description.projections(part)
-        for projection, rows in zip(projections, split_rows(matrix, len(projections)), strict=True):
+        rows = self.description.projection_rows(part)
+        for projection, piece in zip(self.description.projections(part), split_rows(matrix, rows), strict=True):
             name = self.description.expert_tensor(layer_name, expert, projection)
-            self.shard.add_matrix(name, rows.pack())
+            self.shard.add_matrix(name, piece.pack())
             self._quantized.add(f"{name}.weight")
 
     def add_unquantized(self) -> None:
@@ -224,11 +219,11 @@ def restore(
             find_linear(layer.module, module_name).weight.data.copy_(dequantize_linear(tensors, linear_bits))
         for expert, report in enumerate(quantized.experts):
             for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
-                projections = description.projections(part)
-                for projection, rows in zip(projections, stack[expert].chunk(len(projections)), strict=True):
+                all_rows = description.projection_rows(part)
+                for projection, rows in zip(description.projections(part), all_rows, strict=True):
                     name = description.expert_tensor(description.moe_layers[index], expert, projection)
                     matrix = _read_matrix(file, name, getattr(report, part))
-                    rows.copy_(matrix.dequantize(in_features=rows.shape[1]))
+                    stack[expert, rows] = matrix.dequantize(in_features=stack.shape[2])
 
 
 def _read_matrix(file: safe_open, name: str, bits: int) -> PackedMatrix:
@@ -263,16 +258,12 @@ def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activat
     return moment
 
 
-def _expert_output(layer: DecoderLayer, expert: int, tokens: ExpertTokens, activation: Activation) -> torch.Tensor:
-    """float32 [n, hidden], without routing weights."""
-    return intermediate(tokens.x, layer.gate_up[expert], activation) @ layer.down[expert].t()
-
-
-def split_rows(matrix: QuantizedMatrix, parts: int) -> list[QuantizedMatrix]:
-    """Cut a matrix of stacked rows (gate over up) into its parts; each owns its memory."""
-    zeros = [None] * parts if matrix.zeros is None else matrix.zeros.chunk(parts)
-    pieces = zip(matrix.codes.chunk(parts), matrix.scales.chunk(parts), zeros, strict=True)
+def split_rows(matrix: QuantizedMatrix, parts: list[slice]) -> list[QuantizedMatrix]:
+    """The parts of a matrix of stacked rows (gate and up); each owns its memory."""
+    zeros = matrix.zeros
     return [
-        QuantizedMatrix(matrix.bits, codes, scales.clone(), None if zero is None else zero.clone())
-        for codes, scales, zero in pieces
+        QuantizedMatrix(
+            matrix.bits, matrix.codes[rows], matrix.scales[rows].clone(), None if zeros is None else zeros[rows].clone()
+        )
+        for rows in parts
     ]

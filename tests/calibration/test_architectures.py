@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.calibration.conftest import QUICK, layer_by_layer_logits, layerwise, transformers_logits
-from tests.tiny_models import TINY_MODELS, edit_config, make_tiny
+from tests.tiny_models import SIZES, TINY_MODELS, edit_config, make_tiny
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized, open_weights
 from vllm_mcmoe.calibration.evaluate.inspection import inspect_model
 from vllm_mcmoe.calibration.measure.factors import Factors
@@ -86,8 +86,8 @@ def test_a_model_is_described_from_its_config_alone(kind, make, tmp_path):
     model = describe_model(tmp_path)
     assert tuple(model.moe_layers) == TINY_MODELS[kind].moe_layers
     assert model.hidden == 128
-    assert model.intermediate == TINY_MODELS[kind].sizes.get("moe_intermediate_size", 128)
     sizes = TINY_MODELS[kind].sizes
+    assert model.intermediate == sizes.get("moe_intermediate_size", (SIZES | sizes)["intermediate_size"])
     assert model.num_experts == next(sizes[key] for key in sizes if key.endswith("_experts") and "shared" not in key)
     assert model.top_k == sizes.get("num_experts_per_tok", 2)
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_read_back_as_the_original_with_quantised_weights(kind, 
     files = open_weights(quantized(kind).checkpoint).files.info
     assert found.keys() == original.keys()
     for name, weight in original.items():
-        is_expert_stack = ".experts." in name
+        is_expert_stack = ".experts." in name and not name.endswith("bias")
         matrices = weight if is_expert_stack else weight[None]
         for matrix, expected in zip(found[name].view_as(matrices), matrices, strict=True):
             if is_expert_stack or f"{on_disk_name(model, name)}_packed" in files:
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_every_expert_by_itself_and_no_16_bit_one(kind, quant
     assert list(config.experts) == list(model.moe_layers.values())
     for layer in model.moe_layers.values():
         for expert in range(model.num_experts):
-            for projection in (model.family.gate, model.family.up, model.family.down):
+            for projection in model.all_projections:
                 assert f"{model.expert_tensor(layer, expert, projection)}.qweight" in names
     assert not any(model.is_expert_tensor(name) and name.endswith(".weight") for name in names)
 
@@ -189,6 +189,7 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
     model = quantized(kind).description
     kept = {model.split_layer_name(name)[1].removesuffix(".weight") for name in layers if model.split_layer_name(name)}
     assert kept <= {
+        "mlp.router",
         "mlp.router.gate",
         "mamba.conv1d",
         "mamba.in_proj",
@@ -284,6 +285,8 @@ def test_a_misshapen_stack_of_experts_is_named(make, tmp_path):
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("phi", {"router_jitter_noise": 0.1}, r"router_jitter_noise is 0\.1; vLLM's Phi-3\.5-MoE has 0\.01"),
         ("phi", {"attention_bias": False}, "attention_bias is False"),
+        ("gpt-oss", {"swiglu_limit": 6.0}, r"swiglu_limit is 6\.0; vLLM's gpt-oss has 7\.0"),
+        ("gpt-oss", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types does not begin with"),
         ("glm4", {"quantization_config": {"quant_method": "fp8"}}, r"quantised already \(fp8\)"),
     ],
 )
@@ -291,13 +294,6 @@ def test_a_setting_that_vllm_would_serve_differently_is_refused(kind, changes, m
     shutil.copy2(make(kind) / "config.json", tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(UnsupportedModelError, match=message):
-        describe_model(tmp_path)
-
-
-def test_gpt_oss_is_refused_with_the_reason(tmp_path):
-    config = AutoConfig.for_model("gpt_oss").to_dict() | {"architectures": ["GptOssForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=r"GptOssForCausalLM is not supported; its experts have biases"):
         describe_model(tmp_path)
 
 

@@ -12,7 +12,7 @@ from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, round_activations
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.measure.expert_tokens import moe_inputs
-from vllm_mcmoe.calibration.model.description import activation_function, describe_model
+from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.calibration.quantize.linears import linear_bits
@@ -105,7 +105,7 @@ def test_int8_activations_compute_what_the_reference_kernel_computes(mixed_check
     with torch.no_grad(), model.loaded_layer(0) as layer:
         inputs = moe_inputs(layer, hidden)
         arguments = (inputs.x, inputs.topk_ids, inputs.topk_weights)
-        out = experts_forward(layer, activation_function(weights.model), round_activations, None)(*arguments)
+        out = experts_forward(layer, round_activations, None)(*arguments)
     name = weights.model.moe_layers[0]
 
     def matrix(expert: int, projection: str) -> PackedMatrix:

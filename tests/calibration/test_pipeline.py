@@ -245,7 +245,7 @@ def test_tied_embeddings_stay_tied(tmp_path, reference_model, calibration_files)
 
 def test_split_rows_undoes_stacking():
     matrix = quantize_rtn(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), 2)
-    upper, lower = split_rows(matrix, 2)
+    upper, lower = split_rows(matrix, [slice(0, 4), slice(4, 8)])
     assert torch.equal(torch.cat([upper.dequantize(), lower.dequantize()]), matrix.dequantize())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules, round_activations
 from vllm_mcmoe.calibration.model.description import describe_model
@@ -91,13 +92,26 @@ def with_int8_activations(model: PreTrainedModel, pruning: Sequence[LayerPruning
                 for expert, weight in zip(ids, weights, strict=True):
                     if expert < 0:
                         continue
-                    gate, up = (experts.gate_up_proj[expert] @ rounded[token]).chunk(2)
-                    middle = round_activations((torch.nn.functional.silu(gate) * up)[None])[0]
-                    out[token] += weight * (experts.down_proj[expert] @ middle)
+                    middle = round_activations(_intermediate(experts, expert, rounded[token])[None])[0]
+                    out[token] += weight * _down(experts, expert, middle)
             return out
 
         experts.forward = forward
     return model
+
+
+def _intermediate(experts: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """As transformers' module computes it, written anew or by its own function."""
+    if isinstance(experts, GptOssExperts):
+        return experts._apply_gate(x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert])
+    gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _down(experts: torch.nn.Module, expert: int, middle: torch.Tensor) -> torch.Tensor:
+    if isinstance(experts, GptOssExperts):
+        return middle @ experts.down_proj[expert] + experts.down_proj_bias[expert]
+    return experts.down_proj[expert] @ middle
 
 
 def expected_logprobs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.released_forms import in_mxfp4
 from tests.tiny_models import TINY_MODELS, make_tiny
 from tests.vllm_mcmoe.engines import Job, Scored, score_in_one_process
 from tests.vllm_mcmoe.serving import (
@@ -34,6 +35,7 @@ ODD = "mixtral-odd"
 ODD_SIZES = {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
 SERVED = [kind for kind, tiny in TINY_MODELS.items() if tiny.cpu_refusal is None and tiny.not_served is None]
 KINDS = {**{kind: (kind, {}) for kind in SERVED}, ODD: ("mixtral", ODD_SIZES)}
+RELEASED_IN = {"gpt-oss": in_mxfp4}  # the others are made as they are released, in 16 bits
 IN_BFLOAT16 = [kind for kind in SERVED if TINY_MODELS[kind].bfloat16]
 
 
@@ -58,6 +60,7 @@ PACKED = {
     "hy3 4-bit": Packed("hy3"),
     "qwen3-next 4-bit": Packed("qwen3-next", dtype="bfloat16"),
     "qwen3.5-vision 4-bit": Packed("qwen3.5-vision", dtype="bfloat16"),
+    "gpt-oss 4-bit": Packed("gpt-oss"),
     "mixtral-odd 4-bit": Packed(ODD),
     "qwen2 4-bit, portable": Packed("qwen2", environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
     "mixtral-odd 8-bit, portable": Packed(ODD, bits=8, environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
@@ -87,7 +90,7 @@ def checkpoints(tmp_path_factory, reference_model, calibration_files) -> dict[tu
     directory = tmp_path_factory.mktemp("architectures")
     made = {}
     for kind, (tiny, changes) in KINDS.items():
-        model = make_tiny(tiny, directory / kind, reference_model, **changes)
+        model = RELEASED_IN.get(kind, Path)(make_tiny(tiny, directory / kind, reference_model, **changes))
         for linear_bits in sorted({16} | {packed.bits for packed in PACKED.values() if packed.kind == kind}):
             out = made[kind, linear_bits] = directory / f"{kind}-{linear_bits}"
             options = {"recipe": QUICK, "linear_bits": linear_bits, "sequences": 8, "length": 64}

@@ -6,6 +6,8 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
+
 Stages = tuple[tuple[str, ...], ...]
 
 
@@ -17,6 +19,22 @@ def _itself(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def _hidden_act(config: PretrainedConfig) -> ExpertFunction:
+    """For vLLM's models that compute silu, whatever config.json says."""
+    if config.hidden_act != SILU.activation:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; supported: {SILU.activation}")
+    return SILU
+
+
+def always_silu(config: PretrainedConfig) -> ExpertFunction:
+    """For architectures whose config.json has no hidden_act."""
+    return SILU
+
+
+def _hidden_size(config: PretrainedConfig) -> int:
+    return config.hidden_size
+
+
 def _nothing_to_refuse(config: PretrainedConfig) -> None:
     return None
 
@@ -26,6 +44,7 @@ class ModelFamily:
     """What is particular to one architecture. Names are relative to a decoder layer, `{text_prefix}layers.N.`.
 
     num_experts, intermediate_size   keys of config.json
+    expert_hidden       hidden size of the experts, which latent ones have of their own
     linears             linear layers that compressed-tensors quantises, where a layer has them, in the order of the
                         forward pass; those of one stage share their input
     linear_ignore       compressed-tensors patterns of linear layers that stay in 16 bits
@@ -36,14 +55,20 @@ class ModelFamily:
     passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
                         are copied as they are
     final_norm, rotary  what transformers' text model calls its last norm and its rotary embedding
-    activation          of architectures whose config.json has no hidden_act
+    function            what experts compute between their projections. Raises ValueError for a config that says what
+                        the kernels do not compute
     layer_outputs       values that transformers' decoder layer returns, of which hidden states are the first
     layer_kinds         values of config.json's layer_types that vLLM's model tells apart; others may not be mixed
     experts             on-disk prefix of the experts
-    gate, up, down      on-disk names of an expert's projections
+    gate, up, down      on-disk names of an expert's projections; gate is not there where experts have none
     fused_experts       part -> on-disk tensor with that part of all experts, for architectures some of whose files keep
                         experts so; a checkpoint names its experts one by one all the same
-    fused_transposed    whether these may be [experts, in, out] instead of [experts, out, in]; the files' headers tell
+    fused_transposed    whether these are [experts, in, out] instead of [experts, out, in]: "maybe" where the files'
+                        headers tell
+    fused_biases        part -> on-disk tensor with the biases of that part of all experts, of architectures that have
+                        them
+    experts_transposed  whether transformers' module keeps experts' matrices [in, out]
+    experts_interleaved whether gate and up alternate, row by row, in that module and in fused tensors on disk
     is_moe_layer        whether decoder layer N of this config has experts
     module_names        on-disk prefix -> prefix in transformers' module tree, where the two differ; the first that
                         fits counts
@@ -60,12 +85,13 @@ class ModelFamily:
     linears: Stages
     linear_ignore: tuple[str, ...]
     text_config: Callable[[PretrainedConfig], PretrainedConfig] = _itself
+    expert_hidden: Callable[[PretrainedConfig], int] = _hidden_size
     text_prefix: str = "model."
     head: str = "lm_head"
     passed_through: tuple[str, ...] = ()
     final_norm: str = "norm"
     rotary: str = "rotary_emb"
-    activation: str | None = None
+    function: Callable[[PretrainedConfig], ExpertFunction] = _hidden_act
     layer_outputs: int = 1
     layer_kinds: tuple[str, ...] = ()
     experts: str = "mlp.experts"
@@ -73,7 +99,10 @@ class ModelFamily:
     up: str = "up_proj"
     down: str = "down_proj"
     fused_experts: Mapping[str, str] = field(default_factory=dict)
-    fused_transposed: bool = False
+    fused_transposed: Literal["never", "maybe", "always"] = "never"
+    fused_biases: Mapping[str, str] = field(default_factory=dict)
+    experts_transposed: bool = False
+    experts_interleaved: bool = False
     is_moe_layer: Callable[[PretrainedConfig, int], bool] = every_layer
     module_names: Mapping[str, str] = field(default_factory=dict)
     moe_module: str = "mlp"

@@ -2,7 +2,12 @@
 
 from transformers import PretrainedConfig
 
-from vllm_mcmoe.calibration.model.families.family import NOT_ROUTED_ON_CPUS, ModelFamily, built_into_vllm
+from vllm_mcmoe.calibration.model.families.family import (
+    NOT_ROUTED_ON_CPUS,
+    ModelFamily,
+    always_silu,
+    built_into_vllm,
+)
 
 
 def _is_moe_layer(config: PretrainedConfig, layer: int) -> bool:
@@ -33,7 +38,7 @@ LFM2 = ModelFamily(
     router_scores="sigmoid",
     final_norm="embedding_norm",
     rotary="pos_emb",
-    activation="silu",
+    function=always_silu,
     refuse=_refuse_lfm2,
     notes=(NOT_ROUTED_ON_CPUS,),
 )

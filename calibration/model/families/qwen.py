@@ -128,7 +128,7 @@ QWEN3_VL = replace(
     text_prefix="model.language_model.",
     passed_through=("model.visual.",),
     fused_experts={"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
-    fused_transposed=True,
+    fused_transposed="maybe",
     linear_ignore=(*QWEN3.linear_ignore, r"re:.*visual\..*"),
     notes=(VISION_NOTE,),
 )
