@@ -28,6 +28,7 @@ from transformers import (
     Lfm2MoeConfig,
     MiniMaxM2Config,
     MixtralConfig,
+    NemotronHConfig,
     OlmoeConfig,
     PhimoeConfig,
     PretrainedConfig,
@@ -156,6 +157,24 @@ QWEN3_5 = DELTA_NET | {
     "shared_expert_intermediate_size": 256,
     "head_dim": 64,
 }
+
+
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 160,
+    "moe_shared_expert_intermediate_size": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "head_dim": 64,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 64,
+    "n_groups": 2,
+}
+NO_GATE = "vLLM has no experts without a gate on CPUs"
 
 
 TINY_MODELS: dict[str, TinyModel] = {
@@ -450,6 +469,20 @@ TINY_MODELS: dict[str, TinyModel] = {
             "sliding_window": 16,
         },
         finish=_reach_limits,
+    ),
+    "nemotron-h": TinyModel(
+        NemotronHConfig,
+        NEMOTRON_H,
+        moe_layers=(1, 4),
+        finish=_spread_correction_bias,
+        not_served=NO_GATE,
+    ),
+    "nemotron-h-latent": TinyModel(
+        NemotronHConfig,
+        NEMOTRON_H | {"moe_latent_size": 256},
+        moe_layers=(1, 4),
+        finish=_spread_correction_bias,
+        not_served=NO_GATE,
     ),
 }
 

@@ -40,7 +40,7 @@ from vllm_mcmoe.memory import release_freed_memory
 BATCH_TOKENS = 2048
 
 
-EMBEDDING, HEAD = f"{TEXT_MODULE}embed_tokens.weight", f"{HEAD_MODULE}.weight"
+HEAD = f"{HEAD_MODULE}.weight"
 
 
 ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -145,8 +145,8 @@ class LayerwiseModel:
                 self._layer_names.setdefault(split[0], []).append(name)
         check_layer_fits(self.device, self.layer_bytes(), self.description.path)
         self.module = skeleton(self.description)
-        rotary = getattr(self.module.model, self.description.family.rotary)
-        if rotary is not None:  # positions may be left to Mamba layers
+        rotary = _rotary(self.module, self.description)
+        if rotary is not None:
             rotary.to(self.device)
         known = {self.description.outer_name(name) for name in self.module.state_dict() if not _in_layer(name)}
         known |= {name for name in self._outer_names if self.description.passes_through(name)}
@@ -154,7 +154,7 @@ class LayerwiseModel:
         self._outer_names = [name for name in self._outer_names if name in known]
         self._check_outer()
         for name, module in self.module.model.named_children():
-            if name not in ("embed_tokens", LAYERS):
+            if name not in (self.description.family.embedding, LAYERS):
                 self._load_outer(f"{TEXT_MODULE}{name}", module)
         self._kwargs: dict[int, dict[str, Any]] = {}
 
@@ -192,7 +192,12 @@ class LayerwiseModel:
         """Of a parameter outside the decoder layers. A tied lm_head has one of its own, but no tensor in the files."""
         on_disk = self.description.outer_name(name)
         tied = self.description.config.tie_word_embeddings and name == HEAD and on_disk not in self._outer_names
-        return self.description.outer_name(EMBEDDING) if tied else on_disk
+        return self.description.outer_name(f"{self._embedding}.weight") if tied else on_disk
+
+    @property
+    def _embedding(self) -> str:
+        """In transformers' module tree."""
+        return TEXT_MODULE + self.description.family.embedding
 
     def _check_outer(self) -> None:
         for name, _ in self.module.named_parameters(remove_duplicate=False):
@@ -284,7 +289,7 @@ class LayerwiseModel:
         """What embed returns, one batch at a time, on the model's device; the embeddings are in memory until the
         last."""
         embedding = self.module.get_input_embeddings()
-        self._load_outer(f"{TEXT_MODULE}embed_tokens", embedding)
+        self._load_outer(self._embedding, embedding)
         multiplier = self._config_factor(self.description.family.embedding_multiplier)
         for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
             yield embedding(batch.to(self.device)) * multiplier
@@ -293,7 +298,7 @@ class LayerwiseModel:
     def note_layer_arguments(self, length: int) -> None:
         """Run the model's own forward on one sequence with its layers replaced by recorders."""
         decoder, layers = self.module.model, self.module.model.layers
-        recorders = nn.ModuleList(_Recorder(self.description.family.layer_outputs) for _ in layers)
+        recorders = nn.ModuleList(_Recorder(layer, self.description.family.layer_outputs) for layer in layers)
         decoder.layers = recorders
         try:
             with torch.no_grad():
@@ -321,7 +326,7 @@ class LayerwiseModel:
         """The whole model in memory, float32, as a transformers model."""
         for index in range(self.num_layers):
             self.load_layer(index)
-        self._load_outer(f"{TEXT_MODULE}embed_tokens", self.module.get_input_embeddings())
+        self._load_outer(self._embedding, self.module.get_input_embeddings())
         self._load_outer(HEAD_MODULE, self.module.lm_head)
         return self.module
 
@@ -343,11 +348,18 @@ def _in_layer(name: str) -> bool:
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer that returns so many values: passes the hidden states on and keeps the other
-    arguments."""
+    arguments. What else the model asks of the layer, the layer answers."""
 
-    def __init__(self, outputs: int):
+    def __init__(self, layer: nn.Module, outputs: int):
         super().__init__()
         self.outputs = outputs
+        self._layer = (layer,)  # a module of its own here would be one of ours
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
 
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         self.kwargs = kwargs
@@ -363,7 +375,7 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
         with torch.device("meta"):
             # attention as the class has it: sdpa, or eager where it has no other
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
-        rotary = getattr(model.model, description.family.rotary)
+        rotary = _rotary(model, description)
         if rotary is not None:
             setattr(model.model, description.family.rotary, type(rotary)(config=config))
     except Exception as error:  # of a value that no layer can be made of, whichever it is
@@ -378,6 +390,11 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
             f"{description.path}: no file holds {empty[0]}, and its adapter does not compute it."
         )
     return model.eval()
+
+
+def _rotary(model: PreTrainedModel, description: MoeModel) -> nn.Module | None:
+    """Some models that could have one leave positions to Mamba layers."""
+    return None if description.family.rotary is None else getattr(model.model, description.family.rotary)
 
 
 def load_full_model(source: WeightSource) -> PreTrainedModel:

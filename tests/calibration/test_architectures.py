@@ -191,6 +191,12 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
     assert kept <= {
         "mlp.router",
         "mlp.router.gate",
+        "mixer.gate",
+        "mixer.conv1d",
+        "mixer.in_proj",
+        "mixer.out_proj",
+        "mixer.fc1_latent_proj",
+        "mixer.fc2_latent_proj",
         "mamba.conv1d",
         "mamba.in_proj",
         "mamba.out_proj",
@@ -213,7 +219,7 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
         "block_sparse_moe.router.layer",
         "self_attn.kv_b_proj",
     }
-    assert any(name.endswith(("self_attn.o_proj.weight_packed", "self_attn.out_proj.weight_packed")) for name in names)
+    assert any(name.endswith((".o_proj.weight_packed", "self_attn.out_proj.weight_packed")) for name in names)
 
 
 def test_routing_weights_are_sigmoid_scores_where_the_router_uses_them(make, tokens):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules, round_activations
 from vllm_mcmoe.calibration.model.description import describe_model
@@ -81,7 +82,7 @@ def with_int8_linears(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
 
 def with_int8_activations(model: PreTrainedModel, pruning: Sequence[LayerPruning] = ()) -> PreTrainedModel:
     """Let the experts of a dequantised transformers model round their inputs, and drop pairs, as the kernels do."""
-    moe_layers = [m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), torch.nn.Parameter)]
+    moe_layers = [m for m in model.modules() if isinstance(getattr(m, "down_proj", None), torch.nn.Parameter)]
     for experts, rule in zip_longest(moe_layers, pruning):
 
         def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts=experts, rule=rule):
@@ -104,6 +105,8 @@ def _intermediate(experts: torch.nn.Module, expert: int, x: torch.Tensor) -> tor
     """As transformers' module computes it, written anew or by its own function."""
     if isinstance(experts, GptOssExperts):
         return experts._apply_gate(x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert])
+    if isinstance(experts, NemotronHExperts):
+        return experts.act_fn(experts.up_proj[expert] @ x)
     gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
     return torch.nn.functional.silu(gate) * up
 

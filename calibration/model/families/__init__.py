@@ -4,7 +4,7 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, ernie, gpt_oss, hunyuan, lfm, mixtral, qwen
+from vllm_mcmoe.calibration.model.families import deepseek, ernie, gpt_oss, hunyuan, lfm, mixtral, nemotron, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
 _GEMMA4 = "its experts lie beside a dense MLP, under a router of its own, which calibration does not take apart"
@@ -35,11 +35,11 @@ FAMILIES: dict[str, ModelFamily] = {
     "Ernie4_5_MoeForCausalLM": ernie.ERNIE4_5,
     "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,
     "GptOssForCausalLM": gpt_oss.GPT_OSS,
+    "NemotronHForCausalLM": nemotron.NEMOTRON_H,
 }
 
 # Architectures that were looked at and are not supported yet, and why.
 REFUSED: dict[str, str] = {
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "Gemma4ForCausalLM": _GEMMA4,
-    "NemotronHForCausalLM": "its experts have no gate: relu(up) squared, which the kernels do not compute",
 }

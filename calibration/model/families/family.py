@@ -54,7 +54,8 @@ class ModelFamily:
     head                on-disk name of the output head
     passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
                         are copied as they are
-    final_norm, rotary  what transformers' text model calls its last norm and its rotary embedding
+    embedding, final_norm, rotary   what transformers' text model calls its embedding, its last norm and its rotary
+                        embedding; None for a model without positions
     function            what experts compute between their projections. Raises ValueError for a config that says what
                         the kernels do not compute
     layer_outputs       values that transformers' decoder layer returns, of which hidden states are the first
@@ -89,8 +90,9 @@ class ModelFamily:
     text_prefix: str = "model."
     head: str = "lm_head"
     passed_through: tuple[str, ...] = ()
+    embedding: str = "embed_tokens"
     final_norm: str = "norm"
-    rotary: str = "rotary_emb"
+    rotary: str | None = "rotary_emb"
     function: Callable[[PretrainedConfig], ExpertFunction] = _hidden_act
     layer_outputs: int = 1
     layer_kinds: tuple[str, ...] = ()
