@@ -16,6 +16,8 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV32Config,
     Ernie4_5_MoeConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
@@ -114,6 +116,16 @@ def _spread_correction_bias(model: PreTrainedModel) -> None:
             buffer.normal_(std=0.2)
 
 
+def _spread_expert_scales(model: PreTrainedModel) -> None:
+    """Of Gemma's experts and layers, which are 1 in a random model; and the head, to which a wrapper gives its own
+    initializer_range."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith((".router.scale", ".per_expert_scale", ".layer_scalar")):
+            tensor.data.uniform_(0.5, 1.5)
+        elif name == "lm_head.weight":
+            tensor.data.normal_(std=0.1)
+
+
 def _reach_limits(model: PreTrainedModel) -> None:
     """Of gpt-oss's gate and up, which are of size 1 in a random model, at 7; and as much less down."""
     for name, parameter in model.named_parameters():
@@ -156,6 +168,26 @@ QWEN3_5 = DELTA_NET | {
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 256,
     "head_dim": 64,
+}
+
+
+# Heads of another size in layers of full attention, whose values are their keys; logits that reach their limit.
+GEMMA4 = {
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "enable_moe_block": True,
+    "moe_intermediate_size": 160,
+    "intermediate_size": 256,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 4.0,
 }
 
 
@@ -483,6 +515,25 @@ TINY_MODELS: dict[str, TinyModel] = {
         moe_layers=(1, 4),
         finish=_spread_correction_bias,
         not_served=NO_GATE,
+    ),
+    "gemma4": TinyModel(Gemma4TextConfig, GEMMA4, architecture="Gemma4ForCausalLM", finish=_spread_expert_scales),
+    "gemma4-vision": TinyModel(
+        Gemma4Config,
+        GEMMA4,
+        architecture="Gemma4ForConditionalGeneration",
+        finish=_spread_expert_scales,
+        around={
+            "vision_config": {
+                "num_hidden_layers": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+            },
+            "audio_config": None,
+            "tie_word_embeddings": False,
+        },
     ),
 }
 

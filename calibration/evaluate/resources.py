@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
-from vllm_mcmoe.calibration.model.layerwise import skeleton
+from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
 from vllm_mcmoe.calibration.quantize.layer import find_linear
 from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
 from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
@@ -39,6 +40,10 @@ MEMORY_SIZES = {"24 GB GPU": 24, "48 GB GPU": 48, "80 GB GPU": 80, "141 GB GPU":
 # vLLM's default for --gpu-memory-utilization: the rest is for activations, graphs and what else runs there.
 USABLE_SHARE = 0.9
 GPUS_PER_NODE = 8
+# Arrays of scores that attention keeps at once, by its definition and with its gradient; gpt-oss's took 3.6.
+SCORE_COPIES = 4
+# config.json's names of layers without keys and values
+WITHOUT_KEYS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 # Below this many rows of an expert's gate per rank, slices are too thin to keep a GPU's tiles full.
 THINNEST_SLICE = 512
 
@@ -162,7 +167,7 @@ def plan_resources(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
         activation_bytes=kept_bytes,
-        memory_bytes=2 * layer_bytes + OTHER_BYTES,
+        memory_bytes=2 * layer_bytes + OTHER_BYTES + _attention_bytes(model, length),
         disk_bytes=checkpoint_bytes + kept_bytes,
         expert_products=_expert_products(description, recipe),
         forward_products=float(passes * parameters.active * tokens),
@@ -171,7 +176,9 @@ def plan_resources(
         (parameters.total - parameters.active - _looked_up_weights(model)) * bits / 8
         + _looked_up_weights(model) * BITS_16
     )
-    kv_bytes_per_token = BITS_16 * description.num_layers * _kv_values(description)
+    kv_bytes_per_token = BITS_16 * sum(
+        _kv_values(description.config, layer) for layer in range(description.num_layers)
+    )
     kv_bytes = kv_bytes_per_token * kv_tokens
     serving = ServingNeeds(
         checkpoint_bytes,
@@ -254,13 +261,24 @@ def _expert_products(description: MoeModel, recipe: Recipe) -> float:
     return per_expert * description.num_experts * len(description.moe_layers)
 
 
-def _kv_values(description: MoeModel) -> int:
-    """Numbers that one layer caches per token."""
-    config = description.config
+def _kv_values(config: PretrainedConfig, layer: int) -> int:
+    """Numbers that one layer caches per token: none in layers of other kinds, whose states do not grow."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] in WITHOUT_KEYS:
+        return 0
     if getattr(config, "kv_lora_rank", None):  # multi-head latent attention
         return config.kv_lora_rank + config.qk_rope_head_dim
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_size
+    of_layer = config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
+    head_size = getattr(of_layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * of_layer.num_key_value_heads * head_size
+
+
+def _attention_bytes(model: torch.nn.Module, length: int) -> int:
+    """Of scores between all pairs of tokens, where attention is computed by its definition."""
+    if model.config._attn_implementation != "eager":
+        return 0
+    sequences = max(1, BATCH_TOKENS // length)
+    return SCORE_COPIES * sequences * model.config.num_attention_heads * length**2 * FLOAT_BYTES
 
 
 def _tensor_parallel_sizes(linears: Sequence[LinearShape], bits: int) -> list[int]:

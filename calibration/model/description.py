@@ -200,7 +200,7 @@ def describe_model(path: str | Path) -> MoeModel:
         expert_hidden=_asked(path, lambda: family.expert_hidden(config)),
         intermediate=getattr(config, family.intermediate_size),
         num_experts=getattr(config, family.num_experts),
-        top_k=config.num_experts_per_tok,
+        top_k=getattr(config, family.top_k),
         function=_asked(path, lambda: _function(path / "config.json", config, family)),
     )
     _check_shapes(model)
@@ -284,15 +284,16 @@ def _asked(path: Path, question: Callable[[], Any]) -> Any:
 
 def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) -> None:
     """Raises UnsupportedModelError for sizes that are none, and for what vLLM's models of all families disregard."""
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_experts_per_tok", "vocab_size")
-    for key in (*keys, family.intermediate_size, family.num_experts):
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    for key in (*keys, family.top_k, family.intermediate_size, family.num_experts):
         value = getattr(config, key, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UnsupportedModelError(f"{where}: {key} is {value!r}, expected a positive number.")
     experts = getattr(config, family.num_experts)
-    if config.num_experts_per_tok > experts:
+    top_k = getattr(config, family.top_k)
+    if top_k > experts:
         raise UnsupportedModelError(
-            f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, more than the {experts} experts of a layer."
+            f"{where}: {family.top_k} is {top_k}, more than the {experts} experts of a layer."
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1 and not kinds <= set(family.layer_kinds):

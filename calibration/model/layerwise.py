@@ -48,17 +48,19 @@ ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 
 @dataclass
 class DecoderLayer:
-    """One loaded decoder layer of a model, with the arguments transformers passes it besides the hidden states, and the
-    device both are on."""
+    """One loaded decoder layer of a model, with the arguments transformers passes it besides the hidden states, by
+    position and by name, and the device both are on."""
 
     module: nn.Module
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     model: MoeModel
     device: torch.device
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: float32 [sequences, length, hidden], on any device -> same shape, on the layer's."""
-        output = self.module(hidden.to(self.device), **self.kwargs)
+        fresh = {name: type(self.kwargs[name])() for name in self.model.family.filled_arguments}
+        output = self.module(hidden.to(self.device), *self.args, **(self.kwargs | fresh))
         return output[0] if isinstance(output, tuple) else output
 
     @property
@@ -109,12 +111,13 @@ class DecoderLayer:
         scores of all experts, from which the router selects."""
         family = self.model.family
         position = family.router_logits
-        score = torch.sigmoid if family.router_scores == "sigmoid" else partial(torch.softmax, dim=-1)
+        softmax = partial(torch.softmax, dim=-1)
+        score = {"sigmoid": torch.sigmoid, "softmax": softmax, "given": torch.Tensor.float}[family.router_scores]
 
         def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> None:
             receive(score(output[position].detach().float()).cpu())
 
-        router = self.module.get_submodule(f"{family.moe_module}.{family.router}")
+        router = self.module.get_submodule(family.moe_module).get_submodule(family.router)
         handle = router.register_forward_hook(hook)
         try:
             yield
@@ -156,7 +159,7 @@ class LayerwiseModel:
         for name, module in self.module.model.named_children():
             if name not in (self.description.family.embedding, LAYERS):
                 self._load_outer(f"{TEXT_MODULE}{name}", module)
-        self._kwargs: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -271,7 +274,7 @@ class LayerwiseModel:
         """The decoder layer with its weights, which are dropped at the end of the block."""
         module = self.load_layer(index)
         try:
-            yield DecoderLayer(module, self._kwargs[index], self.description, self.device)
+            yield DecoderLayer(module, *self._arguments[index], self.description, self.device)
         finally:
             module.to("meta")
             release_freed_memory()
@@ -306,7 +309,7 @@ class LayerwiseModel:
                 decoder(inputs_embeds=nothing, use_cache=False)
         finally:
             decoder.layers = layers
-        self._kwargs = {index: recorder.kwargs for index, recorder in enumerate(recorders)}
+        self._arguments = {index: (recorder.args, recorder.kwargs) for index, recorder in enumerate(recorders)}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
@@ -314,7 +317,10 @@ class LayerwiseModel:
         self._load_outer(HEAD_MODULE, self.module.lm_head)
         norm = getattr(self.module.model, self.description.family.final_norm)
         logits = self.module.lm_head(norm(hidden.to(self.device)))
-        return logits / self._config_factor(self.description.family.logits_divisor)
+        logits = logits / self._config_factor(self.description.family.logits_divisor)
+        softcap = self.description.family.logits_softcap
+        limit = None if softcap is None else getattr(self.description.config, softcap)
+        return logits if limit is None else torch.tanh(logits / limit) * limit
 
     def _config_factor(self, key: str | None) -> float:
         return 1.0 if key is None else getattr(self.description.config, key)
@@ -361,8 +367,8 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-        self.kwargs = kwargs
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        self.args, self.kwargs = args, kwargs
         return hidden if self.outputs == 1 else (hidden, *[None] * (self.outputs - 1))
 
 
@@ -378,6 +384,7 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
         rotary = _rotary(model, description)
         if rotary is not None:
             setattr(model.model, description.family.rotary, type(rotary)(config=config))
+        description.family.fill_buffers(model)
     except Exception as error:  # of a value that no layer can be made of, whichever it is
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(

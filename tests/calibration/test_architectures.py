@@ -89,7 +89,7 @@ def test_a_model_is_described_from_its_config_alone(kind, make, tmp_path):
     sizes = TINY_MODELS[kind].sizes
     assert model.intermediate == sizes.get("moe_intermediate_size", (SIZES | sizes)["intermediate_size"])
     assert model.num_experts == next(sizes[key] for key in sizes if key.endswith("_experts") and "shared" not in key)
-    assert model.top_k == sizes.get("num_experts_per_tok", 2)
+    assert model.top_k == sizes.get("top_k_experts", sizes.get("num_experts_per_tok", 2))
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
@@ -189,6 +189,7 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
     model = quantized(kind).description
     kept = {model.split_layer_name(name)[1].removesuffix(".weight") for name in layers if model.split_layer_name(name)}
     assert kept <= {
+        "router.proj",
         "mlp.router",
         "mlp.router.gate",
         "mixer.gate",
@@ -311,8 +312,10 @@ def test_sizes_are_known_from_the_config_alone(kind, quantized, tmp_path):
     summary = inspect_model(tmp_path, bits=written.config.average_bits["experts"])
     files = WeightFiles(quantized(kind).description).files.info
     tower = quantized(kind).description.passes_through
-    biases = () if kind == "ernie" else ("e_score_correction_bias", ".expert_bias")  # Ernie's is a parameter
-    beside = sum(info.nbytes for name, info in files.items() if tower(name) or name.endswith(biases))
+    buffers = (".layer_scalar", ".expert_bias")
+    if kind != "ernie":  # whose is a parameter
+        buffers += ("e_score_correction_bias",)
+    beside = sum(info.nbytes for name, info in files.items() if tower(name) or name.endswith(buffers))
     assert summary.model_bytes + beside == sum(info.nbytes for info in files.values())
     total = sum(info.nbytes for name, info in written.files.info.items() if not tower(name))
     assert summary.checkpoint_bytes == pytest.approx(total, rel=0.001)

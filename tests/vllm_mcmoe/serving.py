@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -108,6 +109,8 @@ def _intermediate(experts: torch.nn.Module, expert: int, x: torch.Tensor) -> tor
     if isinstance(experts, NemotronHExperts):
         return experts.act_fn(experts.up_proj[expert] @ x)
     gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+    if isinstance(experts, Gemma4TextExperts):
+        return experts.act_fn(gate) * up
     return torch.nn.functional.silu(gate) * up
 
 

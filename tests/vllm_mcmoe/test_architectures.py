@@ -64,6 +64,7 @@ PACKED = {
     "qwen3-next 4-bit": Packed("qwen3-next", dtype="bfloat16"),
     "qwen3.5-vision 4-bit": Packed("qwen3.5-vision", dtype="bfloat16"),
     "gpt-oss 4-bit": Packed("gpt-oss"),
+    "gemma4 4-bit": Packed("gemma4"),
     "mixtral-odd 4-bit": Packed(ODD),
     "qwen2 4-bit, portable": Packed("qwen2", environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
     "mixtral-odd 8-bit, portable": Packed(ODD, bits=8, environment={"VLLM_MCMOE_CPU_ISA": "portable"}),

@@ -4,11 +4,8 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, ernie, gpt_oss, hunyuan, lfm, mixtral, nemotron, qwen
+from vllm_mcmoe.calibration.model.families import deepseek, ernie, gemma, gpt_oss, hunyuan, lfm, mixtral, nemotron, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
-
-_GEMMA4 = "its experts lie beside a dense MLP, under a router of its own, which calibration does not take apart"
-
 
 FAMILIES: dict[str, ModelFamily] = {
     "MixtralForCausalLM": mixtral.MIXTRAL,
@@ -36,10 +33,10 @@ FAMILIES: dict[str, ModelFamily] = {
     "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,
     "GptOssForCausalLM": gpt_oss.GPT_OSS,
     "NemotronHForCausalLM": nemotron.NEMOTRON_H,
+    "Gemma4ForCausalLM": gemma.GEMMA4,
+    "Gemma4ForConditionalGeneration": gemma.GEMMA4_WRAPPED,
 }
 
 # Architectures that were looked at and are not supported yet, and why.
 REFUSED: dict[str, str] = {
-    "Gemma4ForConditionalGeneration": _GEMMA4,
-    "Gemma4ForCausalLM": _GEMMA4,
 }

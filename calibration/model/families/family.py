@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 
@@ -35,6 +35,10 @@ def _hidden_size(config: PretrainedConfig) -> int:
     return config.hidden_size
 
 
+def _nothing_to_fill(model: PreTrainedModel) -> None:
+    return None
+
+
 def _nothing_to_refuse(config: PretrainedConfig) -> None:
     return None
 
@@ -43,7 +47,7 @@ def _nothing_to_refuse(config: PretrainedConfig) -> None:
 class ModelFamily:
     """What is particular to one architecture. Names are relative to a decoder layer, `{text_prefix}layers.N.`.
 
-    num_experts, intermediate_size   keys of config.json
+    num_experts, intermediate_size, top_k   keys of config.json
     expert_hidden       hidden size of the experts, which latent ones have of their own
     linears             linear layers that compressed-tensors quantises, where a layer has them, in the order of the
                         forward pass; those of one stage share their input
@@ -73,10 +77,15 @@ class ModelFamily:
     is_moe_layer        whether decoder layer N of this config has experts
     module_names        on-disk prefix -> prefix in transformers' module tree, where the two differ; the first that
                         fits counts
-    moe_module, router  transformers' module with router and `experts`, and the name of the router in it
+    moe_module, router  transformers' module with router and `experts`, "" for the decoder layer itself, and the name of
+                        the router in it
     router_logits       position of the logits in what the router returns
-    router_scores       what the router makes of its logits before it selects: "softmax" or "sigmoid"
+    router_scores       what the router makes of its logits before it selects: "softmax" or "sigmoid"; "given" where it
+                        returns that
     embedding_multiplier, logits_divisor   keys of config.json, for architectures that scale the two
+    logits_softcap      key of config.json with the limit c of c tanh(logits / c)
+    fill_buffers        gives a model's modules outside the decoder layers the values that no file holds
+    filled_arguments    what transformers hands from layer to layer for each to fill; here it is empty for each
     refuse              why a config of this architecture cannot be served as transformers computes it, or None
     notes               what a user should know before quantising such a model
     """
@@ -86,6 +95,7 @@ class ModelFamily:
     linears: Stages
     linear_ignore: tuple[str, ...]
     text_config: Callable[[PretrainedConfig], PretrainedConfig] = _itself
+    top_k: str = "num_experts_per_tok"
     expert_hidden: Callable[[PretrainedConfig], int] = _hidden_size
     text_prefix: str = "model."
     head: str = "lm_head"
@@ -110,9 +120,12 @@ class ModelFamily:
     moe_module: str = "mlp"
     router: str = "gate"
     router_logits: int = 0
-    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    router_scores: Literal["softmax", "sigmoid", "given"] = "softmax"
     embedding_multiplier: str | None = None
     logits_divisor: str | None = None
+    logits_softcap: str | None = None
+    fill_buffers: Callable[[PreTrainedModel], None] = _nothing_to_fill
+    filled_arguments: tuple[str, ...] = ()
     refuse: Callable[[PretrainedConfig], str | None] = _nothing_to_refuse
     notes: tuple[str, ...] = ()
 
