@@ -63,7 +63,8 @@ class McmoeHfQuantizer(HfQuantizer):
                 kind = type(model).__name__
                 raise FormatError(
                     f"{path}: {kind} has no parameter {name}. Checkpoints are loaded as models of text, by "
-                    "AutoModelForCausalLM."
+                    "AutoModelForCausalLM; where that takes the class with pictures, by "
+                    "vllm_mcmoe.calibration.evaluate.checkpoint_weights.load_dequantized."
                 )
             # transformers keeps the stored dtype of what it takes for quantised
             dtype = self.dtype if weight.is_floating_point() else weight.dtype

@@ -15,6 +15,10 @@ from vllm_mcmoe.calibration.evaluate.inspection import inspect_model
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.errors import UnsupportedModelError
 
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 INT4 = {
     "quant_method": "compressed-tensors",
@@ -58,6 +62,52 @@ QWEN3_VL_30B = {
         "mrope_section": [24, 20, 20],
         "mrope_interleaved": True,
     },
+}
+GEMMA_4_26B = {
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+}
+NEMOTRON_3_NANO = {
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "layers_block_type": None,
+    "hidden_size": 2688,
+    "num_key_value_heads": 2,
+    "mamba_num_heads": 64,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "routed_scaling_factor": 2.5,
+}
+GRANITE_4_H_SMALL = {
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "intermediate_size": 768,
+    "shared_intermediate_size": 1536,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 72,
+    "num_experts_per_tok": 10,
+    "layer_types": [
+        "full_attention" if layer in (5, 15, 25, 35) else "linear_attention" for layer in range(40)
+    ],
+    "position_embedding_type": "nope",
+    "mamba_n_heads": 128,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "tie_word_embeddings": True,
 }
 
 
@@ -141,6 +191,27 @@ RELEASED = {
         form=FP8,
         source="FP8 in blocks of 128 x 128",
     ),
+    "gpt-oss-20b": Released(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        20.9,
+        (32, 4, 2880, 2880),
+        {"num_hidden_layers": 24, "num_local_experts": 32, "layer_types": ["sliding_attention", "full_attention"] * 12},
+        form=MXFP4,
+        source="MXFP4 in blocks of 32",
+    ),
+    "gpt-oss-120b": Released(
+        "GptOssForCausalLM", "gpt_oss", 116.8, (128, 4, 2880, 2880), form=MXFP4, source="MXFP4 in blocks of 32"
+    ),
+    "Gemma-4-26B-A4B": Released(
+        "Gemma4ForConditionalGeneration", "gemma4", 25.2, (128, 8, 2816, 704), text=GEMMA_4_26B
+    ),
+    "Nemotron-3-Nano-30B-A3B": Released(
+        "NemotronHForCausalLM", "nemotron_h", 31.6, (128, 6, 2688, 1856), NEMOTRON_3_NANO
+    ),
+    "Granite-4.0-H-Small": Released(
+        "GraniteMoeHybridForCausalLM", "granitemoehybrid", 32.2, (72, 10, 4096, 768), GRANITE_4_H_SMALL
+    ),
     "Ernie-4.5-21B-A3B": Released("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", 21.8, (64, 6, 2560, 1536)),
     "LFM2-8B-A1B": Released(
         "Lfm2MoeForCausalLM",
@@ -186,9 +257,8 @@ def test_a_released_model_can_be_quantised_and_has_its_published_size(name, tmp_
 @pytest.mark.parametrize(
     ("architecture", "model_type", "reason"),
     [
-        ("GptOssForCausalLM", "gpt_oss", "biases and a clamped activation"),
-        ("Gemma4ForConditionalGeneration", "gemma4", "beside a dense MLP"),
-        ("NemotronHForCausalLM", "nemotron_h", "have no gate"),
+        ("DeepseekV4ForCausalLM", "deepseek_v4", "choose experts by token id"),
+        ("Llama4ForConditionalGeneration", "llama4", "weighted and repeated already"),
     ],
 )
 def test_a_model_that_cannot_be_quantised_yet_is_refused_with_the_reason(architecture, model_type, reason, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from tests.calibration.conftest import QUICK
-from tests.released_forms import INT4, edit_tensors, in_fp8, in_int4, without_form
+from tests.released_forms import FP4, INT4, edit_tensors, in_fp8, in_int4, in_mxfp4, without_form
 from tests.tiny_models import edit_config, make_tiny
 from vllm_mcmoe.calibration.checkpoint.writer import FACTORS_FILE
 from vllm_mcmoe.calibration.evaluate.inspection import inspect_model
@@ -22,19 +22,27 @@ from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.checkpoint import QUANT_METHOD
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
-FORMS = {"fp8": in_fp8, "fp8, ragged blocks": lambda model: in_fp8(model, block=(96, 80)), "int4": in_int4}
+KINDS = ("deepseek-v3", "gpt-oss")
+FORMS = {
+    "fp8": ("deepseek-v3", in_fp8),
+    "fp8, ragged blocks": ("deepseek-v3", lambda model: in_fp8(model, block=(96, 80))),
+    "int4": ("deepseek-v3", in_int4),
+    "mxfp4": ("gpt-oss", in_mxfp4),
+}
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+STACKED = "model.layers.1.mlp.experts.down_proj"  # of gpt-oss
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, reference_model) -> Path:
-    return make_tiny("deepseek-v3", tmp_path_factory.mktemp("bf16") / "model", reference_model)
+def models(tmp_path_factory, reference_model) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bf16")
+    return {kind: make_tiny(kind, folder / kind, reference_model) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def released(model, tmp_path_factory) -> dict[str, Path]:
+def released(models, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("released")
-    return {form: write(Path(shutil.copytree(model, folder / form))) for form, write in FORMS.items()}
+    return {form: write(Path(shutil.copytree(models[kind], folder / form))) for form, (kind, write) in FORMS.items()}
 
 
 @pytest.fixture
@@ -52,8 +60,8 @@ def in_16_bits(model: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_names_shapes_and_sizes_are_those_of_the_16_bit_model(form, model, released):
-    found, expected = (WeightFiles(describe_model(path)) for path in (released[form], model))
+def test_names_shapes_and_sizes_are_those_of_the_16_bit_model(form, models, released):
+    found, expected = (WeightFiles(describe_model(path)) for path in (released[form], models[FORMS[form][0]]))
     assert sorted(found.names()) == sorted(expected.names())
     for name in expected.names():
         assert found.read(name).shape == expected.read(name).shape
@@ -92,6 +100,23 @@ def test_int4_is_read_as_compressed_tensors_reads_it(released):
     assert found.dtype == torch.bfloat16
 
 
+def test_mxfp4_is_read_as_its_definition_says_with_gate_and_up_in_alternating_rows(released):
+    """Open Compute's microscaling formats: 4-bit floats, of which two are in a byte, low half first, times 2^(s - 127)."""
+    source, stored = WeightFiles(describe_model(released["mxfp4"])), load_file(released["mxfp4"] / "model.safetensors")
+    values = torch.cat([FP4, -FP4])
+    layer = EXPERT.rpartition(".3.")[0]
+    for part, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        blocks, scales = (stored[f"{layer}.{part}_{kind}"][3] for kind in ("blocks", "scales"))
+        pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1)
+        weight = pairs.flatten(-2) * 2.0 ** (scales.float() - 127)[..., None]
+        for first, projection in enumerate(projections):
+            found = source.read(f"{layer}.3.{projection}.weight")
+            assert found.dtype == torch.bfloat16
+            assert torch.equal(found.float(), weight.flatten(1)[first :: len(projections)]), projection
+            bias = source.read(f"{layer}.3.{projection}.bias")
+            assert torch.equal(bias, stored[f"{layer}.{part}_bias"][3, first :: len(projections)]), projection
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_factors_and_checkpoint_are_those_of_a_16_bit_copy_to_the_last_bit(form, released, tmp_path, calibration_files):
     options = {"bits": 3.0, "recipe": QUICK, "sequences": 4, "length": 64, "show_progress": False}
@@ -117,6 +142,9 @@ def test_what_a_model_is_in_is_said_and_its_files_are_as_large_as_that(released)
         (released["fp8"] / "model.safetensors").stat().st_size, rel=0.1
     )
     assert inspect_model(released["int4"], bits=2.5).source == "INT4 in groups of 32"
+    summary = inspect_model(released["mxfp4"], bits=2.5)
+    assert summary.source == "MXFP4 in blocks of 32"
+    assert summary.model_bytes == pytest.approx((released["mxfp4"] / "model.safetensors").stat().st_size, rel=0.02)
 
 
 def test_a_form_inside_a_wrappers_text_config_is_found_and_dropped(tmp_path, reference_model):
@@ -160,6 +188,24 @@ def replace(name: str, tensor: torch.Tensor):
             "int4",
             replace(f"{EXPERT}.weight_scale", torch.ones(128, 3)),
             rf"{EXPERT}\.weight_scale has shape \[128, 3\].*4 groups of 32 in each of 128 rows",
+        ),
+        ("mxfp4", drop(f"{STACKED}_scales"), rf"tensor {STACKED}_scales is missing, which {STACKED}_blocks"),
+        ("mxfp4", drop(f"{STACKED}_blocks"), rf"tensor {STACKED}_blocks is missing, which {STACKED}_scales"),
+        ("mxfp4", drop(f"{STACKED}_bias"), rf"tensor {STACKED}_bias is missing; config\.json promises 8 experts"),
+        (
+            "mxfp4",
+            replace(f"{STACKED}_scales", torch.zeros(8, 128, 4, dtype=torch.uint8)),
+            rf"{STACKED}_scales is U8 \[8, 128, 4\]; {STACKED}_blocks, \[8, 128, 5, 16\], has U8 \[8, 128, 5\] blocks",
+        ),
+        (
+            "mxfp4",
+            replace(f"{STACKED}_blocks", torch.zeros(8, 128, 80, dtype=torch.uint8)),
+            rf"{STACKED}_blocks is U8 \[8, 128, 80\], expected U8 \[experts, rows, blocks, 16\]",
+        ),
+        (
+            "mxfp4",
+            replace(f"{STACKED}_bias", torch.zeros(8, 64)),
+            rf"{STACKED}_bias has shape \[8, 64\], config\.json implies \[8, 128\]",
         ),
         (
             "int4",

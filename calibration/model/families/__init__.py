@@ -4,7 +4,7 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, ernie, gemma, gpt_oss, hunyuan, lfm, mixtral, nemotron, qwen
+from vllm_mcmoe.calibration.model.families import deepseek, ernie, gemma, gpt_oss, hunyuan, lfm, mimo, mixtral, nemotron, qwen
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -33,10 +33,18 @@ FAMILIES: dict[str, ModelFamily] = {
     "MiniMaxM2ForCausalLM": mixtral.MINIMAX_M2,
     "GptOssForCausalLM": gpt_oss.GPT_OSS,
     "NemotronHForCausalLM": nemotron.NEMOTRON_H,
+    "MiMoV2FlashForCausalLM": mimo.MIMO_V2,
     "Gemma4ForCausalLM": gemma.GEMMA4,
     "Gemma4ForConditionalGeneration": gemma.GEMMA4_WRAPPED,
 }
 
 # Architectures that were looked at and are not supported yet, and why.
+_LLAMA4 = "its experts are called with inputs that are weighted and repeated already, which calibration does not take apart"
 REFUSED: dict[str, str] = {
+    "DeepseekV4ForCausalLM": (
+        "its first layers choose experts by token id and its hidden states are several streams, which calibration does "
+        "not run layer by layer"
+    ),
+    "Llama4ForConditionalGeneration": _LLAMA4,
+    "Llama4ForCausalLM": _LLAMA4,
 }
