@@ -25,6 +25,7 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
+    HunYuanMoEV1Config,
     HYV3Config,
     Kimi_K25Config,
     Lfm2MoeConfig,
@@ -574,6 +575,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "scoring_func": "sigmoid",
         },
     ),
+    "hunyuan": TinyModel(HunYuanMoEV1Config, {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32}),
 }
 
 

@@ -89,7 +89,8 @@ def test_a_model_is_described_from_its_config_alone(kind, make, tmp_path):
     sizes = TINY_MODELS[kind].sizes
     assert model.intermediate == sizes.get("moe_intermediate_size", (SIZES | sizes)["intermediate_size"])
     assert model.num_experts == next(sizes[key] for key in sizes if key.endswith("_experts") and "shared" not in key)
-    assert model.top_k == sizes.get("top_k_experts", sizes.get("num_experts_per_tok", 2))
+    keys = ("top_k_experts", "num_experts_per_tok")
+    assert model.top_k == next((sizes[key] for key in keys if key in sizes), 2)
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
@@ -215,6 +216,7 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
         "linear_attn.in_proj_a",
         "linear_attn.in_proj_b",
         "mlp.gate",
+        "mlp.gate.wg",
         "mlp.shared_expert_gate",
         "block_sparse_moe.gate",
         "block_sparse_moe.router.layer",

@@ -34,6 +34,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "GptOssForCausalLM": gpt_oss.GPT_OSS,
     "NemotronHForCausalLM": nemotron.NEMOTRON_H,
     "MiMoV2FlashForCausalLM": mimo.MIMO_V2,
+    "HunYuanMoEV1ForCausalLM": hunyuan.HUNYUAN_A13B,
     "Gemma4ForCausalLM": gemma.GEMMA4,
     "Gemma4ForConditionalGeneration": gemma.GEMMA4_WRAPPED,
 }

@@ -1,4 +1,4 @@
-"""Tencent's Hy3."""
+"""Tencent's Hunyuan-A13B, which vLLM serves by transformers' own model, and Hy3."""
 
 from transformers import PretrainedConfig
 
@@ -37,4 +37,20 @@ HY3 = ModelFamily(
     },
     router_scores="sigmoid",
     refuse=_refuse_hy3,
+)
+
+
+def _refuse_a13b(config: PretrainedConfig) -> str | None:
+    if not isinstance(config.moe_topk, int):
+        return f"moe_topk is {config.moe_topk!r}; layers with different numbers are not calibrated"
+    return None
+
+
+HUNYUAN_A13B = ModelFamily(
+    num_experts="num_experts",
+    intermediate_size="intermediate_size",
+    top_k="moe_topk",
+    linears=ATTENTION + dense_mlp("mlp.shared_mlp"),
+    linear_ignore=("lm_head", r"re:.*\.mlp\.gate\.wg$"),
+    refuse=_refuse_a13b,
 )
