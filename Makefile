@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test soak test-other-vllm rehearse-gpu setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
+.PHONY: demo test soak two-ranks test-other-vllm rehearse-gpu setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
 	bench-pruning bench-quality bench-serving smol-moe
 
 demo: $(READY)
@@ -18,6 +18,10 @@ test: $(READY)
 # Ten minutes of requests of every kind, some from clients that hang up; `make test` does it for a little over one.
 soak: $(READY)
 	MCMOE_SOAK_SECONDS=600 $(BIN)/pytest -m engine -s tests/vllm_mcmoe/test_http_server.py -k soak
+
+# Every architecture over two ranks, half an hour; one: make two-ranks ARGS=gpt-oss
+two-ranks: $(READY)
+	$(BIN)/python -m tests.vllm_mcmoe.two_ranks $(ARGS)
 
 # The other vLLM of vllm_mcmoe/vllm_versions.py: its Python on the extensions of the CPU build that .venv has. Downloads
 # 340 MB once. The command line does not touch vLLM.

@@ -287,9 +287,7 @@ class LayerWeights:
             on_complete, self.on_complete = self.on_complete, None
             on_complete()
 
-    def _load_bias(
-        self, where: str, loaded: torch.Tensor, shard_id: str, expert: int, rows: range, first: int
-    ) -> None:
+    def _load_bias(self, where: str, loaded: torch.Tensor, shard_id: str, expert: int, rows: range, first: int) -> None:
         """Read whether or not matrices are: nothing else keeps biases."""
         if not loaded.isfinite().all():
             raise FormatError(f"{where}: has NaN or infinite values; its file is damaged.")

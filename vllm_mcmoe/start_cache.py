@@ -95,7 +95,9 @@ class StartCache:
         """A layer's experts from the cache, None where it does not have them, or has them damaged."""
         experts = self._map(weights)
         if experts is None:
-            self._bytes_not_found += sum(map(sum, record_sizes(**_sizes(weights), factor=weights.function.factor).values()))
+            self._bytes_not_found += sum(
+                map(sum, record_sizes(**_sizes(weights), factor=weights.function.factor).values())
+            )
         return experts
 
     def write(self, weights: LayerWeights) -> CpuExperts | None:

@@ -57,6 +57,8 @@ def experts_forward(
 def layer_rules(rules: PruningRules, model: MoeModel, target: float) -> dict[str, LayerPruning]:
     """Layer name -> its rule. Raises FormatError for rules of another model."""
     return {
-        name: rules.layer(name, target, top_k=model.top_k, num_experts=model.num_experts, hidden_size=model.expert_hidden)
+        name: rules.layer(
+            name, target, top_k=model.top_k, num_experts=model.num_experts, hidden_size=model.expert_hidden
+        )
         for name in model.moe_layers.values()
     }

@@ -55,6 +55,7 @@ class CheckpointSummary:
             "warnings": self.warnings,
         }
 
+
 GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 

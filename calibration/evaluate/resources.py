@@ -176,9 +176,7 @@ def plan_resources(
         (parameters.total - parameters.active - _looked_up_weights(model)) * bits / 8
         + _looked_up_weights(model) * BITS_16
     )
-    kv_bytes_per_token = BITS_16 * sum(
-        _kv_values(description.config, layer) for layer in range(description.num_layers)
-    )
+    kv_bytes_per_token = BITS_16 * sum(_kv_values(description.config, layer) for layer in range(description.num_layers))
     kv_bytes = kv_bytes_per_token * kv_tokens
     serving = ServingNeeds(
         checkpoint_bytes,

@@ -155,8 +155,7 @@ def _measure_layer(
 ) -> LayerFactors:
     activation_count, routing_weight_sum = routing_statistics(trace.router_probs, trace.inputs.topk_ids)
     experts = [
-        measure_expert(trace, expert, recipe, widths, gradient_norms)
-        for expert in range(description.num_experts)
+        measure_expert(trace, expert, recipe, widths, gradient_norms) for expert in range(description.num_experts)
     ]
     loss_increase = None
     if trace.gradients is not None:

@@ -57,7 +57,7 @@ class MoeModel:
         return f"{layer_name}.{expert}.{projection}"
 
     def projections(self, part: str) -> tuple[str, ...]:
-        """On-disk projections of a part: "gate_up" is two matrices, or one where experts have no gate, "down" is one."""
+        """On-disk projections of a part: "gate_up" is two matrices, one where experts have no gate; "down" is one."""
         if part == "down":
             return (self.family.down,)
         return (self.family.gate, self.family.up) if self.function.gated else (self.family.up,)
@@ -292,9 +292,7 @@ def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) ->
     experts = getattr(config, family.num_experts)
     top_k = getattr(config, family.top_k)
     if top_k > experts:
-        raise UnsupportedModelError(
-            f"{where}: {family.top_k} is {top_k}, more than the {experts} experts of a layer."
-        )
+        raise UnsupportedModelError(f"{where}: {family.top_k} is {top_k}, more than the {experts} experts of a layer.")
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1 and not kinds <= set(family.layer_kinds):
         raise UnsupportedModelError(

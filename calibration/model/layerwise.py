@@ -13,8 +13,9 @@ model's device, and what the model computes is there; hidden states may be given
     logits = model.logits(hidden[0])
 
 Transformers keeps a layer's experts as two tensors, as a rule `gate_up_proj [E, 2I, H]` (gate rows first) and
-`down_proj [E, H, I]`, whatever the names on disk; `DecoderLayer.expert` knows the exceptions. The call `experts(hidden_states, top_k_index, top_k_weights)` is
-the seam calibration works at: `DecoderLayer.experts_forward` replaces it.
+`down_proj [E, H, I]`, whatever the names on disk; `DecoderLayer.expert` knows the exceptions. The call
+`experts(hidden_states, top_k_index, top_k_weights)` is the seam calibration works at: `DecoderLayer.experts_forward`
+replaces it.
 """
 
 import math
@@ -367,7 +368,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+    def forward(
+        self, hidden: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         self.args, self.kwargs = args, kwargs
         return hidden if self.outputs == 1 else (hidden, *[None] * (self.outputs - 1))
 

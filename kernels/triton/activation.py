@@ -1,6 +1,6 @@
-"""What experts compute between their projections, as device functions, float32 in and out: expert_function.py's formulas.
+"""What experts compute between their projections, as device functions, float32 in and out.
 
-NaN passes through every limit.
+The formulas are expert_function.py's. NaN passes through every limit.
 """
 
 import triton

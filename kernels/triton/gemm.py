@@ -2,9 +2,10 @@
 
     out[slot, n] = sum_g x_scale[row, g] * scale[n, g] * ( sum_k code[n, k] * x[row, k]  -  zero[n, g] * x_sum[row, g] )
 
-and the expert's bias[n], where it has one. A slot is one (token, chosen expert) pair, slot = token * top_k + j; it reads row slot // slots_per_row of x. One
-program computes a tile of 256 features for BLOCK_TOKENS slots of one expert, over all groups or, with split-K, over
-a part of them. The last of the parts to arrive adds them up, always in the same order.
+and the expert's bias[n], where it has one. A slot is one (token, chosen expert) pair, slot = token * top_k + j; it
+reads row slot // slots_per_row of x. One program computes a tile of 256 features for BLOCK_TOKENS slots of one expert,
+over all groups or, with split-K, over a part of them. The last of the parts to arrive adds them up, always in the same
+order.
 
 The weights are the A operand, out^T = W x^T: the tensor core's 8-wide side then meets the tokens, so that decode wastes
 nothing on a tile of 8. The sums over a group are exact, see accumulate.py.

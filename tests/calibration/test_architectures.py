@@ -1,6 +1,5 @@
 """Every supported architecture, as a tiny random model of the real transformers class, below the engine."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -17,7 +17,12 @@ from vllm_mcmoe.errors import UnsupportedModelError
 
 MXFP4 = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 INT4 = {
@@ -100,9 +105,7 @@ GRANITE_4_H_SMALL = {
     "num_key_value_heads": 8,
     "num_local_experts": 72,
     "num_experts_per_tok": 10,
-    "layer_types": [
-        "full_attention" if layer in (5, 15, 25, 35) else "linear_attention" for layer in range(40)
-    ],
+    "layer_types": ["full_attention" if layer in (5, 15, 25, 35) else "linear_attention" for layer in range(40)],
     "position_embedding_type": "nope",
     "mamba_n_heads": 128,
     "mamba_d_head": 64,

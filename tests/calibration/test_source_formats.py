@@ -101,7 +101,7 @@ def test_int4_is_read_as_compressed_tensors_reads_it(released):
 
 
 def test_mxfp4_is_read_as_its_definition_says_with_gate_and_up_in_alternating_rows(released):
-    """Open Compute's microscaling formats: 4-bit floats, of which two are in a byte, low half first, times 2^(s - 127)."""
+    """Open Compute's microscaling formats: 4-bit floats, two in a byte, low half first, times 2^(s - 127)."""
     source, stored = WeightFiles(describe_model(released["mxfp4"])), load_file(released["mxfp4"] / "model.safetensors")
     values = torch.cat([FP4, -FP4])
     layer = EXPERT.rpartition(".3.")[0]

@@ -305,7 +305,10 @@ def test_records_on_disk_are_those_of_this_layout_version():
     """Fails when the layout changes: raise LAYOUT_VERSION, or files of before are taken for files of now."""
     expected = {1: "a33978ac971db000da13edac24df61c79e2352150a2fa111ac8c98db09eacd06"}
     digest = hashlib.sha256()
-    for shape, row_blocks in (((256, 256), gate_up_row_blocks(128, 2)), ((256, 128), torch.arange(256 // ROWS).numpy())):
+    for shape, row_blocks in (
+        ((256, 256), gate_up_row_blocks(128, 2)),
+        ((256, 128), torch.arange(256 // ROWS).numpy()),
+    ):
         for bits in WIDTHS:
             records = torch.zeros(matrix_bytes(expert_record(bits), *shape), dtype=torch.uint8)
             repack(counting_matrix(bits, *shape), row_blocks, records)

@@ -51,9 +51,7 @@ def gpt_oss_by_hand(gate_up: torch.Tensor) -> torch.Tensor:
 FORMULAS = {
     ExpertFunction(): lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
     ExpertFunction("gelu"): lambda both: F.gelu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
-    ExpertFunction("gelu_tanh"): lambda both: (
-        F.gelu(both.chunk(2, -1)[0], approximate="tanh") * both.chunk(2, -1)[1]
-    ),
+    ExpertFunction("gelu_tanh"): lambda both: F.gelu(both.chunk(2, -1)[0], approximate="tanh") * both.chunk(2, -1)[1],
     ExpertFunction("relu2", gated=False): lambda up: torch.where(up > 0, up**2, 0.0),
     ExpertFunction("silu", gated=False): lambda up: up / (1 + torch.exp(-up)),
     ExpertFunction(limit=2.0): lambda both: (

@@ -277,9 +277,7 @@ def test_experts_without_a_gate_have_two_groups_in_a_tile(intermediate, tiles, a
     call = random_tokens(5, 256, len(MIXED), 2)
     found = run(layer, *call, tiles=tiles, activations=activations, biases=biases)
     named = {f"{part}_bias": bias for part, bias in biases.items()}
-    expected = fused_experts(
-        *call, layer.gate_up, layer.down, function=function, activations=activations, **named
-    )
+    expected = fused_experts(*call, layer.gate_up, layer.down, function=function, activations=activations, **named)
     bound = TOLERANCE if activations == "int8" else FLOAT_TOLERANCE
     assert relative_error(found, expected) < bound
 

@@ -69,7 +69,11 @@ NOTHING_BESIDE = {"limit": None, "alpha": None, "beta": None}
         ("gelu_tanh", {}, ExpertFunction("gelu_tanh")),
         ("swigluoai", {}, GPT_OSS),
         ("swigluoai", {"limit": 7.0}, GPT_OSS),
-        ("swigluoai_uninterleave", {"limit": 6.0, "alpha": 1.5, "beta": 0.5}, ExpertFunction("silu", True, 6, 1.5, 0.5)),
+        (
+            "swigluoai_uninterleave",
+            {"limit": 6.0, "alpha": 1.5, "beta": 0.5},
+            ExpertFunction("silu", True, 6, 1.5, 0.5),
+        ),
         ("relu2_no_mul", {}, ExpertFunction("relu2", gated=False)),
         ("silu_no_mul", {}, ExpertFunction("silu", gated=False)),
     ],

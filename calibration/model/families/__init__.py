@@ -4,7 +4,18 @@ To add one: an entry here, its `ModelFamily` in a module of its kin, and a tiny 
 Read family.py first.
 """
 
-from vllm_mcmoe.calibration.model.families import deepseek, ernie, gemma, gpt_oss, hunyuan, lfm, mimo, mixtral, nemotron, qwen
+from vllm_mcmoe.calibration.model.families import (
+    deepseek,
+    ernie,
+    gemma,
+    gpt_oss,
+    hunyuan,
+    lfm,
+    mimo,
+    mixtral,
+    nemotron,
+    qwen,
+)
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -40,7 +51,9 @@ FAMILIES: dict[str, ModelFamily] = {
 }
 
 # Architectures that were looked at and are not supported yet, and why.
-_LLAMA4 = "its experts are called with inputs that are weighted and repeated already, which calibration does not take apart"
+_LLAMA4 = (
+    "its experts are called with inputs that are weighted and repeated already, which calibration does not take apart"
+)
 REFUSED: dict[str, str] = {
     "DeepseekV4ForCausalLM": (
         "its first layers choose experts by token id and its hidden states are several streams, which calibration does "

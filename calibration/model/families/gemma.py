@@ -1,4 +1,4 @@
-"""Google's Gemma 4 with experts: they lie beside a dense MLP, under a router of their own, in the decoder layer itself."""
+"""Google's Gemma 4 with experts: beside a dense MLP, under a router of their own, in the decoder layer itself."""
 
 from dataclasses import replace
 

@@ -39,5 +39,8 @@ MIMO_V2 = replace(
     layer_kinds=("sliding_attention", "full_attention"),
     module_names={"self_attn.attention_sink_bias": "self_attn.sinks"},
     refuse=_refuse,
-    notes=(*GLM4.notes, "Attention with sinks is calibrated by its definition, which takes memory for all pairs of tokens."),
+    notes=(
+        *GLM4.notes,
+        "Attention with sinks is calibrated by its definition, which takes memory for all pairs of tokens.",
+    ),
 )

@@ -1,4 +1,4 @@
-"""NVIDIA's Nemotron-H from Nemotron 3 on: a decoder layer is one of Mamba, attention, an MLP or experts without a gate."""
+"""NVIDIA's Nemotron-H from Nemotron 3 on: a layer is one of Mamba, attention, an MLP or experts without a gate."""
 
 from transformers import PretrainedConfig
 
