@@ -25,18 +25,18 @@ def model_card(
         "transformers loads it dequantised, in the memory of the 16-bit model, after `import vllm_mcmoe.hf`:",
         "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_DIRECTORY", dtype="bfloat16")\n```',
-        _quantization(report),
+        _quantization(report, gate_up_matrices=len(description.projections("gate_up"))),
         _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _quantization(report: QuantizationReport) -> str:
+def _quantization(report: QuantizationReport, gate_up_matrices: int) -> str:
     widths: Counter[int] = Counter()
     for experts in report.layers.values():
         for expert in experts:
-            widths.update((expert.gate_up, expert.gate_up, expert.down))  # gate, up and down have the same size
+            widths.update((*[expert.gate_up] * gate_up_matrices, expert.down))  # all have the same size
     share = ", ".join(f"{bits} bit: {count / widths.total():.0%}" for bits, count in sorted(widths.items()))
     linears = "16 bits" if report.linear_bits == 16 else f"{report.linear_bits} bits (compressed-tensors)"
     if report.linear_bits != 16 and report.unquantized_linears:

@@ -32,6 +32,9 @@ _LIBRARY.define(
 )
 
 
+_function = lru_cache(ExpertFunction)  # which checks its arguments
+
+
 def _triton_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -56,7 +59,7 @@ def _triton_experts(
     gate_up, down: the tensors of an ExpertStack, the biases its bias; widths: bit b set where the kernels must know b
     bits; activation to beta: an ExpertFunction. Shapes alone decide grids and allocations, so it can be captured.
     """
-    function = ExpertFunction(activation, gated, limit, alpha, beta)
+    function = _function(activation, gated, limit, alpha, beta)
     hidden_size, rows = x.shape[1], function.factor * intermediate_size
     gate_up_stack = ExpertStack(*gate_up, rows, hidden_size, gated=gated, widths=widths, bias=gate_up_bias)
     down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=widths, bias=down_bias)

@@ -9,7 +9,9 @@ CPU's in the last place, which can move a requantised code by one.
 import pytest
 import torch
 
+from tests.kernels.matrices import FUNCTIONS, random_biases
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
+from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU
 from vllm_mcmoe.kernels.packing import WIDTHS
 from vllm_mcmoe.kernels.reference import fused_experts
 
@@ -42,8 +44,11 @@ def prepare(backend, layer: Layer) -> torch.nn.Module:
     return backend.TritonExperts.prepare(iter(layer.gate_up), iter(layer.down), **layer.announced())
 
 
-def assert_agrees(found: torch.Tensor, layer: Layer, tokens: tuple[torch.Tensor, ...]) -> None:
-    expected = fused_experts(*tokens, layer.gate_up, layer.down).double()
+def assert_agrees(
+    found: torch.Tensor, layer: Layer, tokens: tuple[torch.Tensor, ...], biases: dict | None = None
+) -> None:
+    named = {f"{part}_bias": bias for part, bias in (biases or {}).items()}
+    expected = fused_experts(*tokens, layer.gate_up, layer.down, function=layer.function, **named).double()
     error = (found.cpu().double() - expected).norm() / expected.norm()
     assert error < TOLERANCE
 
@@ -73,6 +78,19 @@ def test_all_widths_in_one_layer(backend, tokens, dtype):
     found = prepare(backend, layer)(*on_device(inputs)).float()
     expected = fused_experts(*inputs, layer.gate_up, layer.down).float()
     assert (found.cpu() - expected).norm() / expected.norm() < max(TOLERANCE, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("intermediate", [640, 512])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_every_function_with_biases(backend, function, intermediate, tokens):
+    """Sizes of which 256 features, a tile, do and do not divide the rows of experts without a gate."""
+    layer = random_layer(MIXED, 1024, intermediate, function=function)
+    inputs = random_tokens(tokens, 1024, len(MIXED), 2)
+    biases = random_biases(len(MIXED), 1024, intermediate, function)
+    experts = prepare(backend, layer)
+    experts.set_biases(**biases)
+    assert_agrees(experts(*on_device(inputs)), layer, inputs, biases)
 
 
 @pytest.mark.parametrize("block_tokens", [8, 16, 32, 64, 128])
@@ -122,7 +140,8 @@ def test_programs_that_add_up_what_others_stored_always_find_it(backend, monkeyp
     assert all(torch.equal(experts(*held), first) for _ in range(300))
 
 
-def test_nothing_is_compiled_after_loading(backend):
+@pytest.mark.parametrize("function", [SILU, GPT_OSS], ids=["plain", "clamped, with biases"])
+def test_nothing_is_compiled_after_loading(backend, function):
     from vllm_mcmoe.kernels.triton import gemm, routing
     from vllm_mcmoe.kernels.triton import prepare as prepare_module
 
@@ -131,7 +150,9 @@ def test_nothing_is_compiled_after_loading(backend):
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
-    layer = prepare(backend, random_layer([1, 2], 1280, 1152))
+    layer = prepare(backend, random_layer([1, 2], 1280, 1152, function=function))
+    if function == GPT_OSS:
+        layer.set_biases(**random_biases(2, 1280, 1152))
     before = compiled()
     layer.compile_kernels(widths=[1, 2, 3], top_k=2, dtype=torch.bfloat16)
     at_load = compiled()
