@@ -53,7 +53,7 @@ from vllm_mcmoe.calibration.model.text import (
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.quantize.checkpoint_run import CheckpointRun
 from vllm_mcmoe.calibration.quantize.linears import check_linear_bits
-from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 
 ALLOCATED = "allocated"  # the unit of work between measuring and quantising
@@ -65,6 +65,7 @@ def calibrate(
     out: str | Path | None = None,
     *,
     recipe: str | Recipe = "mcmoe",
+    effort: Effort = "normal",
     widths: Sequence[int] | None = None,
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
@@ -80,6 +81,7 @@ def calibrate(
     data         text files, .jsonl files or directories, as load_sequences takes them
     out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
                  and the same call goes on from there after having been killed
+    effort       how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
     widths       bit-widths to measure; None takes the recipe's
     seed         of the labels sampled for the loss gradient
     activations  "memory", "disk" (beside out, or in the system's temporary directory) or "auto", memory if they fit
@@ -90,7 +92,7 @@ def calibrate(
     there is unfinished work of other arguments.
     """
     device = choose_device(device, log)
-    recipe = find_recipe(recipe)
+    recipe = find_recipe(recipe, effort)
     source = WeightFiles(describe_model(model_dir))
     tokens = load_calibration_data(source.model, data, sequences, length, log)
     identity = {
@@ -122,6 +124,7 @@ def quantize(
     bits: float | None = None,
     bits_per_layer: float | None = None,
     recipe: str | Recipe = "mcmoe",
+    effort: Effort = "normal",
     widths: Sequence[int] | None = None,
     linear_bits: int | None = None,
     sequences: int = DEFAULT_SEQUENCES,
@@ -139,6 +142,7 @@ def quantize(
     data             calibration text, as load_sequences takes it
     plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
+    effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
     widths           bit-widths an expert may get; None takes the recipe's
     linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
@@ -156,7 +160,7 @@ def quantize(
     """
     started = time.monotonic()
     device = choose_device(device, log)
-    recipe = find_recipe(recipe)
+    recipe = find_recipe(recipe, effort)
     if (plan is not None) + (bits is not None) + (bits_per_layer is not None) != 1:
         raise PlanError("give exactly one of plan, bits and bits_per_layer.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
@@ -232,6 +236,7 @@ def quantize_model(
     plan: Plan,
     sequences: TokenSequences,
     recipe: str | Recipe = "mcmoe",
+    effort: Effort = "normal",
     linear_bits: int | None = None,
     gradient_norms: Mapping[str, torch.Tensor] | None = None,
     factors: Factors | None = None,
@@ -253,7 +258,7 @@ def quantize_model(
     UnsupportedModelError for linear_bits that are not one of the three, WorkDirectoryError as quantize does.
     """
     started = time.monotonic()
-    recipe = find_recipe(recipe)
+    recipe = find_recipe(recipe, effort)
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
     plan.check_against(model.description.experts_per_layer())

@@ -447,7 +447,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         {
             "num_experts": 8,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 128,
+            "moe_intermediate_size": 256,
             "intermediate_size": 256,
             "head_dim": 32,
             "mlp_layer_types": ["dense", "sparse", "sparse"],
@@ -455,7 +455,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         },
         moe_layers=(1, 2),
         finish=_spread_correction_bias,
-        more={"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "qk_norm": True},
+        more={"first_k_dense_replace": 1, "expert_hidden_dim": 256, "route_norm": True, "qk_norm": True},
     ),
     "ernie": TinyModel(
         Ernie4_5_MoeConfig,

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from vllm_mcmoe.calibration.measure.expert_errors import REFINED_ROWS, with_few_sweeps
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
 from vllm_mcmoe.calibration.quantize.layer import find_linear
 from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
-from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
@@ -143,13 +144,14 @@ def plan_resources(
     sequences: int = 128,
     length: int = 2048,
     recipe: str | Recipe = "mcmoe",
+    effort: Effort = "normal",
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
     """bits: of expert weights, scales and zeros included. sequences x length calibration tokens.
 
     kv_tokens: of all requests that are served at once. Raises UnsupportedModelError as describe_model does.
     """
-    description, recipe = describe_model(model_dir), find_recipe(recipe)
+    description, recipe = describe_model(model_dir), find_recipe(recipe, effort)
     linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
     model = skeleton(description)
     linears = _linears(description, model)
@@ -169,7 +171,7 @@ def plan_resources(
         activation_bytes=kept_bytes,
         memory_bytes=2 * layer_bytes + OTHER_BYTES + _attention_bytes(model, length),
         disk_bytes=checkpoint_bytes + kept_bytes,
-        expert_products=_expert_products(description, recipe),
+        expert_products=_expert_products(description, recipe, tokens),
         forward_products=float(passes * parameters.active * tokens),
     )
     step_bytes = checkpoint_bytes - round(
@@ -247,15 +249,24 @@ def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:
     )
 
 
-def _expert_products(description: MoeModel, recipe: Recipe) -> float:
-    """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets."""
+def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> float:
+    """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets; and of
+    the Hessians, which see as many of the tokens as reach an expert."""
     measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
     sweeps = recipe.gptq.refinement_sweeps
     weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
     per_expert = 0.0
-    for out_features, in_features in description.part_shapes().values():
-        per_expert += (measured + 1) * weight_products * out_features * in_features**2
-        per_expert += (bool(measured) + 1) * FACTOR_PRODUCTS * in_features**3
+    expert_tokens = tokens * description.top_k / description.num_experts
+    for part, (out_features, in_features) in description.part_shapes().items():
+        factor = description.function.factor if part == "gate_up" else 1
+        measuring = weight_products * out_features
+        if with_few_sweeps(recipe, out_features // factor):
+            missing = SWEEP_PRODUCTS * (sweeps - recipe.measured_sweeps)
+            if not recipe.measured_sweeps:
+                missing += REFINEMENT_START
+            measuring += weight_products * factor * REFINED_ROWS - missing * out_features
+        per_expert += (measured * measuring + weight_products * out_features) * in_features**2
+        per_expert += (bool(measured) + 1) * (FACTOR_PRODUCTS * in_features + expert_tokens) * in_features**2
     return per_expert * description.num_experts * len(description.moe_layers)
 
 

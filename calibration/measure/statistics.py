@@ -85,6 +85,7 @@ def measure(
         extra={
             "recipe": recipe.name,
             "error_quantizer": recipe.error_quantizer,
+            "measured_sweeps": recipe.measured_sweeps,
             "sequences": list(tokens.shape),
             "files": [path.name for path in sequences.files],
             "seed": seed,

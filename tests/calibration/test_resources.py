@@ -43,6 +43,14 @@ def test_parameters_are_the_published_ones(plans, model, total, active):
     assert parameters.active + embeddings == pytest.approx(active, rel=0.02)
 
 
+def test_less_effort_is_less_work(tmp_path):
+    MODELS["mixtral-8x7b"].save_pretrained(tmp_path)
+    fast, normal, best = (
+        plan_resources(tmp_path, effort=effort).quantization.expert_products for effort in ("fast", "normal", "best")
+    )
+    assert fast < 0.7 * normal < 0.52 * best
+
+
 def test_a_cache_of_latent_attention_is_counted_as_such(plans):
     assert plans["deepseek-v3"].serving.kv_bytes_per_token == 2 * 61 * (512 + 64)
     assert plans["mixtral-8x7b"].serving.kv_bytes_per_token == 2 * 32 * 2 * 8 * 128

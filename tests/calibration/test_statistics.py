@@ -8,14 +8,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise
 from vllm_mcmoe.calibration.allocate.program import allocate
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
+from vllm_mcmoe.calibration.measure import expert_errors
 from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
 from vllm_mcmoe.calibration.measure.sensitivity import _output_gradients, backward_traces, forward_traces, sample_labels
 from vllm_mcmoe.calibration.measure.statistics import _measure_layer, measure, routing_statistics
 from vllm_mcmoe.calibration.measure.super_experts import flag_super_experts
 from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.calibration.pipeline import calibrate
-from vllm_mcmoe.calibration.recipes import RECIPES
+from vllm_mcmoe.calibration.recipes import RECIPES, find_recipe
 
 LAYER = "model.layers.2.block_sparse_moe.experts"
 RTN = dataclasses.replace(QUICK, name="rtn", error_quantizer="rtn")
@@ -40,6 +42,54 @@ def transformers_model(reference_model):
 def log_probs(model, tokens):
     with torch.no_grad():
         return model(tokens).logits.log_softmax(-1)
+
+
+def test_what_few_sweeps_leave_out_is_learnt_from_some_rows(reference_model, sequences, monkeypatch):
+    """Of 512 units and 256 features 32 are refined, of every expert of a layer at 2 bits. More sweeps than one would
+    lower the loss by a quarter."""
+    refined = dataclasses.replace(RECIPES["mcmoe"], gptq=GPTQOptions(act_order=True, refinement_sweeps=8))
+    plain = dataclasses.replace(refined, gptq=GPTQOptions(act_order=True, refinement_sweeps=1))
+    few = dataclasses.replace(refined, measured_sweeps=1)
+    traces = backward_traces(layerwise(reference_model), sequences.tokens, show_progress=False)
+    trace = next(traces)  # whose layer is loaded as long as the iterator is
+    monkeypatch.setattr(expert_errors, "REFINED_ROWS", 32)
+    found = {
+        name: [expert_errors.measure_expert(trace, expert, recipe, (2,), None) for expert in range(8)]
+        for name, recipe in (("refined", refined), ("plain", plain), ("few", few))
+    }
+
+    def relative(name: str, part: str) -> torch.Tensor:
+        """To what is measured with all sweeps."""
+        values = {
+            which: torch.tensor([e.error[2] if part == "error" else e.loss_increase[part][2] for e in found[which]])
+            for which in (name, "refined")
+        }
+        return values[name] / values["refined"]
+
+    for part in ("gate_up", "down"):
+        assert relative("plain", part).median() > 1.2  # so much is there to be learnt
+        assert (relative("few", part) - 1).abs().median() < 0.12, part
+        assert (relative("few", part) - 1).abs().max() < 0.3, part
+    assert ((relative("few", "error") - 1).abs() < (relative("plain", "error") - 1).abs()).all()
+
+
+def test_small_matrices_are_measured_with_all_sweeps(reference_model, sequences):
+    """The reference model's are: `normal` and `best` are the same there, to the last bit."""
+    traces = forward_traces(layerwise(reference_model), sequences.tokens)
+    trace = next(traces)
+    recipes = [find_recipe("mcmoe", effort) for effort in ("normal", "best")]
+    assert [recipe.measured_sweeps for recipe in recipes] == [2, None]
+    first, second = (expert_errors.measure_expert(trace, 0, recipe, (1, 3), None) for recipe in recipes)
+    assert first == second
+
+
+def test_effort_is_for_recipes_by_name():
+    assert find_recipe("mcmoe", "best") == RECIPES["mcmoe"]
+    assert find_recipe("paper-code", "normal") == RECIPES["paper-code"]
+    assert find_recipe("mcmoe", "fast").gptq.refinement_sweeps == 2
+    assert find_recipe(QUICK, "fast") is QUICK
+    with pytest.raises(ValueError, match="effort 'heroic' is not one of fast, normal, best"):
+        find_recipe("mcmoe", "heroic")
 
 
 def test_routing_weights_are_counted_before_renormalisation_and_only_where_selected():

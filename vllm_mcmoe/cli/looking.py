@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 
 from vllm_mcmoe.cli.console import log, print_json
-from vllm_mcmoe.cli.options import Activations, AsJson, Data, Device, Length, LinearBits, Recipe, RecipeName, Sequences
+from vllm_mcmoe.cli.options import (
+    Activations,
+    AsJson,
+    Data,
+    Device,
+    Effort,
+    EffortName,
+    Length,
+    LinearBits,
+    Recipe,
+    RecipeName,
+    Sequences,
+)
 
 
 def evaluate(
@@ -101,6 +113,7 @@ def plan_resources(
     bits: Annotated[float, typer.Option(help="Average bits of an expert weight, scales and zeros included.")] = 2.5,
     linear_bits: LinearBits = None,
     recipe: Recipe = RecipeName.mcmoe,
+    effort: Effort = EffortName.normal,
     sequences: Sequences = 128,
     length: Length = 2048,
     kv_tokens: Annotated[
@@ -121,6 +134,7 @@ def plan_resources(
         bits=bits,
         linear_bits=linear_bits,
         recipe=recipe.value,
+        effort=effort.value,
         sequences=sequences,
         length=length,
         kv_tokens=kv_tokens,

@@ -15,6 +15,12 @@ class RecipeName(StrEnum):
     uniform = "uniform"
 
 
+class EffortName(StrEnum):
+    fast = "fast"
+    normal = "normal"
+    best = "best"
+
+
 class Scope(StrEnum):
     layer = "layer"
     model = "model"
@@ -50,7 +56,7 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="Hugging Face model directory: safetensors in 16 bits, FP8 in blocks or packed INT4.",
+        help="Hugging Face model directory: safetensors in 16 bits, FP8 in blocks, MXFP4 or packed INT4.",
         show_default=False,
     ),
 ]
@@ -92,6 +98,14 @@ BitsPerLayer = Annotated[
         help="Instead of --bits: the sum of plain code widths over a layer's experts, as the paper counts "
         "(Mixtral at 20 is its '2.54 bits').",
         show_default=False,
+    ),
+]
+
+Effort = Annotated[
+    EffortName,
+    typer.Option(
+        help="How much work goes into a matrix: `best` measures the widths on all of its rows, `normal` on 512, which "
+        "on matrices of thousands is several times faster; `fast`, for a first look, on 128, and refines less."
     ),
 ]
 
