@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--activations", choices=("memory", "disk"), default="disk")
     parser.add_argument("--recipe", choices=(QUICK.name, "uniform", "mcmoe"), default=QUICK.name)
+    parser.add_argument("--effort", choices=("fast", "normal", "best"), default="normal")
     parser.add_argument("--directory", type=Path, help="for model and checkpoint; a temporary one if not given")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
@@ -145,7 +146,7 @@ def main() -> None:
         model = write_random_mixtral(Path(directory) / "model", *shape)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         limit = int(options.limit * 1e9) or None
-        calibration = {key: getattr(options, key) for key in ("sequences", "length", "activations", "recipe")}
+        calibration = {key: getattr(options, key) for key in ("sequences", "length", "activations", "recipe", "effort")}
         started = time.monotonic()
         peak = peak_of(limit, model, Path(directory) / "out", show_progress=False, log=print, **calibration)
         seconds = time.monotonic() - started
