@@ -32,7 +32,9 @@ from vllm_mcmoe.calibration.pipeline import quantize
 
 PARALLELISMS = {"tensor parallel": {}, "expert parallel": {"enable_expert_parallel": True}}
 TWO_GROUPS = 256
-KINDS = [kind for kind in SERVED if kind not in WITHOUT_GATE]  # whose check is lifted in one process only
+# Not those whose check is lifted, or that are lent a torchvision, in one process only.
+ONE_PROCESS = (*WITHOUT_GATE, "qwen3.5", "qwen3.5-vision", "qwen3-vl", "gemma4-vision")
+KINDS = [kind for kind in SERVED if kind not in ONE_PROCESS]
 
 
 def wide_enough(kind: str) -> dict[str, int]:
