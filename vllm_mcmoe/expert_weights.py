@@ -116,7 +116,7 @@ class LayerWeights:
     gate_up                          [2*intermediate_size, hidden_size], gate rows first; without a gate, half of it
     down                             [hidden_size, intermediate_size]
     gate_up_bias, down_bias          float32 [experts, rows of the two], 0 in padding; None where experts have none. Of
-                                     the ranks that share experts, the first one adds down's
+                                     the ranks that share experts, the first one has down's
     intermediate_groups              this rank's groups of the whole layer's intermediate size
     loading_seconds                  spent on copying tensors so far
     finished                         the kernels have them: what comes now is a reload, which cannot reach them
@@ -162,7 +162,8 @@ class LayerWeights:
         self.gate_up_bias = self.down_bias = None
         if has_bias:
             self.gate_up_bias = torch.zeros(len(shard.expert_ids), self.gate_up.rows, dtype=torch.float32)
-            self.down_bias = torch.zeros(len(shard.expert_ids), self.hidden_size, dtype=torch.float32)
+            if shard.tp_rank == 0:
+                self.down_bias = torch.zeros(len(shard.expert_ids), self.hidden_size, dtype=torch.float32)
         self._projections = PROJECTIONS if function.gated else WITHOUT_GATE
         self._biases = (BIAS,) if has_bias else ()
         self._tensors = [
@@ -293,7 +294,7 @@ class LayerWeights:
             raise FormatError(f"{where}: has NaN or infinite values; its file is damaged.")
         if shard_id != DOWN:
             self.gate_up_bias[expert, first : first + len(rows)] = loaded[rows.start : rows.stop]
-        elif self.shard.tp_rank == 0:
+        elif self.down_bias is not None:
             self.down_bias[expert, : len(rows)] = loaded
 
     def check_complete(self) -> None:

@@ -61,7 +61,11 @@ def expert_function(
 
     Raises UnsupportedModelError, naming the layer, for what the kernels do not compute.
     """
-    if activation == _WITH_PARAMETERS and limit is not None:
+    if limit is not None and not limit > 0:
+        raise UnsupportedModelError(f"{name}: swiglu_limit is {limit}, expected a positive number.")
+    if activation == _WITH_PARAMETERS:
+        if limit is None:
+            raise UnsupportedModelError(f"{name}: activation {activation!r} comes without a swiglu_limit.")
         return ExpertFunction(
             "silu", limit=limit, alpha=1.0 if alpha is None else alpha, beta=0.0 if beta is None else beta
         )

@@ -23,7 +23,7 @@ KINDS = (
     ("expert biases", re.compile(r"\.experts\.\d+\..*\.bias$")),
     ("experts, not quantised", re.compile(r"\.experts\.\d+\..*\.weight$")),
     ("other linears, quantised", re.compile(r"\.weight_(packed|scale|shape|zero_point|g_idx)$")),
-    ("embeddings and output head", re.compile(r"(embed_tokens|lm_head)\.")),
+    ("embeddings and output head", re.compile(r"(embed_tokens|\.embeddings|lm_head)\.")),
     ("attention, router, norms", re.compile(r"")),
 )
 
@@ -54,9 +54,6 @@ class CheckpointSummary:
             "expert_bits": self.expert_bits,
             "warnings": self.warnings,
         }
-
-
-GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,10 @@ def _kv_values(config: PretrainedConfig, layer: int) -> int:
         return config.kv_lora_rank + config.qk_rope_head_dim
     of_layer = config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
     head_size = getattr(of_layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * of_layer.num_key_value_heads * head_size
+    heads = of_layer.num_key_value_heads
+    if kinds and kinds[layer] == "sliding_attention":
+        heads = getattr(config, "swa_num_key_value_heads", None) or heads
+    return heads * (head_size + (getattr(of_layer, "v_head_dim", None) or head_size))
 
 
 def _attention_bytes(model: torch.nn.Module, length: int) -> int:

@@ -154,7 +154,9 @@ def _part_quantizers(
     weights = {"gate_up": trace.layer.gate_up[expert], "down": trace.layer.down[expert]}
     if recipe.error_quantizer == "rtn":
         return {
-            part: lambda width, rows, weight=weight: quantize_rtn(weight, width, search="minmax").dequantize()
+            part: lambda width, rows, weight=weight: quantize_rtn(
+                weight if rows is None else weight[rows], width, search="minmax"
+            ).dequantize()
             for part, weight in weights.items()
         }
     tokens: ExpertTokens = calibration_tokens(trace.inputs, expert)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_mcmoe.calibration.common.device import check_layer_fits
 from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel
@@ -382,8 +382,11 @@ def skeleton(description: MoeModel) -> PreTrainedModel:
         del config.quantization_config  # the weights arrive here dequantised
     try:
         with torch.device("meta"):
-            # attention as the class has it: sdpa, or eager where it has no other
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+            # whatever config.json names; by its definition where the class has nothing else
+            attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation="eager", attn_implementation=attention
+            )
         rotary = _rotary(model, description)
         if rotary is not None:
             setattr(model.model, description.family.rotary, type(rotary)(config=config))

@@ -305,6 +305,15 @@ def test_a_setting_that_vllm_would_serve_differently_is_refused(kind, changes, m
         describe_model(tmp_path)
 
 
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "eager"])
+def test_attention_is_computed_alike_whatever_config_json_names(implementation, make, tmp_path, tokens):
+    """What was installed where a model was trained need not be here."""
+    expected = layer_by_layer_logits(make("mixtral"), tokens)
+    shutil.copytree(make("mixtral"), tmp_path / "model")
+    edit_config(tmp_path / "model", attn_implementation=implementation, _attn_implementation=implementation)
+    assert torch.equal(layer_by_layer_logits(tmp_path / "model", tokens), expected)
+
+
 @pytest.mark.parametrize("kind", TINY_MODELS)
 def test_sizes_are_known_from_the_config_alone(kind, quantized, tmp_path):
     """To the byte in 16 bits. The estimate at the bits written leaves out a few bytes of metadata per packed linear."""

@@ -3,6 +3,7 @@
 import pytest
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
+from tests.tiny_models import make_tiny
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.pipeline import quantize
 
@@ -54,6 +55,27 @@ def test_less_effort_is_less_work(tmp_path):
 def test_a_cache_of_latent_attention_is_counted_as_such(plans):
     assert plans["deepseek-v3"].serving.kv_bytes_per_token == 2 * 61 * (512 + 64)
     assert plans["mixtral-8x7b"].serving.kv_bytes_per_token == 2 * 32 * 2 * 8 * 128
+
+
+def test_a_cache_is_counted_by_what_each_layer_keeps(tmp_path, reference_model):
+    """Of tiny models: Mamba and experts keep none, sliding layers of MiMo twice the heads, Gemma's full ones larger."""
+    expected = {
+        "nemotron-h": 2 * 2 * 64,  # one layer of attention among five
+        "mimo-v2": 2 * (64 + 2 * 64 + 64),
+        "gemma4": 2 * (2 * 32 + 64),
+        "gpt-oss": 2 * 2 * 2 * 64,
+    }
+    for kind, values in expected.items():
+        plan = plan_resources(make_tiny(kind, tmp_path / kind, reference_model))
+        assert plan.serving.kv_bytes_per_token == 2 * values, kind
+
+
+def test_attention_by_its_definition_counts_in_memory_and_no_other(tmp_path, reference_model):
+    """Four arrays of [4 heads, length, length] float32, for so many sequences as are computed at once."""
+    for kind, heads in (("gpt-oss", 4), ("mixtral", 0)):
+        model = make_tiny(kind, tmp_path / kind, reference_model)
+        long, short = (plan_resources(model, length=n).quantization.memory_bytes for n in (2048, 1024))
+        assert long - short == 4 * heads * 4 * (2048**2 - 2 * 1024**2)
 
 
 def test_devices_hold_what_is_placed_on_them_and_half_as_many_would_not(plans):

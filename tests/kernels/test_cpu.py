@@ -109,13 +109,14 @@ def test_biases_of_the_right_expert_are_added(isa, tokens):
     assert_agrees(layer, random_call(tokens, 256, 5, 2), biases | {"down": None})
 
 
-def test_nan_passes_through_limits(isa):
+@pytest.mark.parametrize("row", [3, 128 + 3], ids=["gate", "up"])
+def test_nan_passes_through_limits(isa, row):
     """A limit must not turn NaN into a number that looks like one."""
     layer = random_layer([4], [4], 128, 128, function=GPT_OSS)
     x, weights, ids = random_call(2, 128, 1, 1)
     module = CpuExperts.prepare(**layer)
     bias = torch.zeros(1, 256)
-    bias[0, 3] = torch.nan
+    bias[0, row] = torch.nan
     module.set_biases(bias, None)
     assert module(x, weights, ids).isnan().all()
 

@@ -282,10 +282,11 @@ def test_experts_without_a_gate_have_two_groups_in_a_tile(intermediate, tiles, a
     assert relative_error(found, expected) < bound
 
 
-def test_nan_passes_through_limits():
+@pytest.mark.parametrize("row", [3, 128 + 3], ids=["gate", "up"])
+def test_nan_passes_through_limits(row):
     layer = random_layer([4], 128, 128, function=GPT_OSS)
     bias = torch.zeros(1, 256)
-    bias[0, 3] = torch.nan
+    bias[0, row] = torch.nan
     found = run(layer, *random_tokens(2, 128, 1, 1), biases={"gate_up": bias, "down": None})
     assert found.isnan().all()
 

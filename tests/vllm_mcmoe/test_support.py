@@ -87,7 +87,6 @@ def test_what_vllm_calls_the_experts_function(activation, beside, expected):
     [
         ("relu2", {}, "activation 'relu2' is not supported; the kernels have .*silu"),
         ("swiglustep", {}, "activation 'swiglustep' is not supported"),
-        ("swigluoai_uninterleave", {}, "activation 'swigluoai_uninterleave' is not supported"),
         ("silu", {"alpha": 1.702}, "swiglu_alpha is 1.702, beside the activation 'silu'.*with 1.0"),
         ("silu", {"limit": 7.0, "beta": 1.0}, "swiglu_beta is 1.0, beside the activation 'silu'.*with 0.0"),
         ("gelu", {"limit": 7.0}, "swiglu_limit is 7.0, beside the activation 'gelu'.*with None"),
@@ -97,6 +96,18 @@ def test_what_vllm_calls_the_experts_function(activation, beside, expected):
 def test_what_the_kernels_do_not_compute_is_refused_by_name(activation, beside, message):
     with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}.*Serve the 16-bit model"):
         expert_function(LAYER, activation, **(NOTHING_BESIDE | beside))
+
+
+@pytest.mark.parametrize(
+    ("activation", "limit", "message"),
+    [
+        ("swigluoai_uninterleave", None, "'swigluoai_uninterleave' comes without a swiglu_limit"),
+        ("silu", 0.0, "swiglu_limit is 0.0, expected a positive number"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_by_name(activation, limit, message):
+    with pytest.raises(McmoeError, match=f"{LAYER}: .*{message}"):
+        expert_function(LAYER, activation, **(NOTHING_BESIDE | {"limit": limit}))
 
 
 GATHERING = {"gathers_tokens": True, "can_gather": True, "all2all_backend": "allgather_reducescatter", "pcp_size": 1}

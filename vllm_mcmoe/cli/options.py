@@ -104,8 +104,9 @@ BitsPerLayer = Annotated[
 Effort = Annotated[
     EffortName,
     typer.Option(
-        help="How much work goes into a matrix: `best` measures the widths on all of its rows, `normal` on 512, which "
-        "on matrices of thousands is several times faster; `fast`, for a first look, on 128, and refines less."
+        help="How much work goes into a matrix: `best` measures every width with all of the refinement that it will get; "
+        "`normal` does so on 256 rows of matrices of more than 1024, and refines the others less while it measures; "
+        "`fast`, for a first look, refines less in the end, too."
     ),
 ]
 
