@@ -383,7 +383,8 @@ largest tile of every target again, with Triton 3.9, and fail where a figure got
 with the other two. [triton_kernel.md](triton_kernel.md) explains the kernel.
 
 - **kernel**: tokens per tile, the widths of the layer's experts, `float` for float16 operands instead of int8, `SiLU`
-  for the fused epilogue of gate_up. Every GEMM is compiled with the default tiles of its architecture.
+  for the fused epilogue of gate_up, `clamped SiLU, biases` for gpt-oss's. Every GEMM is compiled with the default tiles
+  of its architecture.
 - **lane-instructions per weight**: the instructions of the loop over groups times the threads, over the weights that
   one pass consumes. Divide by the tokens to compare tiles.
 - **bytes per weight**: the codes and scales that the loop loads. **bytes per weight load**: of the widest load that

@@ -104,8 +104,8 @@ def test_inspect_says_from_the_config_alone_that_a_model_is_supported(reference_
 
 
 def test_inspect_fails_with_the_reason_where_a_model_is_not_supported(tmp_path):
-    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    config = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = mcmoe("inspect", tmp_path)
     assert result.returncode == 1
-    assert "GptOssForCausalLM is not supported; its experts have biases" in result.stderr
+    assert "Llama4ForConditionalGeneration is not supported; its experts are called with inputs" in result.stderr
