@@ -39,7 +39,6 @@ from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 
 REFERENCE = Path(__file__).parent / "reference_model"
-MORE_THAN_ENOUGH = 16.0  # bits per weight; no width costs as much
 ROUND_TO_NEAREST = replace(RECIPES["uniform"], gptq=GPTQOptions(compensate=False))
 RECIPE_OF = {
     "uniform RTN": ROUND_TO_NEAREST,
@@ -97,7 +96,7 @@ class _Table:
         }
         # A uniform plan needs no measurements, only the shapes that any factors have.
         for method in ("uniform RTN", "uniform GPTQ"):
-            measured[method] = Calibration(measured["paper-code"].factors, {})
+            measured[method] = Calibration(measured["paper-code"].factors, {}, {})
         self._add("16 bits", None, lambda: _evaluate(self.options, "16 bits", None, self.options.model))
         for bits in self.options.bits:
             for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
@@ -137,6 +136,7 @@ class _Table:
                 recipe=RECIPE_OF[method],
                 linear_bits=self.options.linear_bits,
                 gradient_norms=calibration.gradient_norms,
+                output_gradients=calibration.output_gradients,
                 show_progress=False,
             )
         return _evaluate(self.options, method, bits, out)
@@ -144,19 +144,15 @@ class _Table:
 
 def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
     """Method -> plan: the baselines at the budget, ours at the smallest of what they use. Without paper-code where its
-    least counts of 2 and 3 bits cost more than the budget, or where more bits would not give it a larger plan."""
+    least counts of 2 and 3 bits cost more than the budget, or all experts at 3 bits less."""
     result = {
         method: allocate(factors[method], recipe=RECIPE_OF[method], bits=bits)
         for method in ("uniform RTN", "uniform GPTQ")
     }
     try:
-        published = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=bits)
+        result["paper-code"] = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=bits)
     except PlanError as error:
         print(f"No paper-code at {bits} bits: {error}")
-    else:
-        largest = allocate(factors["paper-code"], recipe=RECIPE_OF["paper-code"], bits=MORE_THAN_ENOUGH)
-        if published.average_bits < largest.average_bits:
-            result["paper-code"] = published
     used = min(plan.average_bits for plan in result.values())
     result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
     return result

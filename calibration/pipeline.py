@@ -9,7 +9,7 @@ directory beside the output (checkpoint/workdir.py), from which a run that was k
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +37,7 @@ from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
@@ -53,7 +54,14 @@ from vllm_mcmoe.calibration.model.text import (
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.quantize.checkpoint_run import CheckpointRun
 from vllm_mcmoe.calibration.quantize.linears import check_linear_bits
-from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.calibration.recipes import (
+    Effort,
+    Recipe,
+    find_recipe,
+    needs_gradients,
+    needs_gradients_to_quantize,
+    needs_output_gradients,
+)
 from vllm_mcmoe.errors import PlanError
 
 ALLOCATED = "allocated"  # the unit of work between measuring and quantising
@@ -189,16 +197,16 @@ def quantize(
         "sequences and length": None if evaluation_data is None else [sequences, length],
     }
     needs_factors = plan is None and factors is None
-    needs_norms = recipe.hessian_weighting == "gradient"
+    needs_gradients_too = needs_gradients_to_quantize(recipe)
     with working_on(out_dir, identity, restart=restart, log=log) as work:
         if (report := _finished(work)) is not None:
             return report
         model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
-        with_gradients = needs_gradients(recipe) and (needs_factors or needs_norms)
+        with_gradients = needs_gradients(recipe) and (needs_factors or needs_gradients_too)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
-        gradient_norms = None
-        if needs_factors or needs_norms:
+        gradient_norms = output_gradients = None
+        if needs_factors or needs_gradients_too:
             log(f"Measuring {description.num_experts} experts in each of {len(description.moe_layers)} layers.")
             measured = measure(
                 model,
@@ -211,12 +219,14 @@ def quantize(
                 log=log,
                 show_progress=show_progress,
             )
-            gradient_norms = measured.gradient_norms
+            gradient_norms, output_gradients = measured.gradient_norms, measured.output_gradients
             factors = measured.factors if needs_factors else factors
         if plan is None:
             plan = _allocated_plan(work, factors, recipe, bits, bits_per_layer, widths)
             log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
-        job = CheckpointRun(model, work, store, plan, recipe, linear_bits, gradient_norms, factors, log)
+        job = CheckpointRun(
+            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
+        )
         report = job.write_checkpoint(tokens.tokens, show_progress)
         card = model_card(description, report)
         if evaluation_data is not None:
@@ -239,6 +249,7 @@ def quantize_model(
     effort: Effort = "normal",
     linear_bits: int | None = None,
     gradient_norms: Mapping[str, torch.Tensor] | None = None,
+    output_gradients: Mapping[str, OutputGradients] | None = None,
     factors: Factors | None = None,
     activations: Storage = "auto",
     restart: bool = False,
@@ -251,6 +262,8 @@ def quantize_model(
     linear_bits           4, 8 or 16; None takes the recipe's
     gradient_norms        layer name -> float32 [tokens] of the same sequences, as calibrate returns them; needed by
                           recipes whose hessian_weighting is "gradient"
+    output_gradients      layer name -> gradients at the same sequences, from the same; needed by recipes with
+                          output_sweeps
     factors               copied into the checkpoint beside the plan
     activations, restart  as in quantize, which also says how an unfinished run is continued
 
@@ -263,12 +276,15 @@ def quantize_model(
     check_output(Path(out_dir))
     plan.check_against(model.description.experts_per_layer())
     if recipe.hessian_weighting == "gradient" and gradient_norms is None:
-        raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass calibrate's gradient_norms.")
+        raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass measure's gradient_norms.")
+    if needs_output_gradients(recipe) and output_gradients is None:
+        raise PlanError(f"recipe {recipe.name} looks at the Hessians of outputs: pass measure's output_gradients.")
     identity = {
         **identity_of_run(model.device, model.description, model.source.files, sequences, recipe),
         **identity_of_document("plan", plan),
         **identity_of_document("factors", factors),
-        **identity_of_tensors("gradient norms", gradient_norms),
+        **identity_of_tensors("gradient norms", (gradient_norms or {}).items()),
+        **identity_of_tensors("output gradients", _tensors(output_gradients)),
         "linear_bits": linear_bits,
     }
     with working_on(out_dir, identity, restart=restart, log=log) as work:
@@ -276,9 +292,17 @@ def quantize_model(
             return report
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
-        job = CheckpointRun(model, work, store, plan, recipe, linear_bits, gradient_norms, factors, log)
+        job = CheckpointRun(
+            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
+        )
         report = job.write_checkpoint(sequences.tokens, show_progress)
         return _publish(work, report, model_card(model.description, report), started, log)
+
+
+def _tensors(gradients: Mapping[str, OutputGradients] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """One layer's at a time."""
+    for name, of_layer in (gradients or {}).items():
+        yield from ((f"{name} {key}", tensor) for key, tensor in of_layer.to_tensors().items())
 
 
 def _finished(work: WorkDirectory) -> QuantizationReport | None:

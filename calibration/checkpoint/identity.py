@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,11 @@ def identity_of_document(key: str, document: Any | None) -> dict[str, str]:
     return {key: hashlib.sha256(text.encode()).hexdigest()[:SHOWN_DIGITS]}
 
 
-def identity_of_tensors(key: str, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, tensor in (tensors or {}).items():
+def identity_of_tensors(key: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """One entry, of all names and contents."""
+    digest = None
+    for name, tensor in tensors:
+        digest = digest or hashlib.sha256()
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return {key: digest.hexdigest()[:SHOWN_DIGITS] if tensors else "none"}
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return {key: digest.hexdigest()[:SHOWN_DIGITS] if digest else "none"}

@@ -14,6 +14,7 @@ import torch
 from vllm_mcmoe.calibration.matrix.grids import Grid, QuantizedMatrix, check_weight, quantize_rtn, search_grid
 from vllm_mcmoe.calibration.matrix.refinement import refine
 from vllm_mcmoe.calibration.matrix.row_loops import gptq_block, over_rows
+from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian, refine_two_sided
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 BLOCK = GROUP_SIZE  # columns quantised between two updates of all later columns; a block is one group of the grid
@@ -34,6 +35,7 @@ class GPTQOptions:
                              does below 4 bits (docs/method.md, section 2)
     refinement_sweeps        rounds of least-squares grids and coordinate descent over the codes after GPTQ; 0 is
                              plain GPTQ
+    output_sweeps            rounds of the same under the Hessian of the outputs, too, where one is given
     """
 
     damping: float = 0.01
@@ -42,6 +44,7 @@ class GPTQOptions:
     compensate: bool = True
     compensate_within_block: bool = True
     refinement_sweeps: int = 0
+    output_sweeps: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,15 @@ def quantize_gptq(
     bits: int,
     options: GPTQOptions | None = None,
     *,
+    outputs: OutputHessian | None = None,
     name: str = "weight",
 ) -> QuantizedMatrix:
-    """Quantise so that the layer's output changes least.
+    """Quantise so that the layer's output changes least; with `outputs`, so that the loss does.
 
     weight   [out, in], any float dtype
     factor   HessianFactor of the matrix' inputs
     options  should be those the factor was built with
+    outputs  of the matrix' outputs; options.output_sweeps says for how many sweeps
     name     what errors call the matrix
 
     Raises ValueError naming the matrix for NaN or infinite weights, shapes that do not fit, an unknown width, or
@@ -145,6 +150,8 @@ def quantize_gptq(
     codes = _gptq_codes(weight, grid, factor, options, static, name)
     if options.refinement_sweeps:
         codes = refine(weight, codes, grid, factor.hessian, options.refinement_sweeps)
+    if options.output_sweeps and outputs is not None:
+        codes = refine_two_sided(weight, codes, grid, factor.hessian, outputs, options.output_sweeps)
     return grid.matrix(codes)
 
 

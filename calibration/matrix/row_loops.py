@@ -8,12 +8,15 @@ The loops run on the CPU wherever the matrices are. Rows are shared out over thr
 C-contiguous float32 unless said otherwise. Where a shape says 128, a last group that is not whole has fewer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numba import njit
+
+T = TypeVar("T")
 
 # Sums may be reordered (vector instructions), but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -44,8 +47,13 @@ def _run_on_rows(kernel: Callable[..., None], arrays: list[np.ndarray], shared: 
     if threads == 1 or len(starts) == 1:
         kernel(*arrays, *common)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), starts))
+    side_by_side(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), starts)
+
+
+def side_by_side(task: Callable[[T], None], items: Sequence[T]) -> None:
+    """task(item) of each, over threads of torch's count."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(task, items))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -205,3 +213,81 @@ def _fit(weights, importance, scale, zero, largest, codes):
         return scale, zero
     fitted = covariance / variance
     return fitted, mean_code - mean_weight / fitted
+
+
+@njit(nogil=True, cache=True)  # no reordering: it would undo the rounding
+def _to_fp16(value):
+    """The nearest number of 11 significant bits (Dekker's splitting): fp16, inside its normal range."""
+    high = value * np.float32(8193.0)
+    return high - (high - value)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _fitted_grid(sums, scale, zero, limits, is_one_bit):
+    """refinement.py's two fits, of one row's sums [4], or the grid it has, where none fits; limits: see below."""
+    by_code, mixed, want_code, want_one = sums
+    _, smallest, largest, by_one = limits
+    if is_one_bit:
+        fitted = (want_code - zero * want_one) / (by_code - np.float32(2.0) * zero * mixed + zero * zero * by_one)
+        return (_to_fp16(fitted), zero) if smallest < fitted < largest else (scale, zero)
+    determinant = by_code * by_one - mixed * mixed
+    if determinant <= np.float32(1e-6) * by_code * by_one:
+        return scale, zero
+    fitted = (want_code * by_one - want_one * mixed) / determinant
+    if not smallest < fitted < largest:
+        return scale, zero
+    stored = _to_fp16(fitted)
+    offset = (want_one - stored * mixed) / by_one
+    return stored, _to_fp16(min(max(-offset / stored, -largest), largest))
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def descend_coupled(
+    codes, product, own, change, scales, zeros, coupling, hessian, column_sums, step, limits, is_one_bit
+):
+    """One group of columns in rows that H_out couples: each row in its turn gets a new grid and one pass of coordinate
+    descent over its codes, given all other rows as they are by then.
+
+    codes          [rows, 128], changed
+    product        [rows, 128], codes times the block of H_in
+    own            [rows, 128], (Q - W) H_in of these columns, kept up to date with what changes in them
+    change         [rows, 128], written: by how much Q changes
+    scales, zeros  [rows], changed
+    coupling       [rows, rows], H_out of these rows
+    limits         [4]: largest code, smallest scale, largest scale and zero, sum of the block of H_in
+    hessian, column_sums, step  as in descend_block
+    """
+    rows, columns = codes.shape
+    felt, sums = np.empty((1, columns), dtype=np.float32), np.empty((1, 4), dtype=np.float32)
+    scale, zero = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
+    for row in range(rows):
+        # the gradient of all rows' loss, divided by the row's curvature: the loss of a single row again
+        felt[0, :] = own[row]
+        inverse = np.float32(1.0) / coupling[row, row]
+        for other in range(rows):
+            if other != row:
+                factor = coupling[row, other] * inverse
+                for k in range(columns):
+                    felt[0, k] += factor * own[other, k]
+        this = slice(row, row + 1)
+        sum_group(codes[this], product[this], felt, scales[this], zeros[this], sums, column_sums)
+        scale[0], zero[0] = _fitted_grid(sums[0], scales[row], zeros[row], limits, is_one_bit)
+        descend_block(
+            codes[this],
+            product[this],
+            felt,
+            change[this],
+            scales[this],
+            zeros[this],
+            scale,
+            zero,
+            hessian,
+            column_sums,
+            step,
+            limits[0],
+        )
+        scales[row], zeros[row] = scale[0], zero[0]
+        for i in range(columns):
+            difference = change[row, i]
+            for k in range(columns):
+                own[row, k] += difference * hessian[i, k]

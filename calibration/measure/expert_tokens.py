@@ -109,11 +109,12 @@ class ExpertTokens:
         """count of the tokens, evenly spaced, or all if there are no more."""
         if len(self) <= count:
             return self
-        chosen = _evenly_spaced(len(self), count)
+        chosen = evenly_spaced(len(self), count)
         return ExpertTokens(self.index[chosen], self.routing_weight[chosen], self.rows, self.pooled)
 
 
-def _evenly_spaced(total: int, count: int) -> torch.Tensor:
+def evenly_spaced(total: int, count: int) -> torch.Tensor:
+    """int64 [count], of 0 to total - 1."""
     return torch.arange(count) * total // count
 
 
@@ -133,7 +134,7 @@ def calibration_tokens(inputs: MoeInputs, expert: int) -> ExpertTokens:
     own = tokens_of(inputs, expert)
     if len(own) >= MIN_EXPERT_TOKENS:
         return own
-    index = _evenly_spaced(inputs.num_tokens, min(POOL_TOKENS, inputs.num_tokens))
+    index = evenly_spaced(inputs.num_tokens, min(POOL_TOKENS, inputs.num_tokens))
     return ExpertTokens(index, torch.ones(len(index), device=inputs.device), inputs.x, pooled=True)
 
 

@@ -7,33 +7,40 @@ For every expert: how often it is used, its routing weights, and what quantising
 the layer's output (the paper's eps) and as a predicted increase of the loss (`sensitivity.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
 from vllm_mcmoe.calibration.common.files import write_atomically
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.measure.expert_errors import measure_expert
 from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
+from vllm_mcmoe.calibration.measure.output_gradients import KeptGradients, OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace, backward_traces, forward_traces
 from vllm_mcmoe.calibration.measure.super_experts import MASSIVE_RATIO, flag_super_experts
 from vllm_mcmoe.calibration.model.activations import ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import TokenSequences
-from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients, needs_output_gradients
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """factors, and per layer name the squared norm of every token's loss gradient at the layer's output, float32
-    [tokens] of mean 1, which recipes with hessian_weighting "gradient" need (empty for recipes without gradients)."""
+    """factors, and by layer name what recipes need of the loss gradient at its output; empty for those that do not.
+
+    gradient_norms    its squared norm at every token, float32 [tokens] of mean 1
+    output_gradients  the gradient itself, at some tokens
+    """
 
     factors: Factors
-    gradient_norms: dict[str, torch.Tensor]
+    gradient_norms: Mapping[str, torch.Tensor]
+    output_gradients: Mapping[str, OutputGradients]
 
 
 def measure(
@@ -72,7 +79,8 @@ def measure(
     complete = len(measured) == len(names)
     for trace in traces:
         layer = _measure_trace(trace, model.description, recipe, tuple(widths))
-        _save_measured(work, trace.name, layer)
+        if work is not None:
+            layer = _save_measured(work, trace.name, layer)
         measured[trace.name] = layer
     if not complete:  # else what is there belongs to the work that comes after measuring
         store.drop_all()
@@ -93,15 +101,20 @@ def measure(
     )
     flag_super_experts(factors, {name for name, layer in measured.items() if layer.massive}, log)
     norms = {name: layer.gradient_norms for name, layer in measured.items() if layer.gradient_norms is not None}
-    return Calibration(factors, norms)
+    gradients = {name: layer.output_gradients for name, layer in measured.items() if layer.output_gradients is not None}
+    if work is not None and needs_output_gradients(recipe):
+        gradients = KeptGradients({name: _measured_file(work, name) for name in names})
+    return Calibration(factors, norms, gradients)
 
 
 @dataclass(frozen=True)
 class _MeasuredLayer:
-    """factors; gradient_norms as in Calibration, or None; massive: the layer's output has massive activations."""
+    """factors; gradient_norms and output_gradients as in Calibration, or None, the latter also where a file has them;
+    massive: the layer's output has massive activations."""
 
     factors: LayerFactors
     gradient_norms: torch.Tensor | None
+    output_gradients: OutputGradients | None
     massive: bool
 
 
@@ -110,28 +123,43 @@ def _measure_trace(trace: MoeTrace, description: MoeModel, recipe: Recipe, width
     if norms is not None:
         norms = norms / norms.mean().clamp_min(1e-30)
     factors = _measure_layer(trace, description, recipe, widths, norms)
-    return _MeasuredLayer(factors, norms, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
+    gradients = OutputGradients.sample(trace.gradients) if needs_output_gradients(recipe) else None
+    return _MeasuredLayer(factors, norms, gradients, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
 
 
-def _save_measured(work: WorkDirectory | None, name: str, layer: _MeasuredLayer) -> None:
-    if work is None:
-        return
-    unit = f"measured-{name}"
-    files = []
+def _measured_unit(name: str) -> str:
+    return f"measured-{name}"
+
+
+def _measured_file(work: WorkDirectory, name: str) -> Path:
+    return work.path / f"{_measured_unit(name)}.safetensors"
+
+
+def _save_measured(work: WorkDirectory, name: str, layer: _MeasuredLayer) -> _MeasuredLayer:
+    """Returns the layer without what only the file need hold."""
+    tensors, files = {}, []
     if layer.gradient_norms is not None:
-        files.append(work.path / f"{unit}.safetensors")
-        write_atomically(files[0], lambda path: save_file({"gradient_norms": layer.gradient_norms}, path))
-    work.save(unit, {"factors": layer.factors.to_document(), "massive": layer.massive}, files)
+        tensors["gradient_norms"] = layer.gradient_norms
+    if layer.output_gradients is not None:
+        tensors |= layer.output_gradients.to_tensors()
+    if tensors:
+        files.append(_measured_file(work, name))
+        write_atomically(files[0], lambda path: save_file(tensors, path))
+    document = {"factors": layer.factors.to_document(), "massive": layer.massive}
+    work.save(_measured_unit(name), document, files)
+    return replace(layer, output_gradients=None)
 
 
 def _load_measured(work: WorkDirectory | None, name: str) -> _MeasuredLayer | None:
-    unit = f"measured-{name}"
+    unit = _measured_unit(name)
     document = None if work is None else work.load(unit)
     if document is None:
         return None
-    path = work.path / f"{unit}.safetensors"
-    norms = load_file(path)["gradient_norms"].clone() if path.exists() else None
-    return _MeasuredLayer(LayerFactors.from_document(document["factors"], unit), norms, document["massive"])
+    path, norms = _measured_file(work, name), None
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            norms = file.get_tensor("gradient_norms").clone()
+    return _MeasuredLayer(LayerFactors.from_document(document["factors"], unit), norms, None, document["massive"])
 
 
 def routing_statistics(router_probs: torch.Tensor, topk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

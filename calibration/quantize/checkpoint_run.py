@@ -22,6 +22,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
 )
 from vllm_mcmoe.calibration.common.progress import Log, progress
 from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
@@ -51,13 +52,14 @@ class CheckpointRun:
         recipe: Recipe,
         linear_bits: int | None,
         gradient_norms: Mapping[str, torch.Tensor] | None,
+        output_gradients: Mapping[str, OutputGradients] | None,
         factors: Factors | None,
         log: Log,
     ):
         self.model, self.work, self.store, self.plan, self.recipe = model, work, store, plan, recipe
         self.linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
         self.linear_group = choose_group_size(_linears(model), self.linear_bits)
-        self.gradient_norms = gradient_norms or {}
+        self.gradient_norms, self.output_gradients = gradient_norms or {}, output_gradients or {}
         self.factors = factors
         self.log = log
 
@@ -132,6 +134,7 @@ class CheckpointRun:
             self.linear_bits,
             self.linear_group,
             self.gradient_norms.get(name),
+            self.output_gradients.get(name),
         )
         path = self._shard(index)
         quantized = quantize_layer(self.model, index, layer, hidden, self.store, options, path, self.log)

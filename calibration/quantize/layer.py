@@ -5,6 +5,7 @@ from the intermediate the quantised gate_up gives. The loaded layer is left with
 that it computes the inputs of the next one; restore() brings a layer of an earlier run into the same state.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import Shard
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
+from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import (
     ExpertTokens,
     MoeInputs,
@@ -27,6 +29,7 @@ from vllm_mcmoe.calibration.measure.expert_tokens import (
     moe_inputs,
     tokens_of,
 )
+from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients, output_hessians
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
@@ -52,6 +55,7 @@ class LayerOptions:
     linear_bits     4, 8 or 16
     linear_group    inputs that share a scale in linears of 4 and 8 bits
     gradient_norms  float32 [tokens], for recipes that weight Hessians by them
+    gradients       for recipes that look at the Hessians of outputs
     """
 
     recipe: Recipe
@@ -59,6 +63,7 @@ class LayerOptions:
     linear_bits: int
     linear_group: int
     gradient_norms: torch.Tensor | None
+    gradients: OutputGradients | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ class _LayerJob:
             sample = own.at_most(ERROR_TOKENS)
             before = self.layer.expert(expert)(sample.x)
             bits = {part: self.options.bits[part][expert] for part in ("gate_up", "down")}
-            self._quantize_expert(name, expert, tokens, bits)
+            outputs = self._output_hessians(name, expert, inputs)
+            self._quantize_expert(name, expert, tokens, bits, outputs)
             after = self.layer.expert(expert)(sample.x)
             error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
             self.experts.append(ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled))
@@ -181,7 +187,21 @@ class _LayerJob:
         if pooled:
             self.log(f"{name}: too few tokens for experts {pooled}; calibrated on the layer's tokens instead")
 
-    def _quantize_expert(self, layer_name: str, expert: int, tokens: ExpertTokens, bits: dict[str, int]) -> None:
+    def _output_hessians(self, layer_name: str, expert: int, inputs: MoeInputs) -> Mapping[str, OutputHessian]:
+        """Empty where nothing, or too little, is known of the outputs."""
+        gradients = self.options.gradients
+        if gradients is None:
+            return {}
+        return output_hessians(self.layer.expert(expert), expert, inputs, gradients, f"{layer_name}.{expert}") or {}
+
+    def _quantize_expert(
+        self,
+        layer_name: str,
+        expert: int,
+        tokens: ExpertTokens,
+        bits: dict[str, int],
+        outputs: Mapping[str, OutputHessian],
+    ) -> None:
         """Quantise gate_up, then down on the intermediate it now gives; the layer keeps the dequantised weights."""
         layer, recipe = self.layer, self.options.recipe
         weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
@@ -189,7 +209,7 @@ class _LayerJob:
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
             factor = build_factor(tokens, weights, transforms[part], recipe, name)
-            matrix = quantize_gptq(stack[expert], factor, bits[part], recipe.gptq, name=name)
+            matrix = quantize_gptq(stack[expert], factor, bits[part], recipe.gptq, outputs=outputs.get(part), name=name)
             stack[expert] = matrix.dequantize()
             self._add_part(layer_name, expert, part, matrix)
 

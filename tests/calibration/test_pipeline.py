@@ -275,7 +275,7 @@ def test_gradient_weighted_hessians_need_gradients(tmp_path, reference_model, ca
     recipe = dataclasses.replace(QUICK, hessian_weighting="gradient")
     tokenizer = AutoTokenizer.from_pretrained(reference_model)
     sequences = load_sequences(calibration_files, tokenizer, sequences=1, length=32)
-    with pytest.raises(PlanError, match="pass calibrate's gradient_norms"):
+    with pytest.raises(PlanError, match="pass measure's gradient_norms"):
         quantize_model(
             layerwise(reference_model),
             tmp_path / "out",
