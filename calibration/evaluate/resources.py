@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS
 from vllm_mcmoe.calibration.measure.expert_errors import REFINED_ROWS, with_few_sweeps
+from vllm_mcmoe.calibration.measure.output_gradients import GRADIENT_TOKENS
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
@@ -252,6 +254,7 @@ def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:
 def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> float:
     """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets; and of
     the Hessians, which see as many of the tokens as reach an expert."""
+    output_sweeps = recipe.gptq.output_sweeps
     measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
     sweeps = recipe.gptq.refinement_sweeps
     weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
@@ -266,6 +269,13 @@ def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> floa
                 missing += REFINEMENT_START
             measuring += weight_products * factor * REFINED_ROWS - missing * out_features
         per_expert += (measured * measuring + weight_products * out_features) * in_features**2
+        if output_sweeps:
+            # A sweep costs what one without H_out does, and for every weight a product with the rows it is coupled to.
+            coupled = min(out_features, COUPLED_ROWS)
+            per_expert += (REFINEMENT_START + SWEEP_PRODUCTS * output_sweeps) * out_features * in_features**2
+            per_expert += (1 + 2 * output_sweeps) * coupled * out_features * in_features
+            kept = min(tokens, GRADIENT_TOKENS) * description.top_k / description.num_experts
+            per_expert += kept * coupled * out_features
         per_expert += (bool(measured) + 1) * (FACTOR_PRODUCTS * in_features + expert_tokens) * in_features**2
     return per_expert * description.num_experts * len(description.moe_layers)
 

@@ -2,5 +2,5 @@
 error.
 
 Read grids.py first: what a width can represent. gptq.py chooses codes in order, refinement.py improves them,
-row_loops.py has both's inner loops, compiled.
+two_sided.py does so knowing which outputs the loss feels; row_loops.py has the inner loops, compiled.
 """

@@ -39,7 +39,10 @@ from vllm_mcmoe.errors import DeviceError, WorkDirectoryError
 
 # Everything the default recipe does, in less of it: some experts have the 128 tokens of a Hessian of their own.
 RECIPE = dataclasses.replace(
-    RECIPES["mcmoe"], name="short", gptq=GPTQOptions(act_order=True, refinement_sweeps=1), widths=(1, 2)
+    RECIPES["mcmoe"],
+    name="short",
+    gptq=GPTQOptions(act_order=True, refinement_sweeps=1, output_sweeps=1),
+    widths=(1, 2),
 )
 TEXT = {"sequences": 4, "length": 80, "show_progress": False}
 

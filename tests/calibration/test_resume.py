@@ -24,7 +24,12 @@ from vllm_mcmoe.calibration.quantize import layer as layer_quantization
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
 # Gradients for the Hessians, too, so that every kind of unit there is gets written and read.
-RECIPE = dataclasses.replace(QUICK, hessian_weighting="gradient", widths=(1, 2, 4))
+RECIPE = dataclasses.replace(
+    QUICK,
+    hessian_weighting="gradient",
+    widths=(1, 2, 4),
+    gptq=dataclasses.replace(QUICK.gptq, output_sweeps=1),
+)
 
 
 def run(model: Path, out: Path, data: list[Path], **changes: Any) -> QuantizationReport:
@@ -65,10 +70,10 @@ def run_counting_restored_layers(model: Path, out: Path, data: list[Path], **cha
     return len(restored)
 
 
-def run_with_file_limit(limit: int, model: Path, out: Path, data: list[Path]) -> None:
+def run_with_file_limit(limit: int, model: Path, out: Path, data: list[Path], **changes: Any) -> None:
     """run where no file may become larger than that many bytes: writing fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    run(model, out, data)
+    run(model, out, data, **changes)
 
 
 def calibrate_interrupted(model: Path, out: Path, data: list[Path]) -> None:
@@ -238,16 +243,19 @@ def test_one_process_at_a_time_works_on_an_output(tmp_path, qwen3_model, calibra
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_what_is_finished(
-    tmp_path, qwen3_model, calibration_files, uninterrupted
+    tmp_path, qwen3_model, calibration_files
 ):
-    """The limit lets everything through but the first shard: a dense layer, the largest of the model."""
-    out = tmp_path / "out"
+    """The limit lets everything through but the first shard: a dense layer, the largest of the model, and larger than
+    the gradients of so few tokens."""
+    out, whole, few = tmp_path / "out", tmp_path / "whole", {"sequences": 4}
+    child_process.result_of(run, qwen3_model, whole, calibration_files, **few)
+    uninterrupted = contents(whole)
     limit = len(uninterrupted["model-00001-of-00004.safetensors"]) - 1
-    error = child_process.result_of(run_with_file_limit, limit, qwen3_model, out, calibration_files)
+    error = child_process.result_of(run_with_file_limit, limit, qwen3_model, out, calibration_files, **few)
     assert isinstance(error, OSError)
     assert "cannot be written" in str(error) and "model-00001-of-00004.safetensors" in str(error)
     assert not out.exists()
-    messages = child_process.result_of(run_logged, qwen3_model, out, calibration_files)
+    messages = child_process.result_of(run_logged, qwen3_model, out, calibration_files, **few)
     assert "2 of 2 layers are measured already." in messages
     assert contents(out) == uninterrupted
 
