@@ -1,0 +1,94 @@
+"""What refining experts under the Hessian of their outputs is worth, and how its constants were chosen.
+
+    python benchmarks/output_hessian.py                                          # without, and as by default
+    python benchmarks/output_hessian.py --sequences 4 16 --damping 0.1 0.5 2     # few tokens of an expert
+    python benchmarks/output_hessian.py --rows 128 256 512 1024 --sweeps 4 8 12
+
+KL to the 16-bit reference model on its evaluation text, every expert at --bits, attention in 16 bits. The damping asked
+for is all of it: what is added for few tokens is left out where --damping is given.
+"""
+
+import argparse
+import itertools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix import two_sided
+from vllm_mcmoe.calibration.measure import output_gradients
+from vllm_mcmoe.calibration.measure.statistics import measure
+from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.text import load_calibration_data
+from vllm_mcmoe.calibration.model.weights import WeightFiles
+from vllm_mcmoe.calibration.pipeline import quantize_model
+from vllm_mcmoe.calibration.recipes import RECIPES
+
+REFERENCE = Path(__file__).parent / "reference_model"
+WITHOUT_END = 10**12  # tokens, of which rows / tokens adds nothing
+LENGTH = 256
+
+
+def main() -> None:
+    options = _arguments()
+    torch.set_num_threads(options.threads)
+    description = describe_model(REFERENCE / "tiny-mixtral")
+    model = LayerwiseModel(WeightFiles(description))
+    widths = [options.bits] * description.num_experts
+    plan = Plan(layers={name: {"gate_up": widths, "down": widths} for name in description.moe_layers.values()})
+    default = RECIPES["mcmoe"]
+    build = two_sided.OutputHessian.build
+    for count in options.sequences:
+        sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
+        gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
+        choices = itertools.product(options.sweeps, options.rows, options.damping)
+        for sweeps, rows, damping in [(0, 0, None), *choices]:
+            recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps))
+
+            def damped(row_blocks, moments, tokens, *, name, damping=damping):
+                return build(row_blocks, moments, tokens if damping is None else WITHOUT_END, name=name)
+
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                mock.patch.object(output_gradients, "COUPLED_ROWS", rows or two_sided.COUPLED_ROWS),
+                mock.patch.object(
+                    two_sided, "OUTPUT_DAMPING", two_sided.OUTPUT_DAMPING if damping is None else damping
+                ),
+                mock.patch.object(two_sided.OutputHessian, "build", damped),
+            ):
+                out = Path(directory) / "out"
+                quantize_model(
+                    model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
+                    output_gradients=gradients if sweeps else None, show_progress=False,
+                )  # fmt: skip
+                scores = evaluate(
+                    out, _corpus("evaluation"), against=description.path, sequences=options.evaluation_sequences,
+                    length=LENGTH, show_progress=False,
+                )  # fmt: skip
+            shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
+            print(f"{count} sequences, {shown}: KL {scores.mean_kl:.4f}", flush=True)
+
+
+def _corpus(part: str) -> list[Path]:
+    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[128], help="of 256 calibration tokens")
+    parser.add_argument("--sweeps", type=int, nargs="+", default=[RECIPES["mcmoe"].gptq.output_sweeps])
+    parser.add_argument("--rows", type=int, nargs="+", default=[two_sided.COUPLED_ROWS], help="coupled")
+    parser.add_argument("--damping", type=float, nargs="+", default=[None], help="share of the mean diagonal")
+    parser.add_argument("--evaluation-sequences", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
