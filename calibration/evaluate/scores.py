@@ -12,15 +12,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.common.device import choose_device
 from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, layer_rules, round_activations
-from vllm_mcmoe.calibration.measure.sensitivity import kl_divergence
+from vllm_mcmoe.calibration.measure.sensitivity import token_kl
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightSource
@@ -28,6 +29,9 @@ from vllm_mcmoe.errors import PruningError, UnsupportedModelError
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, pruned_fraction, resolve_target
 
 Activations = Literal["int8", "float"]
+
+# What llama-perplexity shows of KL, too: the mean says little of the few tokens that a model gets badly wrong.
+KL_QUANTILES = {"median": 0.5, "99%": 0.99, "99.9%": 0.999}
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,16 @@ class Evaluation:
     perplexity_by_file file name -> perplexity
     geometric_mean_perplexity   over the files, each counting alike
     token_perplexity   over all tokens together
-    mean_kl            KL(against || model), nats per token; None without against
-    top1_agreement     share of positions where both models' most likely token is the same; None without against
+    mean_kl            KL(against || model), nats per token
+    kl_quantiles       {"median", "99%", "99.9%"}: of the tokens' KL
+    top1_agreement     share of positions where both models' most likely token is the same
+    perplexity_ratio   token_perplexity over that of `against`
+    perplexity_ratio_error   its standard error, tokens taken as independent, as llama-perplexity does
     expert_bytes, total_bytes   bytes of the tensors on disk
     average_bits       {"experts", "model"}: bits per weight on disk, scales and zeros included
     pruned             fraction of expert activations that online pruning dropped
+
+    Those that compare (mean_kl to perplexity_ratio_error) are None without against.
     """
 
     model: Path
@@ -55,7 +64,10 @@ class Evaluation:
     geometric_mean_perplexity: float
     token_perplexity: float
     mean_kl: float | None
+    kl_quantiles: dict[str, float] | None
     top1_agreement: float | None
+    perplexity_ratio: float | None
+    perplexity_ratio_error: float | None
     expert_bytes: int
     total_bytes: int
     average_bits: dict[str, float]
@@ -138,7 +150,7 @@ def _evaluation(
     subject: "_FinalStates", base: "_FinalStates | None", text: TokenSequences, activations: Activations
 ) -> Evaluation:
     weights = subject.weights
-    losses, mean_kl, agreement = _compare(subject, base, text.tokens)
+    losses, distance = _compare(subject, base, text.tokens)
     loss_by_file = _mean_loss_by_file(losses, text)
     expert_bytes, total_bytes, average_bits = _sizes(weights)
     return Evaluation(
@@ -149,8 +161,11 @@ def _evaluation(
         perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
         geometric_mean_perplexity=_exp(sum(loss_by_file.values()) / len(loss_by_file)),
         token_perplexity=_exp(float(losses.mean())),
-        mean_kl=mean_kl,
-        top1_agreement=agreement,
+        mean_kl=distance and distance.mean_kl,
+        kl_quantiles=distance and distance.kl_quantiles,
+        top1_agreement=distance and distance.top1_agreement,
+        perplexity_ratio=distance and distance.perplexity_ratio,
+        perplexity_ratio_error=distance and distance.perplexity_ratio_error,
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         average_bits=average_bits,
@@ -202,24 +217,58 @@ class _FinalStates:
         return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
 
 
+@dataclass(frozen=True)
+class _Distance:
+    """As in Evaluation."""
+
+    mean_kl: float
+    kl_quantiles: dict[str, float]
+    top1_agreement: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+
+    @classmethod
+    def of(cls, kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> Self:
+        """kl: float32 [positions]; agreements: positions of the same first choice; excess: float32 [predicted tokens],
+        by how much their losses are higher than the other model's."""
+        quantiles = np.quantile(kl.numpy(), list(KL_QUANTILES.values()))
+        excess = excess.double()
+        ratio = _exp(float(excess.mean()))
+        return cls(
+            mean_kl=float(kl.double().sum()) / len(kl),
+            kl_quantiles={name: float(value) for name, value in zip(KL_QUANTILES, quantiles, strict=True)},
+            top1_agreement=agreements / len(kl),
+            perplexity_ratio=ratio,
+            # of a mean's exponential, to first order; a single token has no spread
+            perplexity_ratio_error=ratio * float(excess.std()) / len(excess) ** 0.5 if len(excess) > 1 else 0.0,
+        )
+
+
 def _compare(
     subject: _FinalStates, base: _FinalStates | None, tokens: torch.Tensor
-) -> tuple[torch.Tensor, float | None, float | None]:
-    """Losses float32 [sequences, length - 1] of the next tokens, mean KL and top-1 agreement over all positions."""
-    losses, kl, agreements = [], 0.0, 0
+) -> tuple[torch.Tensor, _Distance | None]:
+    """Losses float32 [sequences, length - 1] of the next tokens, and how far the two models are apart."""
+    losses, base_losses, kl, agreements = [], [], [], 0
     batch_tokens = tokens.split([len(batch) for batch in subject.batches])
     with torch.no_grad():
         for number, labels in enumerate(batch_tokens):
             log_probs = subject.log_probs(number)
-            next_tokens = labels[:, 1:, None].to(log_probs.device)
-            losses.append(-log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu())
+            losses.append(_next_token_losses(log_probs, labels))
             if base is not None:
                 expected = base.log_probs(number)
+                base_losses.append(_next_token_losses(expected, labels))
                 agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
-                kl += kl_divergence(expected, log_probs)
+                kl.append(token_kl(expected, log_probs).flatten().cpu())
+    losses = torch.cat(losses)
     if base is None:
-        return torch.cat(losses), None, None
-    return torch.cat(losses), kl / tokens.numel(), agreements / tokens.numel()
+        return losses, None
+    return losses, _Distance.of(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
+
+
+def _next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """float32 [sequences, length - 1], in host memory."""
+    next_tokens = tokens[:, 1:, None].to(log_probs.device)
+    return -log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu()
 
 
 def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:

@@ -272,8 +272,13 @@ def _backward(
 
 
 def kl_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Sum over all positions of KL(expected || found), nats. Both are log-probabilities [..., vocabulary]."""
-    return float((expected.exp() * (expected - found)).sum(-1).double().sum())
+    """Sum over all positions of token_kl, nats."""
+    return float(token_kl(expected, found).double().sum())
+
+
+def token_kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) at every position, nats. Both are log-probabilities [..., vocabulary] -> [...]."""
+    return (expected.exp() * (expected - found)).sum(-1)
 
 
 def sample_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -66,8 +66,18 @@ def test_kl_and_agreement_follow_their_definitions(mixed_checkpoint, reference_m
     )
     expected = transformers_logits(reference, text.tokens).log_softmax(-1)
     log_probs = transformers_logits(load_dequantized(mixed_checkpoint), text.tokens).log_softmax(-1)
-    kl = (expected.exp() * (expected - log_probs)).sum(-1).mean()
-    assert quantised.mean_kl == pytest.approx(float(kl), rel=1e-4)
+    kl = (expected.exp() * (expected - log_probs)).sum(-1)
+    assert quantised.mean_kl == pytest.approx(float(kl.mean()), rel=1e-4)
+    for name, share in (("median", 0.5), ("99%", 0.99), ("99.9%", 0.999)):
+        assert quantised.kl_quantiles[name] == pytest.approx(float(kl.flatten().quantile(share)), rel=1e-3)
+    before, after = (-p[:, :-1].gather(2, text.tokens[:, 1:, None]).flatten().double() for p in (expected, log_probs))
+    ratio = math.exp(float(after.mean())) / math.exp(float(before.mean()))
+    assert quantised.perplexity_ratio == pytest.approx(ratio, rel=1e-5)
+    # a bootstrap over tokens
+    torch.manual_seed(0)
+    drawn = torch.randint(len(before), (2000, len(before)))
+    spread = (after - before)[drawn].mean(1).exp().std()
+    assert quantised.perplexity_ratio_error == pytest.approx(float(spread), rel=0.1)
     agreement = (expected.argmax(-1) == log_probs.argmax(-1)).float().mean()
     assert quantised.top1_agreement == pytest.approx(float(agreement), abs=1e-3)  # near-ties may fall either way
 
@@ -76,10 +86,13 @@ def test_a_model_agrees_with_itself(reference_model, evaluation_files):
     result = evaluate(reference_model, evaluation_files, against=reference_model, sequences=5, length=64)
     assert result.mean_kl == 0
     assert result.top1_agreement == 1
+    assert set(result.kl_quantiles.values()) == {0.0}
+    assert (result.perplexity_ratio, result.perplexity_ratio_error) == (1, 0)
 
 
 def test_without_against_there_is_no_comparison(original):
     assert original.mean_kl is None and original.top1_agreement is None and original.against is None
+    assert original.kl_quantiles is None and original.perplexity_ratio is None
 
 
 def test_sizes_of_a_16_bit_model(original):

@@ -29,7 +29,10 @@ def evaluate(
     data: Data,
     against: Annotated[
         Path | None,
-        typer.Option(help="Compare with this model: mean KL divergence and top-1 agreement.", show_default=False),
+        typer.Option(
+            help="Compare with this model: mean and quantiles of KL, top-1 agreement, perplexity ratio.",
+            show_default=False,
+        ),
     ] = None,
     activations: Annotated[
         Activations, typer.Option(help="Expert activations of a checkpoint: `int8` as the kernels compute, or `float`.")
@@ -42,7 +45,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity per file, bytes and average bits; with --against, also KL and top-1 agreement.
+    """Measure perplexity per file, bytes and average bits; with --against, also how far it is from another model.
 
     Example: `mcmoe evaluate mixtral-2.5bit/ --against mixtral/ --data wikitext.txt --json`
     """
