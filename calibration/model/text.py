@@ -1,7 +1,9 @@
 """Text in, token sequences out: what `--data` accepts, for calibration and for evaluation.
 
-A path is a text file, a .jsonl file whose lines are objects with a "text" field, a .json file with a list of texts or
-of such objects, or a directory of text and .jsonl files (not searched recursively). Every file counts as one domain:
+A path is a text file, a .jsonl file whose lines are objects with a "text" field, or with "messages" of a conversation
+({"role": ..., "content": ...}; "tools" beside them), a .json file with a list of texts or of such objects, or a
+directory of text and .jsonl files (not searched recursively). Conversations are written out by the model's own chat
+template, as it sees them when it serves. Every file counts as one domain:
 sequences are drawn evenly over the files, and inside a file evenly over its length. Nothing is random, so the same
 files always give the same sequences.
 """
@@ -67,8 +69,8 @@ def find_data_files(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _read_jsonl(path: Path, separator: str, max_characters: int) -> str:
-    """The "text" fields of a .jsonl file, joined by separator, up to about max_characters."""
+def _read_jsonl(path: Path, separator: str, max_characters: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The texts and conversations of a .jsonl file, joined by separator, up to about max_characters."""
     texts, characters = [], 0
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -78,22 +80,40 @@ def _read_jsonl(path: Path, separator: str, max_characters: int) -> str:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
-            texts.append(_text_of(record, f"{path}:{number}", or_string=False))
+            texts.append(_text_of(record, f"{path}:{number}", tokenizer, or_string=False))
             characters += len(texts[-1])
             if characters >= max_characters:
                 break
     return separator.join(texts)
 
 
-def _text_of(record: Any, where: str, *, or_string: bool) -> str:
+def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, *, or_string: bool) -> str:
+    if isinstance(record, dict) and "text" not in record and isinstance(record.get("messages"), list):
+        return _conversation(record["messages"], record.get("tools"), where, tokenizer)
     text = record.get("text") if isinstance(record, dict) else record if or_string else None
     if not isinstance(text, str):
         expected = 'a string or an object with a "text" string' if or_string else 'an object with a "text" string'
-        raise DataError(f"{where}: expected {expected}, found {json.dumps(record)[:60]}.")
+        raise DataError(
+            f'{where}: expected {expected}, found {json.dumps(record)[:60]}; a conversation has a list of "messages".'
+        )
     return text
 
 
-def _read_json(path: Path, separator: str, max_characters: int) -> str:
+def _conversation(messages: list[Any], tools: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """By the chat template, special tokens written out."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise DataError(
+            f"{where}: a conversation, and the model's tokenizer has no chat template; give texts, or write the "
+            'conversations out as the model was trained on them, under "text".'
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    except Exception as error:  # templates refuse what they do not know in their own words, or fail on it
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{where}: the model's chat template cannot write out these messages: {reason}") from error
+
+
+def _read_json(path: Path, separator: str, max_characters: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The texts of a .json file, joined by separator, up to about max_characters."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -103,23 +123,28 @@ def _read_json(path: Path, separator: str, max_characters: int) -> str:
         raise DataError(f"{path}: expected a list of texts, found a {type(document).__name__}.")
     texts, characters = [], 0
     for number, record in enumerate(document):
-        texts.append(_text_of(record, f"{path}: entry {number}", or_string=True))
+        texts.append(_text_of(record, f"{path}: entry {number}", tokenizer, or_string=True))
         characters += len(texts[-1])
         if characters >= max_characters:
             break
     return separator.join(texts)
 
 
-def read_text(path: Path, *, separator: str, max_characters: int) -> str:
+def read_text(
+    path: Path, *, separator: str, max_characters: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
     """Text of one data file, at most about max_characters of it; jsonl documents are joined by separator.
 
-    Raises DataError: bytes that are not UTF-8, a bad jsonl line (named file:line), an empty file.
+    tokenizer: writes out conversations, by its chat template; where there is none, they are refused.
+
+    Raises DataError: bytes that are not UTF-8, a bad jsonl line (named file:line), a conversation that cannot be
+    written out, an empty file.
     """
     try:
         if path.suffix.lower() == JSONL_SUFFIX:
-            text = _read_jsonl(path, separator, max_characters)
+            text = _read_jsonl(path, separator, max_characters, tokenizer)
         elif path.suffix.lower() == JSON_SUFFIX:
-            text = _read_json(path, separator, max_characters)
+            text = _read_json(path, separator, max_characters, tokenizer)
         else:
             with path.open(encoding="utf-8") as file:
                 text = file.read(max_characters)
@@ -135,7 +160,8 @@ def _tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, max_t
     streams = []
     max_characters = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_tokens)
     for path in files:
-        text = read_text(path, separator=tokenizer.eos_token or "\n\n", max_characters=max_characters)
+        separator = tokenizer.eos_token or "\n\n"
+        text = read_text(path, separator=separator, max_characters=max_characters, tokenizer=tokenizer)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         streams.append(torch.tensor(ids, dtype=torch.int64))
     return streams

@@ -61,6 +61,37 @@ def test_jsonl_documents_are_read_and_joined(tmp_path, tokenizer):
     assert "document number 1" in tokenizer.decode(loaded.tokens[0])
 
 
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+{%- if message.role not in ("user", "assistant") -%}{{ raise_exception("no role " + message.role) }}{%- endif -%}
+[{{ message.role }}: {{ message.content }}]
+{%- endfor -%}"""
+
+
+def conversation(role: str = "assistant") -> str:
+    return json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": role, "content": "good day"}]})
+
+
+def test_conversations_are_written_out_by_the_chat_template(tmp_path, reference_model):
+    tokenizer = AutoTokenizer.from_pretrained(reference_model)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"text": "plain"}), *[conversation()] * 20]))
+    loaded = load_sequences([tmp_path / "a.jsonl"], tokenizer, sequences=1, length=48)
+    text = tokenizer.decode(loaded.tokens[0])
+    assert text.startswith("plain")
+    assert "[user: hello][assistant: good day]" in text
+
+
+def test_conversations_that_cannot_be_written_out_are_refused_by_line(tmp_path, reference_model, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"text": "plain"}), conversation("critic")]))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a conversation, and the model's tokenizer has no chat template"):
+        load_sequences([tmp_path / "a.jsonl"], tokenizer)
+    with_template = AutoTokenizer.from_pretrained(reference_model)
+    with_template.chat_template = CHAT_TEMPLATE
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the model's chat template cannot write .*: no role critic"):
+        load_sequences([tmp_path / "a.jsonl"], with_template)
+
+
 def test_length_is_cut_to_the_models_positions_and_says_so(tmp_path, tokenizer):
     write(tmp_path / "a.txt", 2000)
     loaded = load_sequences([tmp_path], tokenizer, sequences=2, length=512, max_position_embeddings=128)

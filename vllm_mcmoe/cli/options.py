@@ -65,7 +65,7 @@ Data = Annotated[
     list[Path],
     typer.Option(
         metavar="FILE...",
-        help="Text files, .jsonl files with a `text` field, or directories of them. One file is one domain: "
+        help="Text files, .jsonl files with `text` or chat `messages`, or directories of them. One file is one domain: "
         "sequences are drawn evenly over the files.",
         show_default=False,
     ),
