@@ -1,16 +1,19 @@
 """Quantising under the Hessians of outputs: tr(H_out E H_in E^T), and where H_out comes from."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from numba import njit
 
-from tests.calibration.conftest import LENGTH, QUICK, SEQUENCES, layerwise
+from tests.calibration.conftest import QUICK, layerwise
 from tests.calibration.test_gptq import REFINED, correlated_hessian
 from tests.calibration.test_quantizers import gaussian
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
-from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
+from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, quantize_gptq
+from vllm_mcmoe.calibration.matrix.row_loops import _to_fp16
 from vllm_mcmoe.calibration.matrix.two_sided import OUTPUT_DAMPING, OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import MoeInputs
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients, output_hessians
@@ -89,6 +92,20 @@ def test_scales_and_zeros_are_those_that_the_codes_were_chosen_for():
         assert float((outputs.blocks[0] @ error @ factor.hessian * error).sum()) > best
 
 
+@njit
+def to_fp16(values):
+    """As the kernels call it."""
+    return [_to_fp16(value) for value in values]
+
+
+def test_scales_and_zeros_are_rounded_as_fp16_rounds_them():
+    torch.manual_seed(0)
+    smallest, largest = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+    values = torch.exp(torch.empty(20000).uniform_(math.log(smallest), math.log(largest)))
+    values = torch.cat([values, -values, torch.tensor([smallest, largest, 1 + 2**-11, 1 + 3 * 2**-11])])
+    assert torch.equal(torch.tensor(to_fp16(values.numpy())), values.half().float())
+
+
 def test_outputs_that_the_loss_never_feels_are_refined_as_if_all_alike():
     weight, factor = gaussian(ROWS, 256), HessianFactor.build(correlated_hessian(), REFINED)
     nothing = OutputHessian.build([torch.arange(ROWS)], [torch.zeros(ROWS, ROWS)], 10 * ROWS)
@@ -155,17 +172,18 @@ def test_an_expert_of_few_kept_tokens_has_none():
 
 
 def test_loss_is_lower_on_text_that_was_not_calibrated_on(tmp_path, reference_model, calibration_files):
-    """Uniform 2 bits of the reference model; a fifth less on the whole calibration text, less on this little of it."""
-    model, sizes = describe_model(reference_model), {"sequences": 4 * SEQUENCES, "length": LENGTH}
+    """Uniform 2 bits; a quarter less with the whole calibration text, 16% with this quarter of it and eight sweeps."""
+    model, sizes = describe_model(reference_model), {"sequences": 32, "length": 256}
     plan = Plan(layers={name: {"gate_up": [2] * 8, "down": [2] * 8} for name in model.moe_layers.values()})
     text = [path for path in calibration_files[0].parent.glob("*.evaluation.txt")]
     kl = []
     for sweeps in (0, 4):
-        recipe = dataclasses.replace(QUICK, gptq=with_output_sweeps(sweeps))
+        gptq = GPTQOptions(act_order=True, refinement_sweeps=2, output_sweeps=sweeps)
+        recipe = dataclasses.replace(QUICK, gptq=gptq)
         out = tmp_path / str(sweeps)
         quantize(reference_model, out, calibration_files, plan=plan, recipe=recipe, linear_bits=16, **sizes)
-        kl.append(evaluate(out, text, against=reference_model, sequences=4, length=128).mean_kl)
-    assert kl[1] < 0.95 * kl[0]
+        kl.append(evaluate(out, text, against=reference_model, sequences=10, length=128).mean_kl)
+    assert kl[1] < 0.92 * kl[0]
 
 
 def test_gradients_are_wanted_by_name_where_they_are_not_measured_on_the_way(
