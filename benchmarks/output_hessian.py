@@ -11,6 +11,7 @@ for is all of it: what is added for few tokens is left out where --damping is gi
 import argparse
 import itertools
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -30,7 +31,6 @@ from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES
 
 REFERENCE = Path(__file__).parent / "reference_model"
-WITHOUT_END = 10**12  # tokens, of which rows / tokens adds nothing
 LENGTH = 256
 
 
@@ -42,24 +42,16 @@ def main() -> None:
     widths = [options.bits] * description.num_experts
     plan = Plan(layers={name: {"gate_up": widths, "down": widths} for name in description.moe_layers.values()})
     default = RECIPES["mcmoe"]
-    build = two_sided.OutputHessian.build
     for count in options.sequences:
         sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
         choices = itertools.product(options.sweeps, options.rows, options.damping)
         for sweeps, rows, damping in [(0, 0, None), *choices]:
             recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps))
-
-            def damped(row_blocks, moments, tokens, *, name, damping=damping):
-                return build(row_blocks, moments, tokens if damping is None else WITHOUT_END, name=name)
-
             with (
                 tempfile.TemporaryDirectory() as directory,
                 mock.patch.object(output_gradients, "COUPLED_ROWS", rows or two_sided.COUPLED_ROWS),
-                mock.patch.object(
-                    two_sided, "OUTPUT_DAMPING", two_sided.OUTPUT_DAMPING if damping is None else damping
-                ),
-                mock.patch.object(two_sided.OutputHessian, "build", damped),
+                mock.patch.object(two_sided, "output_damping", _always(damping)),
             ):
                 out = Path(directory) / "out"
                 quantize_model(
@@ -72,6 +64,11 @@ def main() -> None:
                 )  # fmt: skip
             shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
             print(f"{count} sequences, {shown}: KL {scores.mean_kl:.4f}", flush=True)
+
+
+def _always(damping: float | None) -> Callable[[int, int], float]:
+    """In the place of two_sided.output_damping, which stays where damping is None."""
+    return two_sided.output_damping if damping is None else lambda rows, tokens: damping
 
 
 def _corpus(part: str) -> list[Path]:

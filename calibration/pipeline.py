@@ -115,7 +115,9 @@ def calibrate(
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
         options = {"store": store, "work": work, "log": log, "show_progress": show_progress}
-        factors = measure(model, tokens, recipe=recipe, widths=widths, seed=seed, **options).factors
+        factors = measure(
+            model, tokens, recipe=recipe, widths=widths, seed=seed, for_quantizing=False, **options
+        ).factors
         factors.save(target)
         work.remove()
     log(f"At most {peak_resident_bytes() / 1e9:.2f} GB of memory were resident.")
@@ -197,17 +199,18 @@ def quantize(
         "sequences and length": None if evaluation_data is None else [sequences, length],
     }
     needs_factors = plan is None and factors is None
-    needs_gradients_too = needs_gradients_to_quantize(recipe)
+    measures = needs_factors or needs_gradients_to_quantize(recipe)
     with working_on(out_dir, identity, restart=restart, log=log) as work:
         if (report := _finished(work)) is not None:
             return report
         model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
-        with_gradients = needs_gradients(recipe) and (needs_factors or needs_gradients_too)
+        with_gradients = measures and needs_gradients(recipe)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
         gradient_norms = output_gradients = None
-        if needs_factors or needs_gradients_too:
-            log(f"Measuring {description.num_experts} experts in each of {len(description.moe_layers)} layers.")
+        if measures:
+            experts = f"{description.num_experts} experts in each of {len(description.moe_layers)} layers"
+            log(f"Measuring {experts}." if needs_factors else f"Finding the loss gradients that quantise {experts}.")
             measured = measure(
                 model,
                 tokens,
@@ -260,7 +263,7 @@ def quantize_model(
 
     model                 LayerwiseModel(WeightFiles(describe_model(path)), device)
     linear_bits           4, 8 or 16; None takes the recipe's
-    gradient_norms        layer name -> float32 [tokens] of the same sequences, as calibrate returns them; needed by
+    gradient_norms        layer name -> float32 [tokens] of the same sequences, as measure returns them; needed by
                           recipes whose hessian_weighting is "gradient"
     output_gradients      layer name -> gradients at the same sequences, from the same; needed by recipes with
                           output_sweeps

@@ -83,7 +83,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # KL at 1.965 bits: 0.0588 / 0.0355 / 0.0344 after 2 / 8 / 30 sweeps, 0.2273 with plain GPTQ. (These sweeps
             # refitted all grids, then all codes. Group by group, as now, gives 0.0338 against 0.0340 at 2.0 bits, in
             # half the time. Measuring the widths with 1 sweep instead of 8 gives 0.0426.)
-            # Sweeps under the outputs' Hessian, too: KL at 2.0 bits 0.0343 / 0.0266 / 0.0256 with 0 / 4 / 12.
+            # Sweeps under the outputs' Hessian: KL at 2 bits everywhere 0.0343 / 0.0268 / 0.0257 / 0.0262 after
+            # 0 / 4 / 8 / 16 (benchmarks/output_hessian.py).
             gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8),
             # KL and perplexity at 1.965 bits: 0.0355 and 28.64; "gradient" 0.0381 and 28.74, "none" 0.0352 and 28.83.
             hessian_weighting="routing",
@@ -134,7 +135,7 @@ def needs_gradients(recipe: Recipe) -> bool:
 
 
 def needs_gradients_to_quantize(recipe: Recipe) -> bool:
-    """Also where the plan is there."""
+    """Whether quantising takes loss gradients, so that the model runs backwards where a plan is given, too."""
     return recipe.hessian_weighting == "gradient" or needs_output_gradients(recipe)
 
 

@@ -88,12 +88,7 @@ def print_evaluation(result: Evaluation) -> None:
     table.add_row("geometric mean", f"{result.geometric_mean_perplexity:.3f}", style="bold")
     console.print(table)
     if result.mean_kl is not None:
-        quantiles = ", ".join(f"{name} {value:.4f}" for name, value in result.kl_quantiles.items())
-        console.print(
-            f"Against {result.against}: KL {result.mean_kl:.4f} nats per token ({quantiles}), "
-            f"same first choice on {result.top1_agreement:.1%} of the tokens, "
-            f"perplexity {result.perplexity_ratio:.4f} ± {result.perplexity_ratio_error:.4f} times as high."
-        )
+        console.print(result.distance(result.against))
     if result.pruned:
         console.print(f"Online pruning dropped {result.pruned:.1%} of the expert activations.")
     console.print(

@@ -67,12 +67,8 @@ def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -
     means = before.geometric_mean_perplexity, after.geometric_mean_perplexity
     lines.append(f"| geometric mean | {means[0]:.3f} | {means[1]:.3f} |")
     source = "not used for calibration" if held_out else "of the calibration text, so somewhat flattering"
-    quantiles = ", ".join(f"{name} {value:.4f}" for name, value in after.kl_quantiles.items())
-    lines.append(
-        f"\n{after.tokens:,} tokens {source}, expert activations {after.activations}. KL to the original "
-        f"{after.mean_kl:.4f} nats per token ({quantiles}), same first choice on {after.top1_agreement:.1%} of the "
-        f"tokens, perplexity {after.perplexity_ratio:.4f} ± {after.perplexity_ratio_error:.4f} times as high."
-    )
+    distance = after.distance("the original")
+    lines.append(f"\n{after.tokens:,} tokens {source}, expert activations {after.activations}. {distance}")
     return "\n".join(lines)
 
 

@@ -254,9 +254,8 @@ def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:
 def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> float:
     """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets; and of
     the Hessians, which see as many of the tokens as reach an expert."""
-    output_sweeps = recipe.gptq.output_sweeps
     measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
-    sweeps = recipe.gptq.refinement_sweeps
+    sweeps, output_sweeps = recipe.gptq.refinement_sweeps, recipe.gptq.output_sweeps
     weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
     per_expert = 0.0
     expert_tokens = tokens * description.top_k / description.num_experts
@@ -270,9 +269,9 @@ def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> floa
             measuring += weight_products * factor * REFINED_ROWS - missing * out_features
         per_expert += (measured * measuring + weight_products * out_features) * in_features**2
         if output_sweeps:
-            # A sweep costs what one without H_out does, and for every weight a product with the rows it is coupled to.
+            # A sweep costs what one without H_out does and, in descending and for the loss, products with coupled rows.
             coupled = min(out_features, COUPLED_ROWS)
-            per_expert += (REFINEMENT_START + SWEEP_PRODUCTS * output_sweeps) * out_features * in_features**2
+            per_expert += SWEEP_PRODUCTS * output_sweeps * out_features * in_features**2
             per_expert += (1 + 2 * output_sweeps) * coupled * out_features * in_features
             kept = min(tokens, GRADIENT_TOKENS) * description.top_k / description.num_experts
             per_expert += kept * coupled * out_features

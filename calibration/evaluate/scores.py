@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ Activations = Literal["int8", "float"]
 KL_QUANTILES = {"median": 0.5, "99%": 0.99, "99.9%": 0.999}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What was measured.
 
@@ -63,11 +63,11 @@ class Evaluation:
     perplexity_by_file: dict[str, float]
     geometric_mean_perplexity: float
     token_perplexity: float
-    mean_kl: float | None
-    kl_quantiles: dict[str, float] | None
-    top1_agreement: float | None
-    perplexity_ratio: float | None
-    perplexity_ratio_error: float | None
+    mean_kl: float | None = None
+    kl_quantiles: dict[str, float] | None = None
+    top1_agreement: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_error: float | None = None
     expert_bytes: int
     total_bytes: int
     average_bits: dict[str, float]
@@ -76,6 +76,15 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**vars(self), "model": str(self.model), "against": self.against and str(self.against)}
+
+    def distance(self, name: str | Path) -> str:
+        """For people: how far it is from `against`, which there must be and which is called so."""
+        quantiles = ", ".join(f"{share} {value:.4f}" for share, value in self.kl_quantiles.items())
+        return (
+            f"KL to {name} {self.mean_kl:.4f} nats per token ({quantiles}), same first choice on "
+            f"{self.top1_agreement:.1%} of the tokens, perplexity {self.perplexity_ratio:.4f} ± "
+            f"{self.perplexity_ratio_error:.4f} times as high."
+        )
 
 
 def evaluate(
@@ -161,15 +170,11 @@ def _evaluation(
         perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
         geometric_mean_perplexity=_exp(sum(loss_by_file.values()) / len(loss_by_file)),
         token_perplexity=_exp(float(losses.mean())),
-        mean_kl=distance and distance.mean_kl,
-        kl_quantiles=distance and distance.kl_quantiles,
-        top1_agreement=distance and distance.top1_agreement,
-        perplexity_ratio=distance and distance.perplexity_ratio,
-        perplexity_ratio_error=distance and distance.perplexity_ratio_error,
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         average_bits=average_bits,
         pruned=pruned_fraction(subject.pruners.values()),
+        **distance,
     )
 
 
@@ -217,37 +222,26 @@ class _FinalStates:
         return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
 
 
-@dataclass(frozen=True)
-class _Distance:
-    """As in Evaluation."""
-
-    mean_kl: float
-    kl_quantiles: dict[str, float]
-    top1_agreement: float
-    perplexity_ratio: float
-    perplexity_ratio_error: float
-
-    @classmethod
-    def of(cls, kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> Self:
-        """kl: float32 [positions]; agreements: positions of the same first choice; excess: float32 [predicted tokens],
-        by how much their losses are higher than the other model's."""
-        quantiles = np.quantile(kl.numpy(), list(KL_QUANTILES.values()))
-        excess = excess.double()
-        ratio = _exp(float(excess.mean()))
-        return cls(
-            mean_kl=float(kl.double().sum()) / len(kl),
-            kl_quantiles={name: float(value) for name, value in zip(KL_QUANTILES, quantiles, strict=True)},
-            top1_agreement=agreements / len(kl),
-            perplexity_ratio=ratio,
-            # of a mean's exponential, to first order; a single token has no spread
-            perplexity_ratio_error=ratio * float(excess.std()) / len(excess) ** 0.5 if len(excess) > 1 else 0.0,
-        )
+def _distance(kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> dict[str, Any]:
+    """What Evaluation says of another model. kl: float32 [positions]; agreements: positions of the same first choice;
+    excess: float32 [predicted tokens], by how much their losses are higher than the other model's."""
+    quantiles = np.quantile(kl.numpy(), list(KL_QUANTILES.values())).tolist()
+    excess = excess.double()
+    ratio = _exp(float(excess.mean()))
+    return {
+        "mean_kl": float(kl.double().sum()) / len(kl),
+        "kl_quantiles": dict(zip(KL_QUANTILES, quantiles, strict=True)),
+        "top1_agreement": agreements / len(kl),
+        "perplexity_ratio": ratio,
+        # of a mean's exponential, to first order; a single token has no spread
+        "perplexity_ratio_error": ratio * float(excess.std()) / len(excess) ** 0.5 if len(excess) > 1 else 0.0,
+    }
 
 
 def _compare(
     subject: _FinalStates, base: _FinalStates | None, tokens: torch.Tensor
-) -> tuple[torch.Tensor, _Distance | None]:
-    """Losses float32 [sequences, length - 1] of the next tokens, and how far the two models are apart."""
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Losses float32 [sequences, length - 1] of the next tokens, and what Evaluation says of the other model."""
     losses, base_losses, kl, agreements = [], [], [], 0
     batch_tokens = tokens.split([len(batch) for batch in subject.batches])
     with torch.no_grad():
@@ -261,8 +255,8 @@ def _compare(
                 kl.append(token_kl(expected, log_probs).flatten().cpu())
     losses = torch.cat(losses)
     if base is None:
-        return losses, None
-    return losses, _Distance.of(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
+        return losses, {}
+    return losses, _distance(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
 
 
 def _next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

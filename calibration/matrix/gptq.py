@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.matrix.grids import Grid, QuantizedMatrix, check_weight, quantize_rtn, search_grid
-from vllm_mcmoe.calibration.matrix.refinement import refine
+from vllm_mcmoe.calibration.matrix.refinement import Iterate, refine
 from vllm_mcmoe.calibration.matrix.row_loops import gptq_block, over_rows
-from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian, refine_two_sided
+from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 BLOCK = GROUP_SIZE  # columns quantised between two updates of all later columns; a block is one group of the grid
@@ -148,10 +148,12 @@ def quantize_gptq(
     static = options.act_order  # act order visits a group's columns far apart, so its grid must exist beforehand
     grid = _search(weight, bits, factor, options, name)
     codes = _gptq_codes(weight, grid, factor, options, static, name)
-    if options.refinement_sweeps:
-        codes = refine(weight, codes, grid, factor.hessian, options.refinement_sweeps)
-    if options.output_sweeps and outputs is not None:
-        codes = refine_two_sided(weight, codes, grid, factor.hessian, outputs, options.output_sweeps)
+    output_sweeps = 0 if outputs is None else options.output_sweeps
+    if options.refinement_sweeps or output_sweeps:
+        iterate = Iterate(weight, codes, grid, factor.hessian)
+        refine(iterate, options.refinement_sweeps)
+        refine(iterate, output_sweeps, outputs)
+        codes = iterate.codes
     return grid.matrix(codes)
 
 

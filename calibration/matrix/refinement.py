@@ -1,124 +1,118 @@
 """Refinement of a quantised matrix: exact least-squares grids and coordinate descent over codes, in turn.
 
-Both steps minimise the same proxy loss tr(E H E^T), E = Q - W, as GPTQ, which decides each column once and
-each grid before it has seen any code. Here nothing is final: a sweep goes from group to group and
+Both steps minimise the same loss as GPTQ, which decides each column once and each grid before it has seen any code:
+tr(E H E^T), E = Q - W, or with the Hessian of the outputs (two_sided.py) tr(H_out E H E^T). Here nothing is final: a
+sweep goes from group to group and
     1. solves the group's scale and zero in every row exactly, given all codes (a 2 x 2 system under the full H),
     2. moves each of its codes to its optimum, given all others (QuantEase, arXiv 2309.01885),
 and a row's iterate is kept only if its loss has fallen.
 """
 
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.matrix.grids import LARGEST_FP16, SMALLEST_SCALE, Grid
-from vllm_mcmoe.calibration.matrix.row_loops import descend_block, over_rows, sum_group
+from vllm_mcmoe.calibration.matrix.row_loops import descend_rows, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 # A sweep that improves the total loss by less than this share ends the refinement.
 SMALLEST_GAIN = 1e-4
 
 
-def refine(weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, sweeps: int) -> torch.Tensor:
-    """weight, codes: float32 [out, in]; hessian: float32 [in, in], symmetric, positive diagonal.
+class Outputs(Protocol):
+    """How the rows of a matrix share the loss."""
 
-    Returns the refined codes and updates grid in place; no row's loss is higher than before.
-    """
-    state = _State(weight, codes.clone(), grid, hessian)
-    best_loss, best_codes = state.loss(), codes
-    best_scales, best_zeros = grid.scales.clone(), grid.zeros.clone()
-    for _ in range(sweeps):
-        state.sweep()
-        loss = state.loss()
-        better = loss < best_loss
-        gain = float((best_loss - loss).clamp_min(0).sum())
-        enough = gain > SMALLEST_GAIN * float(best_loss.sum())
-        best_codes = torch.where(better[:, None], state.codes, best_codes)
-        best_scales = torch.where(better[:, None], grid.scales, best_scales)
-        best_zeros = torch.where(better[:, None], grid.zeros, best_zeros)
-        best_loss = torch.where(better, loss, best_loss)
-        if not enough:
-            break
-    grid.scales, grid.zeros = best_scales, best_zeros
-    return best_codes
+    def losses(self, error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Of each row, or its share of the loss of those it is coupled to. float32 [out, in] each, E and E H ->
+        float32 [out]."""
+
+    def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
+        """A new grid for one group of columns in every row and a pass over its codes. group: codes, codes times the
+        block, gradient, change of Q, float32 [out, 128], scales, zeros, float32 [out], and shared, as row_loops'
+        descend_rows takes them; written: those of group that the caller wants back."""
 
 
-class _State:
-    """One iterate. All matrices are [out, in].
+class SeparateRows:
+    """Every output matters alike: the rows are problems of their own."""
 
+    def losses(self, error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return (error * gradient).sum(1)
+
+    def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
+        over_rows(descend_rows, group, *shared, written=written)
+
+
+class Iterate:
+    """A matrix while it is refined. All matrices are float32 [out, in].
+
+    codes     as they are; grid, in place, as it is
     error     Q - W
-    gradient  (Q - W) H: half the gradient of the loss by Q, kept up to date by every step
+    gradient  (Q - W) H: half the gradient of a separate row's loss by Q, kept up to date by every step. Rounding of the
+              updates, 1e-6 of it each, is far below what a sweep gains
     """
 
     def __init__(self, weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor):
-        self.weight, self.codes, self.grid, self.hessian = weight, codes, grid, hessian
+        """weight, codes: float32 [out, in]; hessian: float32 [in, in], symmetric, positive diagonal."""
+        self.weight, self.codes, self.grid, self.hessian = weight, codes.clone(), grid, hessian
         self.groups = [slice(i, i + GROUP_SIZE) for i in range(0, codes.shape[1], GROUP_SIZE)]
         self.error = grid.decode(codes) - weight
         self.gradient = self.error @ hessian
 
-    def loss(self) -> torch.Tensor:
-        """float32 [out]. Rounding of the gradient's updates, 1e-6 of it each, is far below what a sweep gains."""
-        return (self.error * self.gradient).sum(1)
-
-    def sweep(self) -> None:
-        """Group by group, given everything else as it is by then: the loss-minimising scale and zero, then every code
-        to its optimum. The other groups hear of both at once, in a product with the Hessian's rows; the only other
-        product is that of the codes with the block on the diagonal."""
-        largest = np.float32((1 << self.grid.bits) - 1)
+    def sweep(self, outputs: Outputs) -> None:
+        """Group by group, given everything else as it is by then. The other groups hear of a group's new grid and codes
+        at once, in a product with the Hessian's rows; the only other product is that of the codes with the block on
+        the diagonal."""
+        largest = (1 << self.grid.bits) - 1
         for index, group in enumerate(self.groups):
             block = self.hessian[group, group].contiguous()
-            column_sums, step = block.sum(0), block.diagonal().reciprocal()
-            codes = self.codes[:, group].contiguous()
-            product = codes @ block
-            # Becomes the gradient as it would be with this group's Q = 0: what the new values are fitted against.
-            gradients = self.gradient[:, group].clone(memory_format=torch.contiguous_format)
-            scales, zeros = self.grid.scales[:, index].contiguous(), self.grid.zeros[:, index].contiguous()
-            sums, change = gradients.new_empty(len(codes), len(GroupSums._fields)), torch.empty_like(codes)
-            rows = (codes, product, gradients, scales, zeros, sums)
-            over_rows(sum_group, rows, column_sums, written=(gradients, sums))
-            fit = _fit_scale if self.grid.bits == 1 else _fit_scale_and_zero
-            fitted = fit(GroupSums(*sums.unbind(1)), block.sum(), scales, zeros)
-            rows = (codes, product, gradients, change, scales, zeros, *fitted)
-            over_rows(descend_block, rows, block, column_sums, step, largest, written=(codes, change))
+            codes, gradient = (
+                matrix[:, group].clone(memory_format=torch.contiguous_format) for matrix in (self.codes, self.gradient)
+            )
+            scales, zeros = self.grid.scales[:, index].clone(), self.grid.zeros[:, index].clone()
+            change = torch.empty_like(codes)
+            limits = np.array([largest, SMALLEST_SCALE, LARGEST_FP16, float(block.sum())], dtype=np.float32)
+            outputs.descend(
+                (codes, codes @ block, gradient, change, scales, zeros),
+                block,
+                block.sum(0),
+                block.diagonal().reciprocal(),
+                limits,
+                self.grid.bits == 1,
+                written=(codes, change, scales, zeros),
+            )
             self.codes[:, group] = codes
-            self.grid.scales[:, index], self.grid.zeros[:, index] = fitted
+            self.grid.scales[:, index], self.grid.zeros[:, index] = scales, zeros
             self.gradient.addmm_(change, self.hessian[group])
             self.error[:, group] += change
 
-
-class GroupSums(NamedTuple):
-    """What the fits need of one group's codes c, float32 [out] each. B is the Hessian's block, w the gradient as it
-    would be with the group's Q = 0."""
-
-    by_code: torch.Tensor  # c B c^T
-    mixed: torch.Tensor  # c B 1
-    want_code: torch.Tensor  # -w c^T
-    want_one: torch.Tensor  # -w 1
+    def restore(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        """Go back to these in the rows where they are others."""
+        differs = (self.codes != codes).any(1) | ((self.grid.scales != scales) | (self.grid.zeros != zeros)).any(1)
+        self.codes, self.grid.scales, self.grid.zeros = codes, scales, zeros
+        if differs.any():
+            self.error[differs] = self.grid.decode(codes)[differs] - self.weight[differs]
+            self.gradient[differs] = self.error[differs] @ self.hessian
 
 
-# Both fits: by_one is 1 B 1; scales, zeros [out] as they are, and returned as they should be, fp16-representable.
+def refine(iterate: Iterate, sweeps: int, outputs: Outputs | None = None) -> None:
+    """Up to so many sweeps, which leave no row's loss, or that of no rows coupled to each other, higher than before.
 
-
-def _fit_scale(
-    sums: GroupSums, by_one: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-parameter least squares of Q = scale * (codes - zero)."""
-    curvature = sums.by_code - 2 * zeros * sums.mixed + zeros.square() * by_one
-    fitted = (sums.want_code - zeros * sums.want_one) / curvature
-    usable = (fitted > SMALLEST_SCALE) & (fitted < LARGEST_FP16)
-    return torch.where(usable, fitted, scales).half().float(), zeros
-
-
-def _fit_scale_and_zero(
-    sums: GroupSums, by_one: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two-parameter least squares of Q = scale * codes + offset, offset = -scale * zero."""
-    determinant = sums.by_code * by_one - sums.mixed.square()
-    fitted = (sums.want_code * by_one - sums.want_one * sums.mixed) / determinant
-    # Codes that are all alike leave scale and offset undetermined: such a group keeps its grid.
-    usable = (determinant > 1e-6 * sums.by_code * by_one) & (fitted > SMALLEST_SCALE) & (fitted < LARGEST_FP16)
-    stored = torch.where(usable, fitted, scales).half().float()
-    offset = (sums.want_one - stored * sums.mixed) / by_one  # the best one for the scale as it had to be rounded
-    new_zeros = (-offset / stored).clamp(-LARGEST_FP16, LARGEST_FP16).half().float()
-    return torch.where(usable, stored, scales), torch.where(usable, new_zeros, zeros)
+    outputs: how the loss looks at the outputs; all alike if not given
+    """
+    outputs = outputs or SeparateRows()
+    best_loss = outputs.losses(iterate.error, iterate.gradient)
+    best = iterate.codes.clone(), iterate.grid.scales.clone(), iterate.grid.zeros.clone()
+    for _ in range(sweeps):
+        iterate.sweep(outputs)
+        loss = outputs.losses(iterate.error, iterate.gradient)
+        better = loss < best_loss
+        gain = float((best_loss - loss).clamp_min(0).sum())
+        enough = gain > SMALLEST_GAIN * float(best_loss.sum())
+        found = iterate.codes, iterate.grid.scales, iterate.grid.zeros
+        best = tuple(torch.where(better[:, None], new, old) for new, old in zip(found, best, strict=True))
+        best_loss = torch.where(better, loss, best_loss)
+        if not enough:
+            break
+    iterate.restore(*best)

@@ -43,16 +43,17 @@ def _run_on_rows(kernel: Callable[..., None], arrays: list[np.ndarray], shared: 
     common = [value.cpu().numpy() if isinstance(value, torch.Tensor) else value for value in shared]
     rows, threads = len(arrays[0]), torch.get_num_threads()
     chunk = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
-    starts = range(0, rows, chunk)
-    if threads == 1 or len(starts) == 1:
-        kernel(*arrays, *common)
-        return
-    side_by_side(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), starts)
+    side_by_side(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), range(0, rows, chunk))
 
 
 def side_by_side(task: Callable[[T], None], items: Sequence[T]) -> None:
     """task(item) of each, over threads of torch's count."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    threads = min(torch.get_num_threads(), len(items))
+    if threads == 1:
+        for item in items:
+            task(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(task, items))
 
 
@@ -96,62 +97,118 @@ def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensa
                 codes[first + lane, i], errors[first + lane, i] = code[i, lane], error[i, lane]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def sum_group(codes, product, gradients, scales, zeros, sums, column_sums):
-    """What one group's scale and zero are fitted to.
+@njit(nogil=True, cache=True)
+def _to_fp16(value):
+    """The nearest number that fp16 has, ties to even. On the bits, because compilers fuse the multiply-adds that would
+    do it in floating point. value: float32 of a magnitude up to 65504."""
+    if abs(value) < np.float32(2.0**-14):  # subnormal there: multiples of one number
+        return np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24)
+    bits = np.float32(value).view(np.int32)
+    bits += np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))
+    return np.int32(bits & ~np.int32(0x1FFF)).view(np.float32)
 
-    codes          [rows, 128]
-    product        [rows, 128], codes times the Hessian's block
-    gradients      [rows, 128], (Q - W) H of these columns; becomes what it were with these columns' Q = 0
-    scales, zeros  [rows]
-    sums           [rows, 4], written: refinement.GroupSums
-    column_sums    [128], of the block
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, limits, is_one_bit):
+    """Scale and zero of the least loss, representable in fp16, given one row's codes c; those it has, where none fits.
+
+    With B the block, 1 its column of ones and w the gradient as it were with these columns' Q = 0: by_code is c B c^T,
+    mixed c B 1, want_code -w c^T, want_one -w 1. limits: as in descend_rows, whose last is 1 B 1.
     """
-    for row in range(codes.shape[0]):
-        scale, zero = scales[row], zeros[row]
-        by_code, mixed, want_code, want_one = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-        for k in range(codes.shape[1]):
-            without = gradients[row, k] - scale * (product[row, k] - zero * column_sums[k])
-            gradients[row, k] = without
-            by_code += codes[row, k] * product[row, k]
-            mixed += product[row, k]
-            want_code -= codes[row, k] * without
-            want_one -= without
-        sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = by_code, mixed, want_code, want_one
+    _, smallest, largest, by_one = limits
+    if is_one_bit:  # one parameter: Q = scale * (codes - zero)
+        curvature = by_code - np.float32(2.0) * zero * mixed + zero * zero * by_one
+        fitted = (want_code - zero * want_one) / curvature
+        return (_to_fp16(fitted), zero) if smallest < fitted < largest else (scale, zero)
+    # two: Q = scale * codes + offset, offset = -scale * zero
+    determinant = by_code * by_one - mixed * mixed
+    if determinant <= np.float32(1e-6) * by_code * by_one:
+        return scale, zero  # codes that are all alike leave them undetermined
+    fitted = (want_code * by_one - want_one * mixed) / determinant
+    if not smallest < fitted < largest:
+        return scale, zero
+    stored = _to_fp16(fitted)
+    offset = (want_one - stored * mixed) / by_one  # the best one for the scale as it had to be rounded
+    return stored, _to_fp16(min(max(-offset / stored, -largest), largest))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def descend_block(
-    codes, product, without, change, scales, zeros, new_scales, new_zeros, hessian, column_sums, step, largest
-):
+def _descend_row(codes, product, gradient, change, scale, zero, hessian, column_sums, step, limits, is_one_bit):
+    """descend_rows of one row; returns its scale and zero. gradient: overwritten."""
+    columns = codes.shape[0]
+    by_code, mixed, want_code, want_one = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for k in range(columns):
+        gradient[k] -= scale * (product[k] - zero * column_sums[k])  # now as it were with these columns' Q = 0
+        by_code += codes[k] * product[k]
+        mixed += product[k]
+        want_code -= codes[k] * gradient[k]
+        want_one -= gradient[k]
+        change[k] = -scale * (codes[k] - zero)
+    scale, zero = _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, limits, is_one_bit)
+    for k in range(columns):
+        gradient[k] += scale * (product[k] - zero * column_sums[k])
+    for i in range(columns):
+        moved = _nearest(codes[i] - gradient[i] * step[i] / scale, limits[0])
+        if moved != codes[i]:
+            difference = (moved - codes[i]) * scale
+            codes[i] = moved
+            for k in range(columns):
+                gradient[k] += difference * hessian[i, k]
+    for k in range(columns):
+        change[k] += scale * (codes[k] - zero)
+    return scale, zero
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def descend_rows(codes, product, gradients, change, scales, zeros, hessian, column_sums, step, limits, is_one_bit):
     """A new grid for one group, then one pass of coordinate descent over its codes: each to its optimum, given all
     others.
 
-    codes                  [rows, 128], updated
-    product                [rows, 128], the codes times the Hessian's block, before
-    without                [rows, 128], (Q - W) H of these columns if their Q were 0; consumed
-    change                 [rows, 128], written: by how much Q changes
-    scales, zeros          [rows], before
-    new_scales, new_zeros  [rows]
-    hessian                [128, 128], the block on the diagonal
-    column_sums            [128], of the block
-    step                   [128], 1 / its diagonal
+    codes          [rows, 128], changed
+    product        [rows, 128], codes times the Hessian's block
+    gradients      [rows, 128], (Q - W) H of these columns; overwritten
+    change         [rows, 128], written: by how much Q changes
+    scales, zeros  [rows], changed
+    hessian        [128, 128], the block on the diagonal
+    column_sums    [128], of the block
+    step           [128], 1 / its diagonal
+    limits         [4]: largest code, smallest scale, largest scale and zero, sum of the block
     """
     for row in range(codes.shape[0]):
-        code, gradient = codes[row], without[row]
-        scale, zero = new_scales[row], new_zeros[row]
-        for k in range(codes.shape[1]):
-            gradient[k] += scale * (product[row, k] - zero * column_sums[k])
-            change[row, k] = -scales[row] * (code[k] - zeros[row])
-        for i in range(codes.shape[1]):
-            moved = _nearest(code[i] - gradient[i] * step[i] / scale, largest)
-            if moved != code[i]:
-                difference = (moved - code[i]) * scale
-                code[i] = moved
-                for k in range(codes.shape[1]):
-                    gradient[k] += difference * hessian[i, k]
-        for k in range(codes.shape[1]):
-            change[row, k] += scale * (code[k] - zero)
+        scales[row], zeros[row] = _descend_row(
+            codes[row], product[row], gradients[row], change[row], scales[row], zeros[row],
+            hessian, column_sums, step, limits, is_one_bit,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def descend_coupled(
+    codes, product, gradients, change, scales, zeros, coupling, hessian, column_sums, step, limits, is_one_bit
+):
+    """descend_rows of rows that H_out couples, one after another, given all others as they are by then.
+
+    gradients  [rows, 128], (Q - W) H of these columns, kept up to date with what changes in them
+    coupling   [rows, rows], H_out of these rows
+    """
+    rows, columns = codes.shape
+    felt = np.empty(columns, dtype=np.float32)
+    for row in range(rows):
+        # the gradient of all rows' loss, divided by the row's curvature: the loss of a separate row again
+        felt[:] = gradients[row]
+        inverse = np.float32(1.0) / coupling[row, row]
+        for other in range(rows):
+            if other != row:
+                factor = coupling[row, other] * inverse
+                for k in range(columns):
+                    felt[k] += factor * gradients[other, k]
+        scales[row], zeros[row] = _descend_row(
+            codes[row], product[row], felt, change[row], scales[row], zeros[row],
+            hessian, column_sums, step, limits, is_one_bit,
+        )  # fmt: skip
+        for i in range(columns):
+            difference = change[row, i]
+            for k in range(columns):
+                gradients[row, k] += difference * hessian[i, k]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -213,83 +270,3 @@ def _fit(weights, importance, scale, zero, largest, codes):
         return scale, zero
     fitted = covariance / variance
     return fitted, mean_code - mean_weight / fitted
-
-
-@njit(nogil=True, cache=True)
-def _to_fp16(value):
-    """The nearest number of 11 significant bits, ties to even: fp16, inside its normal range. On the bits, because
-    compilers fuse the multiply-adds that would do it in floating point."""
-    bits = np.float32(value).view(np.int32)
-    bits += np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))
-    return np.int32(bits & ~np.int32(0x1FFF)).view(np.float32)
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _fitted_grid(sums, scale, zero, limits, is_one_bit):
-    """refinement.py's two fits, of one row's sums [4], or the grid it has, where none fits; limits: see below."""
-    by_code, mixed, want_code, want_one = sums
-    _, smallest, largest, by_one = limits
-    if is_one_bit:
-        fitted = (want_code - zero * want_one) / (by_code - np.float32(2.0) * zero * mixed + zero * zero * by_one)
-        return (_to_fp16(fitted), zero) if smallest < fitted < largest else (scale, zero)
-    determinant = by_code * by_one - mixed * mixed
-    if determinant <= np.float32(1e-6) * by_code * by_one:
-        return scale, zero
-    fitted = (want_code * by_one - want_one * mixed) / determinant
-    if not smallest < fitted < largest:
-        return scale, zero
-    stored = _to_fp16(fitted)
-    offset = (want_one - stored * mixed) / by_one
-    return stored, _to_fp16(min(max(-offset / stored, -largest), largest))
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def descend_coupled(
-    codes, product, own, change, scales, zeros, coupling, hessian, column_sums, step, limits, is_one_bit
-):
-    """One group of columns in rows that H_out couples: each row in its turn gets a new grid and one pass of coordinate
-    descent over its codes, given all other rows as they are by then.
-
-    codes          [rows, 128], changed
-    product        [rows, 128], codes times the block of H_in
-    own            [rows, 128], (Q - W) H_in of these columns, kept up to date with what changes in them
-    change         [rows, 128], written: by how much Q changes
-    scales, zeros  [rows], changed
-    coupling       [rows, rows], H_out of these rows
-    limits         [4]: largest code, smallest scale, largest scale and zero, sum of the block of H_in
-    hessian, column_sums, step  as in descend_block
-    """
-    rows, columns = codes.shape
-    felt, sums = np.empty((1, columns), dtype=np.float32), np.empty((1, 4), dtype=np.float32)
-    scale, zero = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
-    for row in range(rows):
-        # the gradient of all rows' loss, divided by the row's curvature: the loss of a single row again
-        felt[0, :] = own[row]
-        inverse = np.float32(1.0) / coupling[row, row]
-        for other in range(rows):
-            if other != row:
-                factor = coupling[row, other] * inverse
-                for k in range(columns):
-                    felt[0, k] += factor * own[other, k]
-        this = slice(row, row + 1)
-        sum_group(codes[this], product[this], felt, scales[this], zeros[this], sums, column_sums)
-        scale[0], zero[0] = _fitted_grid(sums[0], scales[row], zeros[row], limits, is_one_bit)
-        descend_block(
-            codes[this],
-            product[this],
-            felt,
-            change[this],
-            scales[this],
-            zeros[this],
-            scale,
-            zero,
-            hessian,
-            column_sums,
-            step,
-            limits[0],
-        )
-        scales[row], zeros[row] = scale[0], zero[0]
-        for i in range(columns):
-            difference = change[row, i]
-            for k in range(columns):
-                own[row, k] += difference * hessian[i, k]

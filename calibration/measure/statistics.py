@@ -52,6 +52,7 @@ def measure(
     seed: int = 0,
     store: ActivationStore | None = None,
     work: WorkDirectory | None = None,
+    for_quantizing: bool = True,
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> Calibration:
@@ -59,6 +60,7 @@ def measure(
 
     store  where activations are kept; memory if not given
     work   where measured layers are kept, so that the next run goes on from there
+    for_quantizing  keep the gradients that the recipe quantises with, too, gigabytes for a large model
 
     Recipes that use no gradient are measured without one, and their factors have no loss_increase; the uniform
     recipe's have no errors either, unless widths are given.
@@ -77,8 +79,9 @@ def measure(
     else:
         traces = forward_traces(model, tokens, **options)
     complete = len(measured) == len(names)
+    keep_gradients = for_quantizing and needs_output_gradients(recipe)
     for trace in traces:
-        layer = _measure_trace(trace, model.description, recipe, tuple(widths))
+        layer = _measure_trace(trace, model.description, recipe, tuple(widths), keep_gradients)
         if work is not None:
             layer = _save_measured(work, trace.name, layer)
         measured[trace.name] = layer
@@ -102,7 +105,7 @@ def measure(
     flag_super_experts(factors, {name for name, layer in measured.items() if layer.massive}, log)
     norms = {name: layer.gradient_norms for name, layer in measured.items() if layer.gradient_norms is not None}
     gradients = {name: layer.output_gradients for name, layer in measured.items() if layer.output_gradients is not None}
-    if work is not None and needs_output_gradients(recipe):
+    if work is not None and keep_gradients:
         gradients = KeptGradients({name: _measured_file(work, name) for name in names})
     return Calibration(factors, norms, gradients)
 
@@ -118,12 +121,14 @@ class _MeasuredLayer:
     massive: bool
 
 
-def _measure_trace(trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...]) -> _MeasuredLayer:
+def _measure_trace(
+    trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...], keep_gradients: bool
+) -> _MeasuredLayer:
     norms = trace.gradient_norms
     if norms is not None:
         norms = norms / norms.mean().clamp_min(1e-30)
     factors = _measure_layer(trace, description, recipe, widths, norms)
-    gradients = OutputGradients.sample(trace.gradients) if needs_output_gradients(recipe) else None
+    gradients = OutputGradients.sample(trace.gradients) if keep_gradients else None
     return _MeasuredLayer(factors, norms, gradients, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
 
 

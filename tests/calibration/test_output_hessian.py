@@ -13,12 +13,14 @@ from tests.calibration.test_quantizers import gaussian
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, quantize_gptq
+from vllm_mcmoe.calibration.matrix.grids import search_grid
+from vllm_mcmoe.calibration.matrix.refinement import Iterate, refine
 from vllm_mcmoe.calibration.matrix.row_loops import _to_fp16
 from vllm_mcmoe.calibration.matrix.two_sided import OUTPUT_DAMPING, OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import MoeInputs
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients, output_hessians
 from vllm_mcmoe.calibration.measure.statistics import measure
-from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.experts import Expert
 from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.pipeline import quantize, quantize_model
@@ -37,6 +39,10 @@ def coupled_outputs(blocks: int = 1, seed: int = 3) -> OutputHessian:
     """Rows of a block alternate with those of the others."""
     rows = [torch.arange(first, ROWS, blocks) for first in range(blocks)]
     return OutputHessian.build(rows, [correlated_hessian(len(r), tokens=256, seed=seed + len(r)) for r in rows], 10**6)
+
+
+def two_bits(model: MoeModel) -> Plan:
+    return Plan(layers={name: {"gate_up": [2] * 8, "down": [2] * 8} for name in model.moe_layers.values()})
 
 
 def losses(weight, outputs, factor, bits, sweeps) -> list[float]:
@@ -80,8 +86,21 @@ def test_rows_do_not_hear_of_those_in_other_blocks():
         assert (part.codes == together.codes[rows]).float().mean() > 0.99
 
 
-def test_scales_and_zeros_are_those_that_the_codes_were_chosen_for():
-    """What is stored in fp16 is exactly what the sweeps computed with: rounding it again would cost loss."""
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_scales_and_zeros_are_stored_as_the_sweeps_computed_with_them(bits):
+    """Rounding them again would move them away from the codes that were chosen for them."""
+    weight, factor = gaussian(ROWS, 256), HessianFactor.build(correlated_hessian(), REFINED)
+    grid = search_grid(weight, bits)
+    iterate = Iterate(weight, grid.encode(weight), grid, factor.hessian)
+    for sweeps, outputs in ((2, None), (2, coupled_outputs())):
+        refine(iterate, sweeps, outputs)
+        for values in (grid.scales, grid.zeros):
+            assert torch.equal(values, values.half().float())
+    torch.testing.assert_close(iterate.error, grid.decode(iterate.codes) - weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(iterate.gradient, iterate.error @ factor.hessian, rtol=0, atol=1e-3)
+
+
+def test_another_scale_would_cost_loss():
     weight, outputs = gaussian(ROWS, 256), coupled_outputs()
     factor = HessianFactor.build(correlated_hessian(), REFINED)
     quantized = quantize_gptq(weight, factor, 2, with_output_sweeps(8), outputs=outputs)
@@ -102,7 +121,8 @@ def test_scales_and_zeros_are_rounded_as_fp16_rounds_them():
     torch.manual_seed(0)
     smallest, largest = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
     values = torch.exp(torch.empty(20000).uniform_(math.log(smallest), math.log(largest)))
-    values = torch.cat([values, -values, torch.tensor([smallest, largest, 1 + 2**-11, 1 + 3 * 2**-11])])
+    values = torch.cat([values, -values, torch.empty(1000).uniform_(-smallest, smallest)])
+    values = torch.cat([values, torch.tensor([0.0, smallest, largest, 1 + 2**-11, 1 + 3 * 2**-11])])
     assert torch.equal(torch.tensor(to_fp16(values.numpy())), values.half().float())
 
 
@@ -138,7 +158,7 @@ def test_moments_are_those_of_the_losss_own_derivatives(kind):
     )  # fmt: skip
     ids = torch.stack([torch.arange(tokens) % 2, 2 + torch.arange(tokens) % 2], dim=1)
     inputs = MoeInputs(torch.randn(tokens, hidden), ids, torch.rand(tokens, 2), torch.device("cpu"))
-    gradients = OutputGradients(torch.arange(0, tokens, 1), torch.randn(tokens, hidden).bfloat16())
+    gradients = OutputGradients(torch.arange(tokens), torch.randn(tokens, hidden).bfloat16())
     found = output_hessians(expert, 0, inputs, gradients, "expert")
     own = torch.arange(0, tokens, 2)  # those with expert 0 in their first slot
     felt = gradients.values[own].double() * inputs.topk_weights[own, :1]
@@ -174,8 +194,8 @@ def test_an_expert_of_few_kept_tokens_has_none():
 def test_loss_is_lower_on_text_that_was_not_calibrated_on(tmp_path, reference_model, calibration_files):
     """Uniform 2 bits; a quarter less with the whole calibration text, 16% with this quarter of it and eight sweeps."""
     model, sizes = describe_model(reference_model), {"sequences": 32, "length": 256}
-    plan = Plan(layers={name: {"gate_up": [2] * 8, "down": [2] * 8} for name in model.moe_layers.values()})
-    text = [path for path in calibration_files[0].parent.glob("*.evaluation.txt")]
+    plan = two_bits(model)
+    text = sorted(calibration_files[0].parent.glob("*.evaluation.txt"))
     kl = []
     for sweeps in (0, 4):
         gptq = GPTQOptions(act_order=True, refinement_sweeps=2, output_sweeps=sweeps)
@@ -192,10 +212,10 @@ def test_gradients_are_wanted_by_name_where_they_are_not_measured_on_the_way(
     model = layerwise(reference_model)
     sequences = load_calibration_data(model.description, calibration_files, 2, 64, lambda message: None)
     recipe = dataclasses.replace(QUICK, gptq=with_output_sweeps(1))
-    plan = Plan(layers={name: {"gate_up": [2] * 8, "down": [2] * 8} for name in model.description.moe_layers.values()})
-    options = {"plan": plan, "sequences": sequences, "recipe": recipe, "linear_bits": 16}
+    options = {"plan": two_bits(model.description), "sequences": sequences, "recipe": recipe, "linear_bits": 16}
     with pytest.raises(PlanError, match="pass measure's output_gradients"):
         quantize_model(model, tmp_path / "out", **options)
+    assert measure(model, sequences, recipe=recipe, widths=(), for_quantizing=False).output_gradients == {}
     measured = measure(model, sequences, recipe=recipe, widths=())
     quantize_model(model, tmp_path / "out", output_gradients=measured.output_gradients, **options)
     assert (tmp_path / "out" / "config.json").exists()

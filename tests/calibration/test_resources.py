@@ -49,8 +49,7 @@ def test_less_effort_is_less_work(tmp_path):
     fast, normal, best = (
         plan_resources(tmp_path, effort=effort).quantization.expert_products for effort in ("fast", "normal", "best")
     )
-    # the sweeps under the outputs' Hessian are the same work in normal and best
-    assert fast < 0.7 * normal < 0.525 * best
+    assert fast < 0.7 * normal < 0.52 * best
 
 
 def test_a_cache_of_latent_attention_is_counted_as_such(plans):
