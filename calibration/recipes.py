@@ -22,6 +22,25 @@ Effort = Literal["fast", "normal", "best"]
 
 
 @dataclass(frozen=True)
+class TuningOptions:
+    """How routers, norms and the rows of experts are tuned after quantisation (tune/tuning.py).
+
+    steps        of Adam in one pass over the calibration text, each on as many of its sequences
+    passes       over the text
+    router_step  the first step's size for a router's tensors, as a share of the root mean square of what is tuned, at
+                 a KL of 1 nat per token: what it takes to make up for an error grows with its square root; likewise
+    norm_step    for norms' scales, and
+    row_step     for the rows of experts' matrices
+    """
+
+    steps: int = 16
+    passes: int = 1
+    router_step: float = 0.025
+    norm_step: float = 0.05
+    row_step: float = 0.025
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is quantised.
 
@@ -46,6 +65,7 @@ class Recipe:
                        "gradient" the squared routing weight times the squared norm of the loss gradient at the
                        layer's output
     linear_bits        width of attention and shared-expert linears: 4, 8 or 16
+    tuning             of what stays in 16 bits, after everything is quantised; None leaves it as it is
     """
 
     name: str
@@ -65,6 +85,7 @@ class Recipe:
     gptq: GPTQOptions = field(default_factory=GPTQOptions)
     hessian_weighting: HessianWeighting = "none"
     linear_bits: int = 4
+    tuning: TuningOptions | None = None
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -88,6 +109,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8),
             # KL and perplexity at 1.965 bits: 0.0355 and 28.64; "gradient" 0.0381 and 28.74, "none" 0.0352 and 28.83.
             hessian_weighting="routing",
+            tuning=TuningOptions(),
         ),
         "paper-code": Recipe(  # docs/method.md, section 2: reproduces the authors' published allocations
             name="paper-code",
@@ -109,13 +131,13 @@ MEASURED_SWEEPS: Mapping[Effort, int | None] = MappingProxyType({"fast": 0, "nor
 FAST_SWEEPS = 2
 
 
-def find_recipe(recipe: str | Recipe, effort: Effort = "normal") -> Recipe:
-    """The recipe of that name, with as much effort, or the given one as it is.
+def find_recipe(recipe: str | Recipe, effort: Effort = "normal", *, tune: bool = True) -> Recipe:
+    """The recipe of that name, with as much effort, or the given one as it is; without its tuning unless `tune`.
 
     Raises ValueError naming the known recipes or efforts.
     """
     if isinstance(recipe, Recipe):
-        return recipe
+        return recipe if tune else replace(recipe, tuning=None)
     for kind, name, known in (("recipe", recipe, RECIPES), ("effort", effort, MEASURED_SWEEPS)):
         if name not in known:
             raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
@@ -125,8 +147,8 @@ def find_recipe(recipe: str | Recipe, effort: Effort = "normal") -> Recipe:
     if effort == "fast":
         gptq = found.gptq
         fewer = {name: min(getattr(gptq, name), FAST_SWEEPS) for name in ("refinement_sweeps", "output_sweeps")}
-        found = replace(found, gptq=replace(gptq, **fewer))
-    return found
+        found = replace(found, gptq=replace(gptq, **fewer), tuning=None)
+    return found if tune else replace(found, tuning=None)
 
 
 def needs_gradients(recipe: Recipe) -> bool:

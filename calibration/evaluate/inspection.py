@@ -4,16 +4,20 @@ A checkpoint is read from config.json and the safetensors headers; whether a 16-
 will take then, from its config.json alone, which may be all that has been downloaded.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_mcmoe.calibration.checkpoint.report import TuningReport
+from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
+from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import packed_bytes_per_group
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
@@ -32,13 +36,17 @@ GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros."""
+    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros.
+
+    tuning   of what stays in 16 bits, by quantization_report.json; None without
+    """
 
     config: CheckpointConfig
     bytes_by_kind: dict[str, int]
     expert_parameters: int
     expert_bits: float
     warnings: list[str] = field(default_factory=list)
+    tuning: TuningReport | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -53,6 +61,7 @@ class CheckpointSummary:
             "expert_parameters": self.expert_parameters,
             "expert_bits": self.expert_bits,
             "warnings": self.warnings,
+            "tuning": None if self.tuning is None else vars(self.tuning),
         }
 
 
@@ -133,7 +142,19 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
         expert_parameters=parameters,
         expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
         warnings=warnings,
+        tuning=_tuning(Path(checkpoint) / REPORT_FILE),
     )
+
+
+def _tuning(report: Path) -> TuningReport | None:
+    """A checkpoint is served without its report, which may be missing. Raises FormatError for one that is none."""
+    if not report.is_file():
+        return None
+    try:
+        tuning = json.loads(report.read_text(encoding="utf-8")).get("tuning")
+        return tuning and TuningReport(**tuning)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{report}: not a report of `mcmoe quantize`: {error}") from None
 
 
 def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> tuple[int, list[str]]:

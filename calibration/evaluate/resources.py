@@ -24,6 +24,7 @@ from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_b
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
+from vllm_mcmoe.calibration.model.tunable import norm_parameters, router_parameters
 from vllm_mcmoe.calibration.quantize.layer import find_linear
 from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
@@ -33,6 +34,9 @@ BITS_16 = 2  # bytes
 # Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
 # of what was quantised. A loss gradient costs a forward again and twice as much backward.
 FORWARD_PASSES, GRADIENT_PASSES = 3, 3
+# Tuning runs the original once, then a gradient's passes; only experts' inputs, not their weights, have gradients, but
+# the sequences that are held out run twice. Of a value that is tuned, its gradient and Adam's two moments are kept.
+TUNING_COPIES = 4
 # Multiply-adds per weight and input: refinement makes one product with the Hessian and updates it once in every sweep;
 # GPTQ itself updates what lies right of a column, half the matrix.
 SWEEP_PRODUCTS, REFINEMENT_START, GPTQ_PRODUCTS = 1, 1, 0.5
@@ -147,13 +151,15 @@ def plan_resources(
     length: int = 2048,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
+    tuned: bool = True,
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
     """bits: of expert weights, scales and zeros included. sequences x length calibration tokens.
+    tuned: as pipeline.quantize takes it. kv_tokens: of all requests that are served at once.
 
-    kv_tokens: of all requests that are served at once. Raises UnsupportedModelError as describe_model does.
+    Raises UnsupportedModelError as describe_model does.
     """
-    description, recipe = describe_model(model_dir), find_recipe(recipe, effort)
+    description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned)
     linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
     model = skeleton(description)
     linears = _linears(description, model)
@@ -167,12 +173,20 @@ def plan_resources(
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
     layer_bytes = FLOAT_BYTES * max(layer_weights)
     passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
+    tuned_weights = 0
+    if recipe.tuning is not None:
+        passes += 1 + GRADIENT_PASSES * recipe.tuning.passes
+        tuned_weights = _tuned_weights(description, model)
     quantization = QuantizationNeeds(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
         activation_bytes=kept_bytes,
-        memory_bytes=2 * layer_bytes + OTHER_BYTES + _attention_bytes(model, length),
-        disk_bytes=checkpoint_bytes + kept_bytes,
+        memory_bytes=2 * layer_bytes
+        + OTHER_BYTES
+        + _attention_bytes(model, length)
+        + TUNING_COPIES * FLOAT_BYTES * tuned_weights,
+        # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
+        disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
         expert_products=_expert_products(description, recipe, tokens),
         forward_products=float(passes * parameters.active * tokens),
     )
@@ -231,6 +245,17 @@ def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence
     total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
     unused = layers * (description.num_experts - description.top_k) * expert
     return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
+
+
+def _tuned_weights(description: MoeModel, model: torch.nn.Module) -> int:
+    """Of routers and norms, and a factor for every row of the experts' matrices."""
+    rows = len(description.moe_layers) * description.num_experts * sum(n for n, _ in description.part_shapes().values())
+    names = [
+        (layer, name)
+        for index, layer in enumerate(model.model.layers)
+        for name in (*router_parameters(description, index, layer), *norm_parameters(layer))
+    ]
+    return rows + sum(layer.get_parameter(name).numel() for layer, name in names)
 
 
 def _model_bytes(description: MoeModel, parameters: Parameters) -> int:

@@ -18,6 +18,7 @@ from vllm_mcmoe.cli.options import (
     Recipe,
     RecipeName,
     Sequences,
+    Tune,
 )
 
 
@@ -117,6 +118,7 @@ def plan_resources(
     linear_bits: LinearBits = None,
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
+    tune: Tune = True,
     sequences: Sequences = 128,
     length: Length = 2048,
     kv_tokens: Annotated[
@@ -138,6 +140,7 @@ def plan_resources(
         linear_bits=linear_bits,
         recipe=recipe.value,
         effort=effort.value,
+        tuned=tune,
         sequences=sequences,
         length=length,
         kv_tokens=kv_tokens,

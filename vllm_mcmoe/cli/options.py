@@ -156,6 +156,15 @@ EvaluationData = Annotated[
 Evaluate = Annotated[
     bool, typer.Option("--evaluate/--no-evaluate", help="Score the result: two more passes over the model.")
 ]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune/--no-tune",
+        help="After quantising, adjust what stays in 16 bits (routers, norms, the scales of experts' rows) so that the "
+        "model predicts again what the original does. Takes as long as four more passes of the calibration text; "
+        "changes no size. Recipes paper-code and uniform, and effort fast, do without.",
+    ),
+]
 LinearBits = Annotated[
     int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
 ]

@@ -27,6 +27,7 @@ from vllm_mcmoe.cli.options import (
     Restart,
     Sequences,
     Storage,
+    Tune,
     Widths,
     parse_widths,
 )
@@ -48,6 +49,7 @@ def quantize(
     effort: Effort = EffortName.normal,
     widths: Widths = None,
     linear_bits: LinearBits = None,
+    tune: Tune = True,
     evaluation_data: EvaluationData = None,
     evaluation: Evaluate = True,
     sequences: Sequences = 128,
@@ -93,6 +95,7 @@ def quantize(
         effort=effort.value,
         widths=parse_widths(widths),
         linear_bits=linear_bits,
+        tuned=tune,
         sequences=sequences,
         length=length,
         evaluation_data=(evaluation_data or data) if evaluation else None,
