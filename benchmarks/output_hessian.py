@@ -41,7 +41,7 @@ def main() -> None:
     model = LayerwiseModel(WeightFiles(description))
     widths = [options.bits] * description.num_experts
     plan = Plan(layers={name: {"gate_up": widths, "down": widths} for name in description.moe_layers.values()})
-    default = RECIPES["mcmoe"]
+    default = replace(RECIPES["mcmoe"], tuning=None)  # which is another matter
     for count in options.sequences:
         sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients

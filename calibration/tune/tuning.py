@@ -74,7 +74,7 @@ def tune(
         log("Nothing is tuned: of one calibration sequence none can be held out.")
     out.mkdir(exist_ok=True)
     for path in weights.files.files:
-        _write_shard(path, out / path.name, TunedWeights(weights, values), work)
+        write_shard(path, out / path.name, TunedWeights(weights, values), work)
     store.drop_all()
     return report
 
@@ -95,9 +95,10 @@ class _Tuning:
     ):
         self.model, self.tokens, self.options = model, tokens, options
         self.work, self.store, self.log, self.show_progress = work, store, log, show_progress
-        self.tunables = find_tunables(LayerwiseModel(weights), options)
-        self.values = {name: torch.nn.Parameter(tunable.value) for name, tunable in self.tunables.items()}
+        self.values: dict[str, torch.nn.Parameter] = {}
         self.quantized = LayerwiseModel(TunedWeights(weights, self.values), model.device)
+        self.tunables = find_tunables(self.quantized, options)
+        self.values |= {name: torch.nn.Parameter(tunable.value) for name, tunable in self.tunables.items()}
         groups = [{"params": [self.values[name]], "lr": tunable.step} for name, tunable in self.tunables.items()]
         self.optimizer = torch.optim.Adam(groups, betas=BETAS)
         every = min(HELD_OUT, len(tokens))
@@ -194,7 +195,7 @@ class _Tuning:
         return document["step"]
 
 
-def _write_shard(source: Path, target: Path, tuned: TunedWeights, work: WorkDirectory) -> None:
+def write_shard(source: Path, target: Path, tuned: TunedWeights, work: WorkDirectory) -> None:
     """A unit of work. The file as it is where nothing of it has other values."""
     unit = f"tuned-{source.stem}"
     if work.load(unit) is not None:

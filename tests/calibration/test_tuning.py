@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from tests.calibration import child_process
 from tests.calibration.conftest import QUICK, layerwise
-from tests.tiny_models import TINY_MODELS, make_tiny
+from tests.tiny_models import make_tiny
 from vllm_mcmoe.calibration.checkpoint.report import TuningReport
 from vllm_mcmoe.calibration.checkpoint.workdir import work_path, working_on
-from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, load_dequantized
 from vllm_mcmoe.calibration.evaluate.inspection import inspect_checkpoint
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
@@ -36,10 +36,6 @@ from vllm_mcmoe.kernels.packing import PackedMatrix
 TEXT = {"sequences": 6, "length": 64, "show_progress": False}
 FEW = TuningOptions(steps=3)
 TUNED = dataclasses.replace(QUICK, tuning=FEW)
-
-# Of every way to route there is one: softmax before and after the top k, sigmoid with a correction bias, groups,
-# biases, a router that normalises and scales, latent experts without a gate, LayerNorm, norms of 1 + weight.
-KINDS = list(TINY_MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def test_the_gradient_is_that_of_the_whole_model_in_memory(kind, made):
         parameter.requires_grad_(True)
     loss = token_kl(expected, whole(tokens).logits.log_softmax(-1)).mean()
     loss.backward()
-    assert float(loss) == pytest.approx(kl, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(kl, rel=1e-4)
     for name, tunable in tunables.items():
         layer = whole.model.layers[tunable.layer]
         if tunable.parameter in ("gate_up", "down"):
@@ -114,31 +110,6 @@ def test_the_gradient_is_that_of_the_whole_model_in_memory(kind, made):
         else:
             gradient = layer.get_parameter(tunable.parameter).grad
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_routers_norms_and_rows_of_every_architecture_are_tuned_and_written(kind, made, tmp_path):
-    model, checkpoint = made(kind)
-    report = tune(model, checkpoint, tmp_path / "out", some_tokens(6), FEW)
-    before, after = tensors(checkpoint), tensors(tmp_path / "out")
-    assert {name: (t.dtype, t.shape) for name, t in before.items()} == {
-        name: (t.dtype, t.shape) for name, t in after.items()
-    }
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    if not report.kept:
-        assert not changed
-        pytest.skip(f"on random text, which it is, KL rose from {report.before} to {report.after}")
-    assert report.after < report.before
-    tunables = find_tunables(LayerwiseModel(open_weights(checkpoint)), FEW)
-    routers = {name for name in tunables if any(part in name for part in ("gate.", ".gate", "router"))}
-    description = describe_model(model)
-    for index in description.moe_layers:
-        of_layer = {name for name in routers if name.startswith(f"{description.layer_prefix}{index}.")}
-        assert of_layer & changed, f"no router of layer {index} was tuned"
-    assert any("norm" in name for name in changed)
-    assert any(name.endswith(".scales") for name in changed)
-    assert all(name in tunables or name.endswith(".scales") for name in changed)
-    assert not any("correction_bias" in name or name.endswith("expert_bias") for name in changed)
 
 
 def test_kl_falls_on_text_that_was_not_calibrated_on(
@@ -220,7 +191,7 @@ def uninterrupted(tmp_path_factory, qwen3_model, calibration_files) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "calls"), [("_held_out_kl", 0), ("_step", 1), ("_save", 1), ("_held_out_kl", 1), ("_write_shard", 2)]
+    ("method", "calls"), [("_held_out_kl", 0), ("_step", 1), ("_save", 1), ("_held_out_kl", 1), ("write_shard", 2)]
 )
 def test_interrupted_tuning_goes_on_and_writes_the_same_bytes(
     tmp_path, qwen3_model, calibration_files, uninterrupted, method, calls
