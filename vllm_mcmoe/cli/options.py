@@ -86,8 +86,8 @@ Recipe = Annotated[
 Bits = Annotated[
     float | None,
     typer.Option(
-        help="Average bits of an expert weight as written: a group's scale and zero included, "
-        "so 2-bit codes cost 2.25 and 1-bit codes 1.125.",
+        help="Average bits of an expert weight as written, scales included, so 2-bit codes cost 2.07. "
+        "(Recipes paper-code and uniform store 16-bit scales and zeros: 2.25.)",
         show_default=False,
     ),
 ]
