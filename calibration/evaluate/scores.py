@@ -167,7 +167,7 @@ def _evaluation(
     weights = subject.weights
     losses, distance = _compare(subject, base, text.tokens)
     loss_by_file = mean_loss_by_file(losses, text)
-    expert_bytes, total_bytes, average_bits = _sizes(weights)
+    expert_bytes, total_bytes, average_bits = sizes_of(weights)
     return Evaluation(
         model=weights.model.path,
         against=None if base is None else base.weights.model.path,
@@ -284,7 +284,7 @@ def exp_or_inf(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
+def sizes_of(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
     """Bytes of the experts' weights and of all, and average bits per weight, on disk."""
     is_expert, info = weights.model.is_expert_weight, weights.files.info
     expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))

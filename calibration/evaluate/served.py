@@ -25,7 +25,7 @@ from urllib3.util import Retry
 
 from vllm_mcmoe.calibration.common.device import choose_device
 from vllm_mcmoe.calibration.common.progress import Log, progress
-from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.evaluate.scores import (
     Activations,
     Evaluation,
@@ -34,6 +34,7 @@ from vllm_mcmoe.calibration.evaluate.scores import (
     exp_or_inf,
     mean_loss_by_file,
     pruners_of,
+    sizes_of,
 )
 from vllm_mcmoe.calibration.measure.sensitivity import token_kl
 from vllm_mcmoe.calibration.model.text import (
@@ -45,6 +46,7 @@ from vllm_mcmoe.calibration.model.text import (
     load_tokenizer,
 )
 from vllm_mcmoe.errors import DataError, EndpointError, UnsupportedModelError
+from vllm_mcmoe.pruning import pruned_fraction
 
 AT_ONCE = 8  # requests under way: a server computes them together, and their answers wait in memory
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 1800  # a CPU takes minutes for long prompts, eight of them at once
@@ -298,15 +300,26 @@ def evaluate_served(
     losses, distance = _compare(*sources)
     if distance and count >= 0:
         distance["kl_over"] = f"the {count} likeliest served tokens and all others as one"
+    if weights[0] is None:
+        about = {"activations": "served"}
+    else:
+        expert_bytes, total_bytes, average_bits = sizes_of(weights[0])
+        about = {
+            "activations": activations if isinstance(weights[0], CheckpointWeights) else "float",
+            "expert_bytes": expert_bytes,
+            "total_bytes": total_bytes,
+            "average_bits": average_bits,
+            "pruned": pruned_fraction(pruners.values()),
+        }
     loss_by_file = mean_loss_by_file(losses, text)
     return Evaluation(
         model=str(endpoints[0] or model),
         against=None if against is None else str(endpoints[1] or against),
-        activations=activations if endpoints[0] is None else "served",
         tokens=losses.numel(),
         perplexity_by_file={name: exp_or_inf(loss) for name, loss in loss_by_file.items()},
         geometric_mean_perplexity=exp_or_inf(sum(loss_by_file.values()) / len(loss_by_file)),
         token_perplexity=exp_or_inf(float(losses.mean())),
+        **about,
         **distance,
     )
 

@@ -134,8 +134,9 @@ def _by_template(tokenizer: PreTrainedTokenizerBase | None, messages: list[Any],
             f"{where}: a conversation, and the model's tokenizer has no chat template; give texts, or write the "
             'conversations out as the model was trained on them, under "text".'
         )
+    today = {"strftime_now": TODAY.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, strftime_now=TODAY.strftime)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **today)
     except Exception as error:  # templates refuse what they do not know in their own words, or fail on it
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{where}: the model's chat template cannot write out these messages: {reason}") from error

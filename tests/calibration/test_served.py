@@ -187,7 +187,8 @@ def test_two_servers_are_compared_as_a_server_and_a_directory(
     assert both.perplexity_ratio == pytest.approx(one.perplexity_ratio, rel=1e-4)
     assert 0.5 * one.mean_kl < both.mean_kl <= one.mean_kl * 1.0001  # fewer tokens are known on both sides
     assert turned.perplexity_ratio == pytest.approx(1 / one.perplexity_ratio, rel=1e-4)
-    assert turned.activations == "int8" and turned.kl_over is None
+    assert turned.activations == "float" and turned.kl_over is None
+    assert turned.average_bits == {"experts": 16.0, "model": 16.0} and turned.pruned == 0
 
 
 def test_perplexity_alone_asks_for_no_likeliest_tokens(quantised, tokenizer, reference_model, evaluation_files):
