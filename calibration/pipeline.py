@@ -1,6 +1,7 @@
 """The story: open a model, measure its experts, allocate bits, quantise, write a checkpoint, evaluate it.
 
     factors = calibrate(model_dir, ["c4.jsonl"])                                 # measure only, into factors.json
+    report = quantize(model_dir, out_dir, bits=2.5)                              # on the built-in calibration text
     report = quantize(model_dir, out_dir, ["c4.jsonl"], bits=2.5)                # measure, allocate, quantise
     report = quantize(model_dir, out_dir, ["c4.jsonl"], plan=Plan.load("plan.json"))
 
@@ -69,7 +70,7 @@ ALLOCATED = "allocated"  # the unit of work between measuring and quantising
 
 def calibrate(
     model_dir: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | None = None,
     out: str | Path | None = None,
     *,
     recipe: str | Recipe = "mcmoe",
@@ -86,7 +87,7 @@ def calibrate(
 ) -> Factors:
     """Measure every expert of a model.
 
-    data         text files, .jsonl files or directories, as load_sequences takes them
+    data         text files, .jsonl files or directories, as load_sequences takes them; None takes the built-in text
     out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
                  and the same call goes on from there after having been killed
     effort       how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
@@ -127,7 +128,7 @@ def calibrate(
 def quantize(
     model_dir: str | Path,
     out_dir: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | None = None,
     *,
     plan: Plan | None = None,
     factors: Factors | None = None,
@@ -149,7 +150,7 @@ def quantize(
 ) -> QuantizationReport:
     """The whole path: measure, allocate, quantise, write. What is given is not computed again.
 
-    data             calibration text, as load_sequences takes it
+    data             calibration text, as load_sequences takes it; None takes the built-in text
     plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
@@ -231,14 +232,14 @@ def quantize(
             model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
         )
         report = job.write_checkpoint(tokens.tokens, show_progress)
-        card = model_card(description, report)
+        card = model_card(description, report, tokens)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
             options = {"sequences": sequences, "length": length, "device": device}
             options |= {"log": log, "show_progress": show_progress}
             before = evaluate(model_dir, evaluation_data, **options)
             after = evaluate(work.checkpoint, evaluation_data, against=model_dir, **options)
-            card = model_card(description, report, (before, after), held_out)
+            card = model_card(description, report, tokens, (before, after), held_out)
         return _publish(work, report, card, started, log)
 
 
@@ -299,7 +300,7 @@ def quantize_model(
             model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
         )
         report = job.write_checkpoint(sequences.tokens, show_progress)
-        return _publish(work, report, model_card(model.description, report), started, log)
+        return _publish(work, report, model_card(model.description, report, sequences), started, log)
 
 
 def _tensors(gradients: Mapping[str, OutputGradients] | None) -> Iterator[tuple[str, torch.Tensor]]:
