@@ -77,20 +77,20 @@ def last_level_cache_bytes() -> int:
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=64 * 2**20)
 
 
-def random_matrix(bits: int, out_features: int, in_features: int) -> PackedMatrix:
+def random_matrix(bits: int, out_features: int, in_features: int, stored_zeros: bool) -> PackedMatrix:
     """Random bytes as codes: every code is equally likely."""
     groups = (out_features, in_features // GROUP_SIZE)
     qweight = torch.randint(0, 256, (*groups, packed_bytes_per_group(bits)), dtype=torch.uint8)
     scales = torch.full(groups, 0.01, dtype=torch.float16)
-    zeros = None if bits == 1 else torch.full(groups, (2**bits - 1) / 2, dtype=torch.float16)
-    return PackedMatrix(bits, qweight, scales, zeros)
+    zeros = torch.full(groups, (2**bits - 1) / 2, dtype=torch.float16)
+    return PackedMatrix(bits, qweight, scales, zeros if stored_zeros and bits > 1 else None)
 
 
-def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str) -> Variant:
+def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str, stored_zeros: bool) -> Variant:
     os.environ[ISA_VARIABLE] = isa
     bits = [widths[expert % len(widths)] for expert in range(shape.experts)]
-    gate_up = {b: random_matrix(b, 2 * shape.intermediate, shape.hidden) for b in set(bits)}
-    down = {b: random_matrix(b, shape.hidden, shape.intermediate) for b in set(bits)}
+    gate_up = {b: random_matrix(b, 2 * shape.intermediate, shape.hidden, stored_zeros) for b in set(bits)}
+    down = {b: random_matrix(b, shape.hidden, shape.intermediate, stored_zeros) for b in set(bits)}
 
     def prepare() -> CpuExperts:
         return CpuExperts.prepare(
@@ -100,6 +100,7 @@ def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str) -> Varian
             intermediate_size=shape.intermediate,
             gate_up_bits=bits,
             down_bits=bits,
+            stored_zeros=stored_zeros,
         )
 
     layers = [prepare()]
@@ -228,15 +229,24 @@ def main() -> None:
     parser.add_argument(
         "--isa", choices=available_isas(), action="append", help="instruction set of our kernels; repeatable"
     )
+    parser.add_argument(
+        "--zeros", choices=("none", "stored", "both"), default="none", help="of checkpoints in format version 2, or 1"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="per number of tokens")
     parser.add_argument("--json", type=Path, help="write all results there")
     arguments = parser.parse_args()
     tokens = [int(text) for text in arguments.tokens.split(",")]
     isas = arguments.isa or [select_isa()]
+    zeros = {"stored": (True,), "none": (False,), "both": (False, True)}[arguments.zeros]
     ours = {
-        width if len(isas) == 1 else f"{width}, {isa}": (WIDTHS[width], isa)
+        ", ".join([width, *[isa] * (len(isas) > 1), *["zeros"] * (stored and len(zeros) > 1)]): (
+            WIDTHS[width],
+            isa,
+            stored,
+        )
         for width in arguments.widths.split(",")
         for isa in isas
+        for stored in zeros
     }
     names = [BASELINE, *ours]
 

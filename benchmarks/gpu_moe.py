@@ -82,9 +82,8 @@ def random_matrices(bits: Sequence[int], out_features: int, in_features: int) ->
         scales = torch.full(
             (out_features, groups), in_features**-0.5 / (1 << width), dtype=torch.float16, device="cuda"
         )
-        zeros = torch.full_like(scales, ((1 << width) - 1) / 2)
         codes = torch.randint(0, 256, qweight, dtype=torch.uint8, device="cuda")
-        yield PackedMatrix(width, codes, scales, None if width == 1 else zeros)
+        yield PackedMatrix(width, codes, scales, zeros=None)
 
 
 def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> Callable[[Inputs], torch.Tensor]:
@@ -97,6 +96,7 @@ def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> Callab
         intermediate_size=intermediate,
         gate_up_bits=widths,
         down_bits=widths,
+        stored_zeros=False,
         activations=activations,
     )
     local = expert_map(shape)
@@ -127,8 +127,8 @@ def expert_bytes(shape: Shape, bits_per_weight: float, topk_ids: torch.Tensor) -
 
 
 def stored_bits(bits: Sequence[int]) -> float:
-    """Average bits per weight, with a scale at 1 bit, scale and zero at others."""
-    return sum(width + (16 if width == 1 else 32) / GROUP_SIZE for width in bits) / len(bits)
+    """Average bits per weight on the device, with a float16 scale of each group."""
+    return sum(width + 16 / GROUP_SIZE for width in bits) / len(bits)
 
 
 def microseconds(run: Callable[[], torch.Tensor]) -> float:

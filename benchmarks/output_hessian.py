@@ -1,8 +1,10 @@
-"""What refining experts under the Hessian of their outputs is worth, and how its constants were chosen.
+"""What refining experts under the Hessian of their outputs is worth, what scales of a byte cost, and how the constants
+of both were chosen.
 
     python benchmarks/output_hessian.py                                          # without, and as by default
     python benchmarks/output_hessian.py --sequences 4 16 --damping 0.1 0.5 2     # few tokens of an expert
     python benchmarks/output_hessian.py --rows 128 256 512 1024 --sweeps 4 8 12
+    python benchmarks/output_hessian.py --bits 1 2 3 4 --metadata float16 float8 --only-with
 
 KL to the 16-bit reference model on its evaluation text, every expert at --bits, attention in 16 bits. The damping asked
 for is all of it: what is added for few tokens is left out where --damping is given.
@@ -23,7 +25,7 @@ from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.matrix import two_sided
 from vllm_mcmoe.calibration.measure import output_gradients
 from vllm_mcmoe.calibration.measure.statistics import measure
-from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightFiles
@@ -39,22 +41,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     description = describe_model(REFERENCE / "tiny-mixtral")
     model = LayerwiseModel(WeightFiles(description))
-    widths = [options.bits] * description.num_experts
-    plan = Plan(layers={name: {"gate_up": widths, "down": widths} for name in description.moe_layers.values()})
     default = replace(RECIPES["mcmoe"], tuning=None)  # which is another matter
     for count in options.sequences:
         sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
-        choices = itertools.product(options.sweeps, options.rows, options.damping)
-        for sweeps, rows, damping in [(0, 0, None), *choices]:
-            recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps))
+        choices = list(itertools.product(options.sweeps, options.rows, options.damping))
+        choices = choices if options.only_with else [(0, 0, None), *choices]
+        for bits, metadata, (sweeps, rows, damping) in itertools.product(options.bits, options.metadata, choices):
+            recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps, metadata=metadata))
+            plan = _uniform(description, bits)
             with (
                 tempfile.TemporaryDirectory() as directory,
                 mock.patch.object(output_gradients, "COUPLED_ROWS", rows or two_sided.COUPLED_ROWS),
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
             ):
                 out = Path(directory) / "out"
-                quantize_model(
+                report = quantize_model(
                     model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
                     output_gradients=gradients if sweeps else None, show_progress=False,
                 )  # fmt: skip
@@ -63,7 +65,16 @@ def main() -> None:
                     length=LENGTH, show_progress=False,
                 )  # fmt: skip
             shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
-            print(f"{count} sequences, {shown}: KL {scores.mean_kl:.4f}", flush=True)
+            stored = report.average_bits["experts"]
+            print(
+                f"{bits} bits, {stored:.3f} with {metadata}, {count} sequences, {shown}: KL {scores.mean_kl:.4f}",
+                flush=True,
+            )
+
+
+def _uniform(description: MoeModel, bits: int) -> Plan:
+    widths = [bits] * description.num_experts
+    return Plan(layers={name: {"gate_up": widths, "down": widths} for name in description.moe_layers.values()})
 
 
 def _always(damping: float | None) -> Callable[[int, int], float]:
@@ -77,7 +88,12 @@ def _corpus(part: str) -> list[Path]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--metadata", nargs="+", choices=("float16", "float8"), default=[RECIPES["mcmoe"].gptq.metadata],
+        help="scales and zeros of 16 bits, or scales of a byte",
+    )  # fmt: skip
+    parser.add_argument("--only-with", action="store_true", help="leave out what it would be without sweeps")
     parser.add_argument("--sequences", type=int, nargs="+", default=[128], help="of 256 calibration tokens")
     parser.add_argument("--sweeps", type=int, nargs="+", default=[RECIPES["mcmoe"].gptq.output_sweeps])
     parser.add_argument("--rows", type=int, nargs="+", default=[two_sided.COUPLED_ROWS], help="coupled")

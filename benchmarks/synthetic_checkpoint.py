@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from vllm_mcmoe.calibration.allocate.bits import written_bits
 from vllm_mcmoe.calibration.checkpoint.writer import Shard, shard_name, write_document, write_index
 from vllm_mcmoe.calibration.common.progress import progress
+from vllm_mcmoe.calibration.matrix.grids import scale_ranges, storable_scales
 from vllm_mcmoe.calibration.quantize.linears import PACKED, SCALE, SHAPE, linear_config
-from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
 from vllm_mcmoe.pruning import PruningRules
 
 MASK_ROUTER_RANK = 8  # as mcmoe prune trains them
@@ -140,7 +141,7 @@ class Writer:
                 if self.widths is None:
                     shard.add(f"{name}.weight", self._matrix(rows, columns))
                 else:
-                    shard.add_matrix(name, self._packed(self.widths[expert], rows, columns))
+                    shard.add_matrix(name, self._packed(self.widths[expert], rows, columns), FORMAT_VERSION)
         return shard
 
     def rest(self) -> Shard:
@@ -162,15 +163,9 @@ class Writer:
     def _packed(self, bits: int, rows: int, columns: int) -> PackedMatrix:
         """Uniform codes around their mean, which is the zero: variance (4^bits - 1) / 12."""
         groups = (rows, columns // GROUP_SIZE)
-        scale = columns**-0.5 / math.sqrt((4**bits - 1) / 12)
-        zero = (2**bits - 1) / 2  # exact in float16
-        assert bits > 1 or zero == ONE_BIT_ZERO
-        return PackedMatrix(
-            bits,
-            self._bytes(*groups, packed_bytes_per_group(bits)),
-            torch.full(groups, scale, dtype=torch.float16),
-            None if bits == 1 else torch.full(groups, zero, dtype=torch.float16),
-        )
+        scales = torch.full(groups, columns**-0.5 / math.sqrt((4**bits - 1) / 12))
+        scales = storable_scales(scales, "float8", scale_ranges(scales, bits, "float8")).half()
+        return PackedMatrix(bits, self._bytes(*groups, packed_bytes_per_group(bits)), scales, zeros=None)
 
     def _linear(self, shard: Shard, name: str, rows: int, columns: int) -> None:
         if self.linear_bits == 16:

@@ -1,6 +1,7 @@
 """The story: open a model, measure its experts, allocate bits, quantise, write a checkpoint, evaluate it.
 
     factors = calibrate(model_dir, ["c4.jsonl"])                                 # measure only, into factors.json
+    report = quantize(model_dir, out_dir, bits=2.5)                              # on the built-in calibration text
     report = quantize(model_dir, out_dir, ["c4.jsonl"], bits=2.5)                # measure, allocate, quantise
     report = quantize(model_dir, out_dir, ["c4.jsonl"], plan=Plan.load("plan.json"))
 
@@ -73,7 +74,7 @@ ALLOCATED = "allocated"  # the unit of work between measuring and quantising
 
 def calibrate(
     model_dir: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | None = None,
     out: str | Path | None = None,
     *,
     recipe: str | Recipe = "mcmoe",
@@ -90,7 +91,7 @@ def calibrate(
 ) -> Factors:
     """Measure every expert of a model.
 
-    data         text files, .jsonl files or directories, as load_sequences takes them
+    data         text files, .jsonl files or directories, as load_sequences takes them; None takes the built-in text
     out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
                  and the same call goes on from there after having been killed
     effort       how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
@@ -131,7 +132,7 @@ def calibrate(
 def quantize(
     model_dir: str | Path,
     out_dir: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | None = None,
     *,
     plan: Plan | None = None,
     factors: Factors | None = None,
@@ -154,7 +155,7 @@ def quantize(
 ) -> QuantizationReport:
     """The whole path: measure, allocate, quantise, write. What is given is not computed again.
 
-    data             calibration text, as load_sequences takes it
+    data             calibration text, as load_sequences takes it; None takes the built-in text
     plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
@@ -235,14 +236,14 @@ def quantize(
             log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
         options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
         report = _write_checkpoint(model, work, store, tokens.tokens, *options)
-        card = model_card(description, report)
+        card = model_card(description, report, tokens)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
             options = {"sequences": sequences, "length": length, "device": device}
             options |= {"log": log, "show_progress": show_progress}
             before = evaluate(model_dir, evaluation_data, **options)
             after = evaluate(work.checkpoint, evaluation_data, against=model_dir, **options)
-            card = model_card(description, report, (before, after), held_out)
+            card = model_card(description, report, tokens, (before, after), held_out)
         return _publish(work, report, card, started, log)
 
 
@@ -301,7 +302,7 @@ def quantize_model(
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
         options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
         report = _write_checkpoint(model, work, store, sequences.tokens, *options)
-        return _publish(work, report, model_card(model.description, report), started, log)
+        return _publish(work, report, model_card(model.description, report, sequences), started, log)
 
 
 def _write_checkpoint(

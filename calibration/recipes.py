@@ -87,6 +87,11 @@ class Recipe:
     linear_bits: int = 4
     tuning: TuningOptions | None = None
 
+    @property
+    def format_version(self) -> int:
+        """Of the checkpoints it makes."""
+        return {"float16": 1, "float8": 2}[self.gptq.metadata]
+
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -106,7 +111,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # half the time. Measuring the widths with 1 sweep instead of 8 gives 0.0426.)
             # Sweeps under the outputs' Hessian: KL at 2 bits everywhere 0.0343 / 0.0268 / 0.0257 / 0.0262 after
             # 0 / 4 / 8 / 16 (benchmarks/output_hessian.py).
-            gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8),
+            gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8, metadata="float8"),
             # KL and perplexity at 1.965 bits: 0.0355 and 28.64; "gradient" 0.0381 and 28.74, "none" 0.0352 and 28.83.
             hessian_weighting="routing",
             tuning=TuningOptions(),

@@ -2,6 +2,8 @@
 
     weight[n, k] = scale[n, g] * (code[n, k] - zero[n, g]),     g = k // 128
 
+Zeros are stored in units of codes, or else all of them are the middle of the codes; at 1 bit they always are that.
+
 Codes of one group of 128 are contiguous, so slicing rows or whole groups (tensor parallelism) slices bytes.
 A plane of b bits stores code k at bit b*k of the group's bytes, little-endian: byte i of a 2-bit plane holds codes
 4i .. 4i+3 from the low bits up. A 3-bit group is a 2-bit plane of the low bits (32 bytes), then a 1-bit plane of the
@@ -18,7 +20,37 @@ import torch.nn.functional as F
 
 GROUP_SIZE = 128
 WIDTHS = (1, 2, 3, 4, 8)
-ONE_BIT_ZERO = 0.5  # 1-bit codes mean -scale/2 and +scale/2; no zero is stored
+
+
+def middle_zero(bits: int) -> float:
+    """The zero of codes that lie evenly around it: 0.5, 1.5, 3.5, 7.5, 127.5."""
+    return ((1 << bits) - 1) / 2
+
+
+# Scales of one byte, b = 32 e + m: (1 + m/32) * 2^(e + the row's exponent), which float16 holds exactly.
+MANTISSA_BITS = 5
+OCTAVES = 8
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -19, 8  # of a row: float16 holds 2^-19 * (1 + m/32) and 2^15 * (1 + m/32)
+_EXPONENT_BIAS, _DROPPED_BITS = 127, 23 - MANTISSA_BITS  # of float32
+
+
+def scales_to_bytes(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float16 [out, groups], in every row positive and within a factor of 128 of the largest, five bits of mantissa ->
+    uint8 of the same shape and the rows' exponents, int8 [out]. Raises ValueError for scales that are not so."""
+    bits = scales.float().view(torch.int32)
+    exponents = (bits.amax(1) >> 23) - _EXPONENT_BIAS - (OCTAVES - 1)
+    exponents = exponents.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8)
+    first = (exponents.to(torch.int32) + _EXPONENT_BIAS) << MANTISSA_BITS
+    stored = ((bits >> _DROPPED_BITS) - first[:, None]).clamp(0, 255).to(torch.uint8)
+    if not torch.equal(scales_from_bytes(stored, exponents), scales):
+        raise ValueError("scales that a byte cannot hold beside the others of their row")
+    return stored, exponents
+
+
+def scales_from_bytes(stored: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, groups] and int8 [out] -> float16 [out, groups], exactly."""
+    first = (exponents.to(torch.int32) + _EXPONENT_BIAS) << MANTISSA_BITS
+    return ((stored.to(torch.int32) + first[:, None]) << _DROPPED_BITS).view(torch.float32).half()
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -110,7 +142,7 @@ class PackedMatrix:
     bits     1, 2, 3, 4 or 8
     qweight  uint8   [out, groups, 16*bits]  codes, see the module's text
     scales   float16 [out, groups]           > 0; 0 in rows that a kernel's layout adds
-    zeros    float16 [out, groups]           in units of codes, not rounded; None at 1 bit, where it is 0.5
+    zeros    float16 [out, groups]           in units of codes, not rounded; None where they are the middle of the codes
     """
 
     bits: int
@@ -133,7 +165,7 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the checkpoint: scales, zeros and the last group's padding included."""
+        """Scales, zeros and the last group's padding included."""
         return sum(t.nbytes for t in (self.qweight, self.scales, self.zeros) if t is not None)
 
     def codes(self) -> torch.Tensor:
@@ -141,9 +173,9 @@ class PackedMatrix:
         return unpack_codes(self.qweight, self.bits)
 
     def float_zeros(self) -> torch.Tensor:
-        """float32 [out, groups], the constant 0.5 at 1 bit."""
+        """float32 [out, groups]."""
         if self.zeros is None:
-            return torch.full_like(self.scales, ONE_BIT_ZERO, dtype=torch.float32)
+            return torch.full_like(self.scales, middle_zero(self.bits), dtype=torch.float32)
         return self.zeros.float()
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:

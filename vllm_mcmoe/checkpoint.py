@@ -1,11 +1,12 @@
-"""Checkpoint format, version 1: what `config.json["quantization_config"]` says and how tensors are called.
+"""Checkpoint format, versions 1 and 2: what `config.json["quantization_config"]` says and how tensors are called.
 
 A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the model's names with three suffixes
 (`kernels/packing.py` describes their bytes):
 
-    {layer}.{expert}.{projection}.qweight   uint8   [out, ceil(in/128), 16*bits]
-    {layer}.{expert}.{projection}.scales    float16 [out, ceil(in/128)]
-    {layer}.{expert}.{projection}.zeros     float16 [out, ceil(in/128)], absent at 1 bit
+    {layer}.{expert}.{projection}.qweight   uint8 [out, ceil(in/128), 16*bits]
+    {layer}.{expert}.{projection}.scales    [out, ceil(in/128)], float16 in version 1, uint8 in version 2
+    {layer}.{expert}.{projection}.zeros     float16 [out, ceil(in/128)], in version 1, but not at 1 bit
+    {layer}.{expert}.{projection}.exponents int8 [out], in version 2: of the rows' scales
     {layer}.{expert}.{projection}.bias      [out], of models whose experts have biases: as the model has it
 
 where {layer} is the on-disk prefix of a layer's experts, for example `model.layers.0.block_sparse_moe.experts`;
@@ -15,23 +16,61 @@ are, and is filled up with codes 0, which readers crop.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    WIDTHS,
+    PackedMatrix,
+    packed_bytes_per_group,
+    scales_from_bytes,
+    scales_to_bytes,
+)
 from vllm_mcmoe.pruning import PruningConfig
 
 QUANT_METHOD = "mcmoe"
-FORMAT_VERSION = 1
+VERSIONS = (1, 2)  # which differ in what is stored of each group of weights beside its codes
+FORMAT_VERSION = VERSIONS[-1]
 
-QWEIGHT, SCALES, ZEROS, BIAS = "qweight", "scales", "zeros", "bias"
+QWEIGHT, SCALES, ZEROS, EXPONENTS, BIAS = "qweight", "scales", "zeros", "exponents", "bias"
 
 
-def tensor_suffixes(bits: int) -> tuple[str, ...]:
-    """Suffixes a matrix of this width has in the checkpoint; 1 bit stores no zeros."""
-    return (QWEIGHT, SCALES) if bits == 1 else (QWEIGHT, SCALES, ZEROS)
+def tensor_dtypes(bits: int, version: int) -> dict[str, str]:
+    """Suffix -> dtype, in safetensors' words, of the tensors that a matrix of this width has."""
+    if version == 1:
+        return {QWEIGHT: "U8", SCALES: "F16"} | ({} if bits == 1 else {ZEROS: "F16"})
+    return {QWEIGHT: "U8", SCALES: "U8", EXPONENTS: "I8"}
+
+
+def tensor_shape(suffix: str, bits: int, rows: int, groups: int) -> tuple[int, ...]:
+    """Of one of tensor_dtypes' tensors."""
+    return {QWEIGHT: (rows, groups, packed_bytes_per_group(bits)), EXPONENTS: (rows,)}.get(suffix, (rows, groups))
+
+
+def matrix_tensors(matrix: PackedMatrix, version: int) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor as this version stores the matrix. Raises ValueError where it cannot."""
+    if version == 1:
+        tensors = {QWEIGHT: matrix.qweight, SCALES: matrix.scales, ZEROS: matrix.zeros}
+    else:
+        scales, exponents = scales_to_bytes(matrix.scales)
+        tensors = {QWEIGHT: matrix.qweight, SCALES: scales, EXPONENTS: exponents, ZEROS: matrix.zeros}
+    tensors = {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
+    if set(tensors) != set(tensor_dtypes(matrix.bits, version)):
+        raise ValueError(f"format version {version} stores {', '.join(tensor_dtypes(matrix.bits, version))}")
+    return tensors
+
+
+def matrix_of(bits: int, version: int, read: Callable[[str], torch.Tensor]) -> PackedMatrix:
+    """The matrix whose tensors read(suffix) gives, as this version stores them."""
+    tensors = {suffix: read(suffix) for suffix in tensor_dtypes(bits, version)}
+    scales = tensors[SCALES] if version == 1 else scales_from_bytes(tensors[SCALES], tensors[EXPONENTS])
+    return PackedMatrix(bits, tensors[QWEIGHT], scales, tensors.get(ZEROS))
 
 
 @dataclass(frozen=True)
@@ -64,7 +103,6 @@ class CheckpointConfig:
     linear: dict[str, Any] | None = None
     pruning: PruningConfig | None = None
     average_bits: dict[str, float] = field(default_factory=dict)
-    group_size: int = GROUP_SIZE
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +110,7 @@ class CheckpointConfig:
         config: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
-            "group_size": self.group_size,
+            "group_size": GROUP_SIZE,
             "experts": {
                 name: {"gate_up": list(bits.gate_up), "down": list(bits.down)} for name, bits in self.experts.items()
             },
@@ -100,11 +138,12 @@ class CheckpointConfig:
                 "`mcmoe quantize`. Serve it without --quantization mcmoe, or quantise it first."
             )
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if not isinstance(version, int) or version not in VERSIONS:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             advice = "upgrade vllm-mcmoe" if newer else "quantise the model again"
+            known = " and ".join(map(str, VERSIONS))
             raise FormatError(
-                f"{source}: format_version is {version!r}, this vllm-mcmoe reads version {FORMAT_VERSION}; {advice}."
+                f"{source}: format_version is {version!r}, this vllm-mcmoe reads versions {known}; {advice}."
             )
         if config.get("group_size") != GROUP_SIZE:
             raise FormatError(f"{source}: group_size is {config.get('group_size')!r}, expected {GROUP_SIZE}.")
@@ -117,6 +156,7 @@ class CheckpointConfig:
             linear=config.get("linear"),
             pruning=None if pruning is None else PruningConfig.from_dict(pruning, f"{source}: pruning"),
             average_bits=config.get("average_bits", {}),
+            format_version=version,
         )
 
 

@@ -31,3 +31,7 @@ class PlanError(McmoeError, ValueError):
 
 class PruningError(McmoeError, ValueError):
     """A pruning rule cannot be calibrated, or a target cannot be reached."""
+
+
+class EndpointError(McmoeError, ValueError):
+    """A server that cannot be reached, refuses a request, or does not tell what is asked of it."""

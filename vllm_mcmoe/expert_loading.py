@@ -117,6 +117,7 @@ class ExpertLoading:
                     gate_up_bits=weights.gate_up.bits,
                     down_bits=weights.down.bits,
                     function=weights.function,
+                    stored_zeros=weights.stored_zeros,
                     device=weights.device,
                 )
             weights.release()

@@ -13,7 +13,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from vllm_mcmoe.checkpoint import BIAS, QWEIGHT, SCALES, ZEROS, tensor_suffixes
+from vllm_mcmoe.checkpoint import (
+    BIAS,
+    EXPONENTS,
+    FORMAT_VERSION,
+    QWEIGHT,
+    SCALES,
+    ZEROS,
+    matrix_of,
+    tensor_dtypes,
+    tensor_shape,
+)
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
@@ -25,6 +35,10 @@ def exact_name(expert: int | str, projection: str, suffix: str) -> str:
     """Of the parameter that takes the tensor `experts.{expert}.{projection}.{suffix}`."""
     return f"mcmoe_{expert}_{projection}_{suffix}"
 
+
+# Every tensor that a matrix may have, whatever the version.
+PARAMETERS = (QWEIGHT, SCALES, ZEROS, EXPONENTS)
+TORCH_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16}
 
 # vLLM's names: w1 is gate, w3 is up, both stacked in the parameters called w13; w2 is down. Where experts have no gate,
 # up is w1.
@@ -58,42 +72,53 @@ class Shard:
 class ProjectionWeights(nn.Module):
     """One projection of every local expert in checkpoint layout; experts differ in width.
 
-    bits     width per local expert
-    qweight  uint8   flat, experts one after the other, each [rows, groups, 16*bits]
-    scales   float16 [experts, rows, groups]
-    zeros    float16 [experts, rows, groups], unused where bits is 1
+    bits       width per local expert
+    version    of the format
+    qweight    uint8 flat, experts one after the other, each [rows, groups, 16*bits]
+    scales     float16, in version 2 uint8 [experts, rows, groups]
+    zeros      float16 [experts, rows, groups] in version 1, unused where bits is 1; empty in version 2
+    exponents  int8 [experts, rows] in version 2; empty in version 1
 
-    The three are empty before `allocate` and after `release`. Rows are whole groups; those the model lacks are zeros in
-    all three, which matrices() sees to.
+    All are empty before `allocate` and after `release`. Rows are whole groups; those the model lacks get scale 0, which
+    matrices() sees to.
     """
 
-    def __init__(self, bits: Sequence[int], rows: int, groups: int, padding: Sequence[slice]):
+    def __init__(self, bits: Sequence[int], version: int, rows: int, groups: int, padding: Sequence[slice]):
         """padding: the rows that no tensor of the checkpoint fills."""
         super().__init__()
-        self.bits = tuple(bits)
+        self.bits, self.version = tuple(bits), version
         self.rows, self.groups, self.padding = rows, groups, padding
         self.sizes = [rows * groups * packed_bytes_per_group(width) for width in bits]
         self.allocated = False
         self.qweight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
-        self.scales = nn.Parameter(torch.empty(0, dtype=torch.float16), requires_grad=False)
+        scales = torch.float16 if version == 1 else torch.uint8
+        self.scales = nn.Parameter(torch.empty(0, dtype=scales), requires_grad=False)
         self.zeros = nn.Parameter(torch.empty(0, dtype=torch.float16), requires_grad=False)
+        self.exponents = nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Suffix -> parameter."""
+        return {suffix: getattr(self, suffix) for suffix in PARAMETERS}
 
     def allocate(self) -> None:
-        """Memory for the tensors."""
-        groups = (len(self.bits), self.rows, self.groups)
-        shapes = ((self.qweight, (sum(self.sizes),)), (self.scales, groups), (self.zeros, groups))
-        for parameter, shape in shapes:
+        """Memory for the tensors that the format's version has."""
+        experts, groups = len(self.bits), (self.rows, self.groups)
+        shapes = {QWEIGHT: (sum(self.sizes),), SCALES: (experts, *groups)}
+        shapes |= {ZEROS: (experts, *groups)} if self.version == 1 else {EXPONENTS: (experts, self.rows)}
+        for suffix, shape in shapes.items():
+            parameter = getattr(self, suffix)
             parameter.data = parameter.data.new_empty(shape)
+        self.exponents.data.zero_()  # vLLM's dummy weights leave integers as they are
         self.allocated = True
 
     def release(self) -> None:
         """Give the memory back at once."""
-        for parameter in (self.qweight, self.scales, self.zeros):
+        for parameter in self.tensors().values():
             parameter.data = parameter.data.new_empty(0)
         self.allocated = False
 
     def view(self, expert: int, suffix: str) -> torch.Tensor:
-        """The destination of one checkpoint tensor: [rows, groups, 16*bits] or [rows, groups]."""
+        """The destination of one checkpoint tensor: [rows, groups, 16*bits], [rows, groups] or [rows]."""
         if suffix != QWEIGHT:
             return getattr(self, suffix).data[expert]
         flat = self.qweight.data.narrow(0, sum(self.sizes[:expert]), self.sizes[expert])
@@ -101,11 +126,14 @@ class ProjectionWeights(nn.Module):
 
     def matrices(self) -> Iterator[PackedMatrix]:
         for expert, bits in enumerate(self.bits):
-            tensors = {suffix: self.view(expert, suffix) for suffix in tensor_suffixes(bits)}
+            tensors = {suffix: self.view(expert, suffix) for suffix in tensor_dtypes(bits, self.version)}
             for rows in self.padding:
                 for tensor in tensors.values():
                     tensor[rows] = 0
-            yield PackedMatrix(bits, tensors[QWEIGHT], tensors[SCALES], tensors.get(ZEROS))
+            matrix = matrix_of(bits, self.version, tensors.__getitem__)
+            for rows in self.padding:
+                matrix.scales[rows] = 0
+            yield matrix
 
 
 class LayerWeights:
@@ -136,11 +164,13 @@ class LayerWeights:
         model_intermediate_size: int,
         function: ExpertFunction = SILU,
         has_bias: bool = False,
+        version: int = FORMAT_VERSION,
     ):
         """model_hidden_size, model_intermediate_size: of the whole layer, over all ranks, as config.json has them."""
         self.layer_name = layer_name
         self.shard = shard
         self.function = function
+        self.version = version
         self._model_shape = {
             GATE: (model_intermediate_size, group_count(model_hidden_size)),
             DOWN: (model_hidden_size, group_count(model_intermediate_size)),
@@ -152,12 +182,13 @@ class LayerWeights:
         first_rows = [part * self.intermediate_size for part in range(function.factor)]  # of gate and up, or of up
         self.gate_up = ProjectionWeights(
             gate_up_bits,
+            version,
             function.factor * self.intermediate_size,
             self.hidden_size // GROUP_SIZE,
             padding=[slice(first + len(rows), first + self.intermediate_size) for first in first_rows],
         )
         self.down = ProjectionWeights(
-            down_bits, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
+            down_bits, version, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
         )
         self.gate_up_bias = self.down_bias = None
         if has_bias:
@@ -178,7 +209,12 @@ class LayerWeights:
         self.on_complete: Callable[[], None] | None = None
 
     def _suffixes(self, bits: int) -> tuple[str, ...]:
-        return (*tensor_suffixes(bits), *self._biases)
+        return (*tensor_dtypes(bits, self.version), *self._biases)
+
+    @property
+    def stored_zeros(self) -> bool:
+        """Whether matrices of more than 1 bit have zeros."""
+        return self.version == 1
 
     @property
     def device(self) -> torch.device:
@@ -193,8 +229,7 @@ class LayerWeights:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters as vLLM's checkpoint mapping expects them: w13_qweight, ..., w2_zeros, w2_bias."""
         for prefix, projection in (("w13", self.gate_up), ("w2", self.down)):
-            for suffix in (QWEIGHT, SCALES, ZEROS):
-                parameter = getattr(projection, suffix)
+            for suffix, parameter in projection.tensors().items():
                 parameter.weight_loader = self._loader(suffix)
                 yield f"{prefix}_{suffix}", parameter
             for suffix in self._biases:
@@ -210,7 +245,7 @@ class LayerWeights:
         """A parameter for every tensor of the layer's experts, under its exact_name; num_experts: of all ranks."""
         for expert in range(num_experts):
             for projection, shard_id in self._projections.items():
-                for suffix in (QWEIGHT, SCALES, ZEROS, *self._biases):
+                for suffix in (*PARAMETERS, *self._biases):
                     parameter = self._placeholder(suffix)
                     parameter.weight_loader = partial(
                         parameter.weight_loader, weight_name="", shard_id=shard_id, expert_id=expert
@@ -255,11 +290,11 @@ class LayerWeights:
             raise FormatError(f"{where}: present in the checkpoint, but a {bits}-bit matrix has none.")
         which = DOWN if shard_id == DOWN else GATE
         (rows, groups), first = self._part[which], self.intermediate_size if shard_id == UP else 0
-        packed = suffix == QWEIGHT
-        dtype = {QWEIGHT: torch.uint8, BIAS: loaded.dtype}.get(suffix, torch.float16)
-        expected = [*self._model_shape[which], *([packed_bytes_per_group(bits)] if packed else [])]
         if suffix == BIAS:
-            expected = expected[:1]
+            dtype, expected = loaded.dtype, [self._model_shape[which][0]]
+        else:
+            dtype = TORCH_DTYPES[tensor_dtypes(bits, self.version)[suffix]]
+            expected = list(tensor_shape(suffix, bits, *self._model_shape[which]))
         if list(loaded.shape) != expected or loaded.dtype != dtype:
             raise FormatError(
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
@@ -278,8 +313,10 @@ class LayerWeights:
             start = time.perf_counter()
             target = projection.view(expert, suffix)[first : first + len(rows)]
             # Both slices are views, of a file mapped into memory: only what this rank keeps is read.
-            part = loaded[rows.start : rows.stop, groups.start : groups.stop]
-            if not packed and not part.isfinite().all():
+            part = loaded[rows.start : rows.stop]
+            if suffix != EXPONENTS:
+                part = part[:, groups.start : groups.stop]
+            if part.is_floating_point() and not part.isfinite().all():
                 raise FormatError(f"{where}: has NaN or infinite values; its file is damaged.")
             target.copy_(part)
             self.loading_seconds += time.perf_counter() - start

@@ -45,6 +45,7 @@ def select_backend() -> str:
 class McmoeMoEMethod(FusedMoEMethodBase):
     """Experts of different bit-widths in one layer; activations int8 per token and group of 128.
 
+    version       of the checkpoint's format
     exact_names   whether tensors come under the names of LayerWeights.exact_parameters
     pruning       the rule that drops some of a token's experts, or None
     model_widths  of the experts of all layers, where this is not the only one
@@ -58,12 +59,13 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         self,
         moe: FusedMoEConfig,
         bits: ExpertBits,
+        version: int,
         pruning: LayerPruning | None = None,
         model_widths: frozenset[int] = frozenset(),
         exact_names: bool = False,
     ):
         super().__init__(moe)
-        self.bits = bits
+        self.bits, self.version = bits, version
         self.model_widths = model_widths | bits.widths
         self.pruning = pruning
         self.exact_names = exact_names
@@ -135,6 +137,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             model_intermediate_size=self.moe.intermediate_size,
             function=function,
             has_bias=self.moe.has_bias,
+            version=self.version,
         )
         self.loading = expert_loading(config, self.backend)
         self.loading.begin(self.weights)

@@ -15,9 +15,9 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from vllm_mcmoe.checkpoint import BIAS, QUANT_METHOD, QWEIGHT, SCALES, ZEROS, CheckpointConfig
+from vllm_mcmoe.checkpoint import BIAS, QUANT_METHOD, CheckpointConfig
 from vllm_mcmoe.errors import FormatError, PruningError, UnsupportedModelError
-from vllm_mcmoe.expert_weights import PROJECTIONS, exact_name
+from vllm_mcmoe.expert_weights import PARAMETERS, PROJECTIONS, exact_name
 from vllm_mcmoe.graph_cache import add_to_cache_key
 from vllm_mcmoe.linear_choice import LINEARS_VARIABLE, MCMOE, linears_request
 from vllm_mcmoe.pruning import PRUNING_OVERRIDE, PRUNING_VARIABLE, LayerPruning, PruningRules, resolve_target
@@ -121,7 +121,8 @@ class McmoeConfig(QuantizationConfig):
         mapper = super().get_checkpoint_weight_mapper()
         if not self.exact_names:
             return mapper
-        ours = re.compile(rf"\.experts\.(\d+)\.({'|'.join(PROJECTIONS)})\.({QWEIGHT}|{SCALES}|{ZEROS}|{BIAS})$")
+        suffixes = "|".join((*PARAMETERS, BIAS))
+        ours = re.compile(rf"\.experts\.(\d+)\.({'|'.join(PROJECTIONS)})\.({suffixes})$")
         exact = r".experts.routed_experts." + exact_name(r"\1", r"\2", r"\3")
         return mapper | WeightsMapper(orig_to_new_regex={ours: exact})
 
@@ -144,7 +145,8 @@ class McmoeConfig(QuantizationConfig):
             self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
             widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
-            return McmoeMoEMethod(layer.moe_config, bits, self._layer_pruning(name, layer), widths, self.exact_names)
+            version, pruning = self.checkpoint.format_version, self._layer_pruning(name, layer)
+            return McmoeMoEMethod(layer.moe_config, bits, version, pruning, widths, self.exact_names)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self.packed_modules_mapping
             method = self.linear.get_quant_method(layer, prefix)

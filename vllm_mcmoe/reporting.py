@@ -95,10 +95,11 @@ def print_evaluation(result: Evaluation) -> None:
         console.print(result.distance(result.against))
     if result.pruned:
         console.print(f"Online pruning dropped {result.pruned:.1%} of the expert activations.")
-    console.print(
-        f"{result.total_bytes:,} bytes, {result.average_bits['model']:.3f} bits per weight; "
-        f"experts {result.expert_bytes:,} bytes, {result.average_bits['experts']:.3f} bits per weight."
-    )
+    if result.total_bytes is not None:
+        console.print(
+            f"{result.total_bytes:,} bytes, {result.average_bits['model']:.3f} bits per weight; "
+            f"experts {result.expert_bytes:,} bytes, {result.average_bits['experts']:.3f} bits per weight."
+        )
 
 
 def print_pruning(points: Sequence[PrunedPoint]) -> None:

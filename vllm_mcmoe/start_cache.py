@@ -95,9 +95,8 @@ class StartCache:
         """A layer's experts from the cache, None where it does not have them, or has them damaged."""
         experts = self._map(weights)
         if experts is None:
-            self._bytes_not_found += sum(
-                map(sum, record_sizes(**_sizes(weights), factor=weights.function.factor).values())
-            )
+            sizes = record_sizes(**_sizes(weights), factor=weights.function.factor)
+            self._bytes_not_found += sum(map(sum, sizes.values()))
         return experts
 
     def write(self, weights: LayerWeights) -> CpuExperts | None:
@@ -199,6 +198,7 @@ def _sizes(weights: LayerWeights) -> dict[str, Any]:
         "intermediate_size": weights.intermediate_size,
         "gate_up_bits": weights.gate_up.bits,
         "down_bits": weights.down.bits,
+        "stored_zeros": weights.stored_zeros,
     }
 
 

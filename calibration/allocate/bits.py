@@ -2,35 +2,45 @@
 
 from collections.abc import Mapping, Sequence
 
-from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
+from vllm_mcmoe.checkpoint import FORMAT_VERSION
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
 
-# Written bits are counted in whole eighths, so that sizes are integers and budgets can be compared exactly.
-EIGHTHS = 8
+# Written bits are counted in whole sixteenths, so that sizes are integers and budgets can be compared exactly.
+SIXTEENTHS = 16
+
+ROW_BITS = 8  # exponent of a row's scales, in version 2
 
 
-SCALE_BITS = 16  # one fp16 scale per row and group, and one fp16 zero except at 1 bit
-
-
-def written_bits(width: int) -> float:
-    """Bits per weight in the checkpoint: codes, plus scale and zero of every 128 weights. 2 -> 2.25, 1 -> 1.125."""
-    return written_eighths(width) / EIGHTHS
-
-
-def written_eighths(width: int) -> int:
+def group_bits(width: int, version: int) -> int:
+    """Bits of a group besides its codes: in version 1 a scale in fp16 and, except at 1 bit, a zero; then one byte."""
     if width not in WIDTHS:
         raise PlanError(f"bit-width {width} is not one of {WIDTHS}")
-    stored = SCALE_BITS if width == 1 else 2 * SCALE_BITS
-    return EIGHTHS * width + EIGHTHS * stored // GROUP_SIZE
+    return (16 if width == 1 else 32) if version == 1 else 8
 
 
-def average_bits(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors: Factors) -> float:
+def written_bits(width: int, version: int = FORMAT_VERSION) -> float:
+    """Bits per weight of long rows: codes and what comes with every 128 of them. Version 2: 2 -> 2.0625, 1 -> 1.0625.
+
+    Rows' exponents come on top: 0.002 at 4096 inputs, 0.03 at 256.
+    """
+    return width + group_bits(width, version) / GROUP_SIZE
+
+
+def written_sixteenths(layer: LayerFactors, projection: str, width: int, version: int) -> int:
+    """Of one projection of one expert, in sixteenths of a bit."""
+    per_weight = SIXTEENTHS * width + SIXTEENTHS * group_bits(width, version) // GROUP_SIZE
+    rows = 0 if layer.shapes is None or version == 1 else layer.shapes[projection][0]
+    return layer.written_numel(projection) * per_weight + SIXTEENTHS * ROW_BITS * rows
+
+
+def average_bits(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors: Factors, version: int) -> float:
     """Average bits per expert weight as written, scales and zeros included, weighted by the matrices' sizes."""
-    eighths = numel = 0
+    sixteenths = numel = 0
     for name, widths in plan_layers.items():
         layer = factors.layers[name]
         for projection in PROJECTIONS:
-            eighths += layer.written_numel(projection) * sum(written_eighths(w) for w in widths[projection])
+            sixteenths += sum(written_sixteenths(layer, projection, width, version) for width in widths[projection])
             numel += layer.numel(projection) * len(widths[projection])
-    return eighths / numel / EIGHTHS
+    return sixteenths / numel / SIXTEENTHS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_mcmoe.calibration.allocate.bits import EIGHTHS, written_eighths
+from vllm_mcmoe.calibration.allocate.bits import SIXTEENTHS, written_sixteenths
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.errors import PlanError
@@ -18,7 +18,7 @@ ROUNDING = 1e-12  # forgives 0.1 + 0.2: asked-for budgets are floating point, si
 class Item:
     """What gets one width: an expert's projections that are quantised alike.
 
-    costs, sizes   per width of the problem; sizes in eighths of a bit, or in bits under bits_per_layer
+    costs, sizes   per width of the problem; sizes in sixteenths of a bit, or in bits under bits_per_layer
     """
 
     layer: str
@@ -57,7 +57,7 @@ def problems_of(factors: Factors, recipe: Recipe, bits: float | None, bits_per_l
         layers = [factors.layers[name] for name in shared]
         if bits is not None:
             amount, unit = bits, "bits per weight as written"
-            per_ask = EIGHTHS * sum(layer.num_experts * layer.expert_numel for layer in layers)
+            per_ask = SIXTEENTHS * sum(layer.num_experts * layer.expert_numel for layer in layers)
         else:
             amount, unit = bits_per_layer, "bits per layer"
             per_ask = sum(layer.expert_numel for layer in layers)
@@ -88,7 +88,8 @@ def _items(name: str, layer: LayerFactors, recipe: Recipe, as_written: bool) -> 
     for expert in range(layer.num_experts):
         for projections in groups:
             if as_written:
-                sizes = [sum(map(layer.written_numel, projections)) * written_eighths(w) for w in recipe.widths]
+                version = recipe.format_version
+                sizes = [sum(written_sixteenths(layer, p, w, version) for p in projections) for w in recipe.widths]
             else:
                 sizes = [sum(map(layer.numel, projections)) * w for w in recipe.widths]
             items.append(Item(name, expert, projections, costs[projections][expert], np.array(sizes)))

@@ -62,8 +62,8 @@ def allocate(
     """Choose the width of every expert.
 
     Exactly one of
-    bits            average bits per expert weight as written, scales and zeros included: a weight costs 1.125 bits at
-                    1 bit, b + 0.25 above; matrices count by their size (factors' "shapes")
+    bits            average bits per expert weight as written, scales and zeros included: of recipe "mcmoe" a weight
+                    costs a sixteenth of a bit more than its code; matrices count by their size (factors' "shapes")
     bits_per_layer  sum of an expert's plain width over a layer's experts, as the authors count
 
     Everything else overrides the recipe's choice of the same name (Recipe documents them). objective: a recipe that
@@ -241,7 +241,7 @@ def _plan(factors: Factors, recipe: Recipe, items: Sequence[Item], selection: Se
     return Plan(
         layers=layers,
         recipe=recipe.name,
-        average_bits=average_bits(layers, factors),
+        average_bits=average_bits(layers, factors, recipe.format_version),
         forced_experts=forced_experts(factors, recipe, list(factors.layers)),
         extra={
             "model": factors.model,

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from vllm_mcmoe.calibration.common.files import naming, write_atomically
 from vllm_mcmoe.calibration.model.weight_files import INDEX_FILE
-from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
+from vllm_mcmoe.checkpoint import SCALES, matrix_tensors
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.kernels.packing import SMALLEST_EXPONENT, PackedMatrix
 
 CONFIG_FILE, REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "config.json",
@@ -51,19 +51,18 @@ class Shard:
             raise FormatError(f"tensor {name} would be written twice.")
         self._tensors[name] = tensor.cpu().contiguous()
 
-    def add_matrix(self, name: str, matrix: PackedMatrix) -> None:
-        """One quantised matrix of an expert. Raises FormatError for scales fp16 cannot hold precisely."""
-        smallest = torch.finfo(torch.float16).smallest_normal
+    def add_matrix(self, name: str, matrix: PackedMatrix, version: int) -> None:
+        """One quantised matrix of an expert, in this version of the format. Raises FormatError for scales that it
+        cannot hold precisely."""
+        smallest = torch.finfo(torch.float16).smallest_normal if version == 1 else 2.0**SMALLEST_EXPONENT
         below = int((matrix.scales < smallest).sum())
         if below or not torch.isfinite(matrix.scales).all():
             raise FormatError(
-                f"{name}.{SCALES}: {below} of {matrix.scales.numel()} scales lie below fp16's smallest normal "
-                f"{smallest:.1e}, or some are not finite; such weights would lose precision unnoticed."
+                f"{name}.{SCALES}: {below} of {matrix.scales.numel()} scales lie below the smallest that the format "
+                f"has, {smallest:.1e}, or some are not finite; such weights would lose precision unnoticed."
             )
-        self.add(f"{name}.{QWEIGHT}", matrix.qweight)
-        self.add(f"{name}.{SCALES}", matrix.scales)
-        if matrix.zeros is not None:
-            self.add(f"{name}.{ZEROS}", matrix.zeros)
+        for suffix, tensor in matrix_tensors(matrix.to("cpu"), version).items():
+            self.add(f"{name}.{suffix}", tensor)
 
     def write(self, path: Path) -> None:
         """Atomically. Raises OSError naming the file, for example on a full disk."""

@@ -16,16 +16,19 @@ from vllm_mcmoe.calibration.model.weights import WeightFiles, WeightSource
 from vllm_mcmoe.calibration.quantize.linears import PACKED, SUFFIXES, dequantize_linear, linear_bits
 from vllm_mcmoe.checkpoint import (
     BIAS,
+    EXPONENTS,
     QWEIGHT,
     SCALES,
     ZEROS,
     CheckpointConfig,
     is_mcmoe_checkpoint,
+    matrix_of,
     read_checkpoint_config,
-    tensor_suffixes,
+    tensor_dtypes,
+    tensor_shape,
 )
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import PackedMatrix, group_count
 
 
 class CheckpointWeights:
@@ -57,18 +60,12 @@ class CheckpointWeights:
         bits = self._bits(layer_name, expert, projection)
         rows, columns = self.model.projection_shape(projection)
         groups = group_count(columns)
-        expected = {
-            QWEIGHT: ("U8", (rows, groups, packed_bytes_per_group(bits))),
-            SCALES: ("F16", (rows, groups)),
-            ZEROS: ("F16", (rows, groups)),
-        }
-        for suffix in tensor_suffixes(bits):
-            name = f"{base}.{suffix}"
+        for suffix, dtype in tensor_dtypes(bits, self.config.format_version).items():
+            name, shape = f"{base}.{suffix}", tensor_shape(suffix, bits, rows, groups)
             info = self.files.info.get(name)
             if info is None:
                 raise FormatError(f"{self.model.path}: tensor {name} is missing; the checkpoint is incomplete.")
-            if (info.dtype, info.shape) != expected[suffix]:
-                dtype, shape = expected[suffix]
+            if (info.dtype, info.shape) != (dtype, shape):
                 raise FormatError(
                     f"{info.file}: {name} is {info.dtype} {list(info.shape)}; "
                     f"a {bits}-bit {projection} needs {dtype} {list(shape)}."
@@ -91,7 +88,7 @@ class CheckpointWeights:
             base, _, suffix = name.rpartition(".")
             if suffix in (QWEIGHT, PACKED):
                 names.append(f"{base}.weight")
-            elif suffix not in (SCALES, ZEROS, *SUFFIXES):
+            elif suffix not in (SCALES, ZEROS, EXPONENTS, *SUFFIXES):
                 names.append(name)
         return names
 
@@ -114,9 +111,7 @@ class CheckpointWeights:
         """A matrix of an expert as stored; base: "{layer}.{expert}.{projection}"."""
         layer_name, expert, projection = base.rsplit(".", 2)
         bits = self._bits(layer_name, int(expert), projection)
-        zeros = None if bits == 1 else self.files.read(f"{base}.{ZEROS}")
-        qweight, scales = self.files.read(f"{base}.{QWEIGHT}"), self.files.read(f"{base}.{SCALES}")
-        return PackedMatrix(bits, qweight, scales, zeros)
+        return matrix_of(bits, self.config.format_version, lambda suffix: self.files.read(f"{base}.{suffix}"))
 
     def numel(self, name: str) -> int:
         base = name.removesuffix(".weight")

@@ -16,14 +16,13 @@ from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
-from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_suffixes
+from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import packed_bytes_per_group
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
     ("expert codes", re.compile(r"\.experts\.\d+\..*\.qweight$")),
-    ("expert scales and zeros", re.compile(r"\.experts\.\d+\..*\.(scales|zeros)$")),
+    ("expert scales and zeros", re.compile(r"\.experts\.\d+\..*\.(scales|zeros|exponents)$")),
     ("expert biases", re.compile(r"\.experts\.\d+\..*\.bias$")),
     ("experts, not quantised", re.compile(r"\.experts\.\d+\..*\.weight$")),
     ("other linears, quantised", re.compile(r"\.weight_(packed|scale|shape|zero_point|g_idx)$")),
@@ -180,18 +179,16 @@ def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> 
             for projection in projections:
                 base = f"{layer}.{expert}.{projection}"
                 width = bits.down[expert] if projection in ("w2", "down_proj") else bits.gate_up[expert]
-                warnings += _check_matrix(base, width, headers)
+                warnings += _check_matrix(base, width, config.format_version, headers)
     warnings += [f"{layer}, expert {expert}: stored, but config.json does not list it" for layer, expert in found]
     return parameters, warnings
 
 
-def _check_matrix(base: str, bits: int, headers: dict[str, TensorInfo]) -> list[str]:
+def _check_matrix(base: str, bits: int, version: int, headers: dict[str, TensorInfo]) -> list[str]:
     rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
     warnings = []
-    for suffix in tensor_suffixes(bits):
-        info = headers.get(f"{base}.{suffix}")
-        is_codes = suffix == QWEIGHT
-        dtype, shape = ("U8", (rows, groups, packed_bytes_per_group(bits))) if is_codes else ("F16", (rows, groups))
+    for suffix, dtype in tensor_dtypes(bits, version).items():
+        info, shape = headers.get(f"{base}.{suffix}"), tensor_shape(suffix, bits, rows, groups)
         if info is None:
             warnings.append(f"{base}.{suffix} is missing; {bits}-bit experts have one")
         elif (info.dtype, info.shape) != (dtype, shape):

@@ -5,16 +5,18 @@ from collections import Counter
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.model.description import MoeModel
+from vllm_mcmoe.calibration.model.text import TokenSequences, name_files
 
 
 def model_card(
     description: MoeModel,
     report: QuantizationReport,
+    calibration: TokenSequences,
     evaluation: tuple[Evaluation, Evaluation] | None = None,
     held_out: bool = True,
 ) -> str:
-    """Markdown. evaluation: of the original and of the checkpoint, on the same text; held_out says whether that text
-    was kept out of calibration."""
+    """Markdown. calibration: the text it was calibrated on; evaluation: of the original and of the checkpoint, on the
+    same text; held_out says whether that text was kept out of calibration."""
     name = description.path.resolve().name
     sections = [
         f"# {name}, experts at {report.average_bits['experts']:.2f} bits",
@@ -25,14 +27,14 @@ def model_card(
         "transformers loads it dequantised, in the memory of the 16-bit model, after `import vllm_mcmoe.hf`:",
         "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_DIRECTORY", dtype="bfloat16")\n```',
-        _quantization(report, gate_up_matrices=len(description.projections("gate_up"))),
+        _quantization(report, calibration, gate_up_matrices=len(description.projections("gate_up"))),
         _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _quantization(report: QuantizationReport, gate_up_matrices: int) -> str:
+def _quantization(report: QuantizationReport, calibration: TokenSequences, gate_up_matrices: int) -> str:
     widths: Counter[int] = Counter()
     for experts in report.layers.values():
         for expert in experts:
@@ -43,6 +45,7 @@ def _quantization(report: QuantizationReport, gate_up_matrices: int) -> str:
         linears += f", {len(report.unquantized_linears)} of them left at 16"
     rows = [
         ("recipe", report.recipe),
+        ("calibration text", name_files(calibration.files)),
         ("calibration tokens", f"{report.calibration_tokens:,}"),
         ("bits per expert weight, scales and zeros included", f"{report.average_bits['experts']:.3f}"),
         ("bits per weight of the whole model", f"{report.average_bits['model']:.3f}"),

@@ -38,13 +38,16 @@ KL_QUANTILES = {"median": 0.5, "99%": 0.99, "99.9%": 0.999}
 class Evaluation:
     """What was measured.
 
-    model, against     the directories compared
-    activations        "int8" or "float", of the experts; always "float" for a 16-bit model
+    model, against     the directories compared, or what is served where, "NAME at URL"
+    activations        "int8" or "float", of the experts; always "float" for a 16-bit model; "served" where a server
+                       computes them
     tokens             predicted tokens
     perplexity_by_file file name -> perplexity
     geometric_mean_perplexity   over the files, each counting alike
     token_perplexity   over all tokens together
     mean_kl            KL(against || model), nats per token
+    kl_over            None: the whole vocabulary; else what of a served distribution it was computed from, which makes
+                       it a lower bound
     kl_quantiles       {"median", "99%", "99.9%"}: of the tokens' KL
     top1_agreement     share of positions where both models' most likely token is the same
     perplexity_ratio   token_perplexity over that of `against`
@@ -53,25 +56,27 @@ class Evaluation:
     average_bits       {"experts", "model"}: bits per weight on disk, scales and zeros included
     pruned             fraction of expert activations that online pruning dropped
 
-    Those that compare (mean_kl to perplexity_ratio_error) are None without against.
+    Those that compare (mean_kl to perplexity_ratio_error) are None without against; bytes, bits and pruned are None for
+    a model that a server has.
     """
 
-    model: Path
-    against: Path | None
-    activations: Activations
+    model: Path | str
+    against: Path | str | None
+    activations: Literal[Activations, "served"]
     tokens: int
     perplexity_by_file: dict[str, float]
     geometric_mean_perplexity: float
     token_perplexity: float
     mean_kl: float | None = None
+    kl_over: str | None = None
     kl_quantiles: dict[str, float] | None = None
     top1_agreement: float | None = None
     perplexity_ratio: float | None = None
     perplexity_ratio_error: float | None = None
-    expert_bytes: int
-    total_bytes: int
-    average_bits: dict[str, float]
-    pruned: float
+    expert_bytes: int | None = None
+    total_bytes: int | None = None
+    average_bits: dict[str, float] | None = None
+    pruned: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,8 +85,9 @@ class Evaluation:
     def distance(self, name: str | Path) -> str:
         """For people: how far it is from `against`, which there must be and which is called so."""
         quantiles = ", ".join(f"{share} {value:.4f}" for share, value in self.kl_quantiles.items())
+        over = "" if self.kl_over is None else f" over {self.kl_over} (a lower bound)"
         return (
-            f"KL to {name} {self.mean_kl:.4f} nats per token ({quantiles}), same first choice on "
+            f"KL to {name}{over} {self.mean_kl:.4f} nats per token ({quantiles}), same first choice on "
             f"{self.top1_agreement:.1%} of the tokens, perplexity {self.perplexity_ratio:.4f} ± "
             f"{self.perplexity_ratio_error:.4f} times as high."
         )
@@ -113,7 +119,7 @@ def evaluate(
     """
     device = choose_device(device, log)
     weights = open_weights(model)
-    pruners = _pruners(weights, pruning)
+    pruners = pruners_of(weights, pruning)
     reference = None if against is None else open_weights(against)
     if reference is not None and reference.model.config.vocab_size != weights.model.config.vocab_size:
         raise UnsupportedModelError(
@@ -121,8 +127,8 @@ def evaluate(
             f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
         )
     text = load_calibration_data(weights.model, data, sequences, length, log)
-    subject = _FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
-    base = None if reference is None else _FinalStates(reference, device, text.tokens, activations, show_progress)
+    subject = FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
+    base = None if reference is None else FinalStates(reference, device, text.tokens, activations, show_progress)
     return _evaluation(subject, base, text, activations)
 
 
@@ -144,32 +150,32 @@ def evaluate_pruning(
     """
     device = choose_device(device, log)
     weights = open_weights(checkpoint)
-    pruners = {target: _pruners(weights, target) for target in targets}
+    pruners = {target: pruners_of(weights, target) for target in targets}
     text = load_calibration_data(weights.model, data, sequences, length, log)
     options = (weights, device, text.tokens, activations, show_progress)
-    unpruned = _FinalStates(*options)
+    unpruned = FinalStates(*options)
     evaluations = []
     for target in targets:
-        subject = _FinalStates(*options, pruners[target]) if target else unpruned
+        subject = FinalStates(*options, pruners[target]) if target else unpruned
         evaluations.append(_evaluation(subject, unpruned, text, activations))
     return evaluations
 
 
 def _evaluation(
-    subject: "_FinalStates", base: "_FinalStates | None", text: TokenSequences, activations: Activations
+    subject: "FinalStates", base: "FinalStates | None", text: TokenSequences, activations: Activations
 ) -> Evaluation:
     weights = subject.weights
     losses, distance = _compare(subject, base, text.tokens)
-    loss_by_file = _mean_loss_by_file(losses, text)
-    expert_bytes, total_bytes, average_bits = _sizes(weights)
+    loss_by_file = mean_loss_by_file(losses, text)
+    expert_bytes, total_bytes, average_bits = sizes_of(weights)
     return Evaluation(
         model=weights.model.path,
         against=None if base is None else base.weights.model.path,
         activations=activations if isinstance(weights, CheckpointWeights) else "float",
         tokens=losses.numel(),
-        perplexity_by_file={name: _exp(loss) for name, loss in loss_by_file.items()},
-        geometric_mean_perplexity=_exp(sum(loss_by_file.values()) / len(loss_by_file)),
-        token_perplexity=_exp(float(losses.mean())),
+        perplexity_by_file={name: exp_or_inf(loss) for name, loss in loss_by_file.items()},
+        geometric_mean_perplexity=exp_or_inf(sum(loss_by_file.values()) / len(loss_by_file)),
+        token_perplexity=exp_or_inf(float(losses.mean())),
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         average_bits=average_bits,
@@ -178,7 +184,7 @@ def _evaluation(
     )
 
 
-def _pruners(weights: WeightSource, request: str | float | Mapping[str, LayerPruning]) -> Mapping[str, LayerPruning]:
+def pruners_of(weights: WeightSource, request: str | float | Mapping[str, LayerPruning]) -> Mapping[str, LayerPruning]:
     """The rule of every MoE layer; empty for a model that has none and need not have one."""
     if isinstance(request, Mapping):
         return request
@@ -191,7 +197,7 @@ def _pruners(weights: WeightSource, request: str | float | Mapping[str, LayerPru
     raise PruningError(f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first.")
 
 
-class _FinalStates:
+class FinalStates:
     """Last hidden states of a model on all sequences, in host memory, and its logits from them, batch by batch."""
 
     def __init__(
@@ -222,12 +228,12 @@ class _FinalStates:
         return self.model.logits(self.batches[batch]).log_softmax(dim=-1)
 
 
-def _distance(kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> dict[str, Any]:
+def distance_of(kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> dict[str, Any]:
     """What Evaluation says of another model. kl: float32 [positions]; agreements: positions of the same first choice;
     excess: float32 [predicted tokens], by how much their losses are higher than the other model's."""
     quantiles = np.quantile(kl.numpy(), list(KL_QUANTILES.values())).tolist()
     excess = excess.double()
-    ratio = _exp(float(excess.mean()))
+    ratio = exp_or_inf(float(excess.mean()))
     return {
         "mean_kl": float(kl.double().sum()) / len(kl),
         "kl_quantiles": dict(zip(KL_QUANTILES, quantiles, strict=True)),
@@ -239,7 +245,7 @@ def _distance(kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> dict[s
 
 
 def _compare(
-    subject: _FinalStates, base: _FinalStates | None, tokens: torch.Tensor
+    subject: FinalStates, base: FinalStates | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Losses float32 [sequences, length - 1] of the next tokens, and what Evaluation says of the other model."""
     losses, base_losses, kl, agreements = [], [], [], 0
@@ -256,7 +262,7 @@ def _compare(
     losses = torch.cat(losses)
     if base is None:
         return losses, {}
-    return losses, _distance(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
+    return losses, distance_of(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
 
 
 def _next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -265,7 +271,7 @@ def _next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.T
     return -log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu()
 
 
-def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
+def mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
     """File name (its whole path where two files have one name) -> nats per token."""
     names = [path.name for path in text.files]
     if len(set(names)) < len(names):
@@ -273,12 +279,12 @@ def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, 
     return {name: float(losses[text.file_ids == i].mean()) for i, name in enumerate(names)}
 
 
-def _exp(loss: float) -> float:
+def exp_or_inf(loss: float) -> float:
     """A broken model's perplexity may exceed every float; math.exp would raise."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _sizes(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
+def sizes_of(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
     """Bytes of the experts' weights and of all, and average bits per weight, on disk."""
     is_expert, info = weights.model.is_expert_weight, weights.files.info
     expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))

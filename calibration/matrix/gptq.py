@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_mcmoe.calibration.matrix.grids import Grid, QuantizedMatrix, check_weight, quantize_rtn, search_grid
+from vllm_mcmoe.calibration.matrix.grids import (
+    Grid,
+    Metadata,
+    QuantizedMatrix,
+    check_weight,
+    quantize_rtn,
+    search_grid,
+)
 from vllm_mcmoe.calibration.matrix.refinement import Iterate, refine
 from vllm_mcmoe.calibration.matrix.row_loops import gptq_block, over_rows
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
@@ -36,6 +43,7 @@ class GPTQOptions:
     refinement_sweeps        rounds of least-squares grids and coordinate descent over the codes after GPTQ; 0 is
                              plain GPTQ
     output_sweeps            rounds of the same under the Hessian of the outputs, too, where one is given
+    metadata                 of each group: "float16" scale and zero, or "float8" scale alone
     """
 
     damping: float = 0.01
@@ -45,6 +53,7 @@ class GPTQOptions:
     compensate_within_block: bool = True
     refinement_sweeps: int = 0
     output_sweeps: int = 0
+    metadata: Metadata = "float16"
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,15 @@ def quantize_gptq(
     name     what errors call the matrix
 
     Raises ValueError naming the matrix for NaN or infinite weights, shapes that do not fit, an unknown width, or
-    magnitudes that fp16 scales cannot express.
+    magnitudes that stored scales cannot express.
     """
     options = options or GPTQOptions()
     check_weight(weight, bits, name)
     if weight.shape[1] != len(factor.order):
         raise ValueError(f"{name}: {weight.shape[1]} inputs, but its Hessian has {len(factor.order)}")
     if not options.compensate:
-        return quantize_rtn(weight, bits, search="mse" if options.mse_search else "minmax", name=name)
+        search = "mse" if options.mse_search else "minmax"
+        return quantize_rtn(weight, bits, search=search, metadata=options.metadata, name=name)
     weight = weight.float()
     static = options.act_order  # act order visits a group's columns far apart, so its grid must exist beforehand
     grid = _search(weight, bits, factor, options, name)
@@ -159,7 +169,7 @@ def quantize_gptq(
 
 def _search(weight: torch.Tensor, bits: int, factor: HessianFactor, options: GPTQOptions, name: str) -> Grid:
     search = "mse" if options.mse_search else "minmax"
-    return search_grid(weight, bits, search, factor.hessian.diagonal(), name)
+    return search_grid(weight, bits, options.metadata, search, factor.hessian.diagonal(), name=name)
 
 
 def _gptq_codes(
@@ -199,5 +209,5 @@ def _refit_group(
     columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
     search = "mse" if options.mse_search else "minmax"
     importance = factor.hessian.diagonal()[columns]
-    fresh = search_grid(block, grid.bits, search, importance, name)
+    fresh = search_grid(block, grid.bits, grid.metadata, search, importance, grid.ranges, name)
     grid.scales[:, group], grid.zeros[:, group] = fresh.scales[:, 0], fresh.zeros[:, 0]

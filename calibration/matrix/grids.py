@@ -2,13 +2,16 @@
 
     weight[n, k] = scale[n, g] * (code[n, k] - zero[n, g]),     g = k // 128
 
-Scales and zeros are chosen per row and group of 128 by weighted least squares; both are kept as fp16 values, zeros
-unrounded in units of codes. At 1 bit the zero is 0.5: a weight is -scale/2 or +scale/2. Where `in` is no multiple of
-128 the last group is that much smaller; only packing fills it up.
+Scales and zeros are chosen per row and group of 128 by weighted least squares, among the values that the checkpoint can
+hold: float16 scales and zeros, or scales of one byte without zeros ("float8": five bits of mantissa, in a range of 252
+for each row). Without zeros, and at 1 bit, the zero is the middle of the codes: at 1 bit a weight is -scale/2 or
++scale/2, at 2 bits one of -3/2, -1/2, 1/2 and 3/2 times the scale. Where `in` is no multiple of 128 the last group is
+that much smaller; only packing fills it up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -17,19 +20,59 @@ import torch
 from vllm_mcmoe.calibration.matrix.row_loops import least_squares_grids, over_rows
 from vllm_mcmoe.kernels.packing import (
     GROUP_SIZE,
-    ONE_BIT_ZERO,
+    LARGEST_EXPONENT,
+    MANTISSA_BITS,
+    OCTAVES,
+    SMALLEST_EXPONENT,
     WIDTHS,
     PackedMatrix,
     from_groups,
+    middle_zero,
     pack_codes,
     to_groups,
 )
 
 Search = Literal["mse", "minmax"]
 
-SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal  # 6.1e-5; below it fp16 loses precision bit by bit
+Metadata = Literal["float16", "float8"]  # what is stored of each group beside its codes
+
+SMALLEST_FP16 = torch.finfo(torch.float16).smallest_normal  # 6.1e-5; below it fp16 loses precision bit by bit
 LARGEST_FP16 = torch.finfo(torch.float16).max
-TOLERATED_FLUSH = 1e-3  # share of a matrix's squared norm that may lie in groups too small for an fp16 scale
+SMALLEST: Mapping[Metadata, float] = MappingProxyType({"float16": SMALLEST_FP16, "float8": 2.0**SMALLEST_EXPONENT})
+DROPPED_BITS: Mapping[Metadata, int] = MappingProxyType({"float16": 13, "float8": 23 - MANTISSA_BITS})
+# How much refinement may raise a row's largest scale. At 1 bit it does: with room for 1.25, 2 and 4 times, the KL of
+# the reference model, all experts at 1 bit, is 0.1902, 0.1653 and 0.1639; with 2 bits 0.0275, 0.0273 and 0.0273.
+HEADROOM, ONE_BIT_HEADROOM = 2.0, 4.0
+TOLERATED_FLUSH = 1e-3  # share of a matrix's squared norm that may lie in groups too small for any scale
+
+
+def has_zeros(bits: int, metadata: Metadata) -> bool:
+    """Whether zeros are fitted and stored."""
+    return metadata == "float16" and bits > 1
+
+
+def scale_ranges(scales: torch.Tensor, bits: int, metadata: Metadata) -> torch.Tensor:
+    """The smallest and largest scale that each row can have: float32 [out, 2].
+
+    scales: float32 [out, groups], as they would be without limits. With float8, a factor of 252 lies between the two.
+    Groups that need less than the smallest get it: their weights are then off by at most half of it, which is a 60th of
+    the row's largest scale, or less; at 1 bit a 30th.
+    """
+    if metadata == "float16":
+        return torch.stack([torch.full_like(scales[:, 0], limit) for limit in (SMALLEST_FP16, LARGEST_FP16)], dim=1)
+    headroom = ONE_BIT_HEADROOM if bits == 1 else HEADROOM
+    exponents = (scales.amax(1) * headroom).clamp_min(1e-30).log2().floor() - (OCTAVES - 1)
+    smallest = exponents.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT).exp2()
+    return torch.stack([smallest, smallest * (2.0**OCTAVES - 2.0 ** (OCTAVES - 1 - MANTISSA_BITS))], dim=1)
+
+
+def storable_scales(scales: torch.Tensor, metadata: Metadata, ranges: torch.Tensor) -> torch.Tensor:
+    """The nearest scales that the checkpoint can hold. scales, result: float32 [out, groups]."""
+    scales = torch.minimum(torch.maximum(scales, ranges[:, :1]), ranges[:, 1:])
+    if metadata == "float16":
+        return scales.half().float()
+    shifted = scales * (2.0 ** DROPPED_BITS[metadata] + 1)  # Veltkamp: the last bits are lost in the difference
+    return shifted - (shifted - scales)
 
 
 @dataclass(frozen=True)
@@ -39,7 +82,7 @@ class QuantizedMatrix:
     bits    1, 2, 3, 4 or 8
     codes   uint8   [out, in], each below 2**bits
     scales  float16 [out, groups], > 0
-    zeros   float16 [out, groups] in units of codes, not rounded; None at 1 bit, where it is 0.5
+    zeros   float16 [out, groups] in units of codes, not rounded; None where it is the middle of the codes
     """
 
     bits: int
@@ -47,16 +90,10 @@ class QuantizedMatrix:
     scales: torch.Tensor
     zeros: torch.Tensor | None
 
-    def float_zeros(self) -> torch.Tensor:
-        """float32 [out, groups], the constant 0.5 at 1 bit."""
-        if self.zeros is None:
-            return torch.full_like(self.scales, ONE_BIT_ZERO, dtype=torch.float32)
-        return self.zeros.float()
-
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in]."""
-        groups = to_groups(self.codes).float()
-        weight = self.scales.float()[..., None] * (groups - self.float_zeros()[..., None])
+        zeros = middle_zero(self.bits) if self.zeros is None else self.zeros.float()[..., None]
+        weight = self.scales.float()[..., None] * (to_groups(self.codes).float() - zeros)
         return from_groups(weight, self.codes.shape[-1])
 
     def pack(self) -> PackedMatrix:
@@ -68,14 +105,22 @@ class QuantizedMatrix:
 class Grid:
     """Scales and zeros of every row and group while a matrix is being quantised.
 
-    bits    width
-    scales  float32 [out, groups], every value representable in fp16
-    zeros   float32 [out, groups], every value representable in fp16; 0.5 at 1 bit
+    bits      width
+    metadata  what the checkpoint can hold
+    scales    float32 [out, groups], every value one of those
+    zeros     float32 [out, groups], every value representable in fp16; the middle of the codes where none are stored
+    ranges    float32 [out, 2], as scale_ranges gives them
     """
 
     bits: int
+    metadata: Metadata
     scales: torch.Tensor
     zeros: torch.Tensor
+    ranges: torch.Tensor
+
+    @property
+    def has_zeros(self) -> bool:
+        return has_zeros(self.bits, self.metadata)
 
     def encode(self, weight: torch.Tensor) -> torch.Tensor:
         """float32 [out, in] -> nearest codes, float32, same shape."""
@@ -88,7 +133,7 @@ class Grid:
 
     def matrix(self, codes: torch.Tensor) -> QuantizedMatrix:
         """codes: float32 [out, in] -> the quantised matrix."""
-        zeros = None if self.bits == 1 else self.zeros.half()
+        zeros = self.zeros.half() if self.has_zeros else None
         return QuantizedMatrix(self.bits, codes.to(torch.uint8), self.scales.half(), zeros)
 
 
@@ -109,6 +154,7 @@ def quantize_rtn(
     *,
     search: Search = "mse",
     importance: torch.Tensor | None = None,
+    metadata: Metadata = "float16",
     name: str = "weight",
 ) -> QuantizedMatrix:
     """Round every weight to the nearest value of its group's grid.
@@ -117,25 +163,29 @@ def quantize_rtn(
     search      "minmax": the grid spans the group's range; "mse": scale and zero minimise the squared error
                 (at 1 bit both give scale/2 = mean |w|, which is the minimiser)
     importance  float [in], weight of each column's squared error under "mse", e.g. the Hessian's diagonal
+    metadata    "float16" scales and zeros, or "float8" scales around the middle of the codes
     name        what errors call the matrix
 
-    Raises ValueError naming the matrix for NaN or infinite weights, an unknown width, or magnitudes that fp16 scales
+    Raises ValueError naming the matrix for NaN or infinite weights, an unknown width, or magnitudes that stored scales
     cannot express.
     """
     check_weight(weight, bits, name)
     weight = weight.float()
-    grid = search_grid(weight, bits, search, importance, name)
+    grid = search_grid(weight, bits, metadata, search, importance, name=name)
     return grid.matrix(grid.encode(weight))
 
 
 def search_grid(
     weight: torch.Tensor,
     bits: int,
+    metadata: Metadata = "float16",
     search: Search = "mse",
     importance: torch.Tensor | None = None,
+    ranges: torch.Tensor | None = None,
     name: str = "weight",
 ) -> Grid:
-    """Scale and zero of every row and group, from the weights alone. weight: float32 [out, in]; importance: as above.
+    """Scale and zero of every row and group, from the weights alone. weight: float32 [out, in]; importance: as above;
+    ranges: of the scales, where weight is a part of a matrix that has them already.
 
     A last group of fewer columns is searched on those it has.
     """
@@ -146,13 +196,18 @@ def search_grid(
         return torch.cat([function(groups, column_weight) for groups, column_weight in parts], dim=1)
 
     energy = per_group(lambda groups, _: groups.square().sum(-1))
+
+    def storable(scales: torch.Tensor, zeros: torch.Tensor) -> Grid:
+        return storable_grid(energy, bits, metadata, scales, zeros, ranges, name)
+
     if bits == 1:
         scales = per_group(lambda groups, column_weight: 2 * (groups.abs() * column_weight).sum(-1))
         scales /= per_group(lambda groups, column_weight: column_weight.sum(-1).expand(groups.shape[:-1]))
-        return storable_grid(energy, bits, scales, torch.full_like(scales, ONE_BIT_ZERO), name)
+        return storable(scales, torch.full_like(scales, middle_zero(bits)))
     low, high = per_group(lambda groups, _: groups.amin(-1)), per_group(lambda groups, _: groups.amax(-1))
-    grid = _grid_spanning(energy, bits, low, high, name)
-    return grid if search == "minmax" else _least_squares_grid(parts, energy, grid, name)
+    spanning = _spanning if has_zeros(bits, metadata) else _spanning_around_zero
+    grid = storable(*spanning(bits, low, high))
+    return grid if search == "minmax" else storable(*_least_squares_grid(parts, grid))
 
 
 def _by_size(columns: torch.Tensor) -> list[torch.Tensor]:
@@ -169,14 +224,19 @@ def _column_weight(importance: torch.Tensor) -> torch.Tensor:
     return torch.where(dead, torch.ones_like(importance), importance)
 
 
-def _grid_spanning(energy: torch.Tensor, bits: int, low: torch.Tensor, high: torch.Tensor, name: str) -> Grid:
-    """The grid whose first code means low and whose last means high; all [out, groups]."""
+def _spanning(bits: int, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros whose first code means low and whose last means high; all [out, groups]."""
     scales = (high - low) / ((1 << bits) - 1)
     # A constant group is exact as scale |w|, zero -1 or 1, code 0 (or any scale and zero 0, where it is 0).
     constant = high <= low
     scales = torch.where(constant, low.abs(), scales)
-    zeros = torch.where(constant, -low.sign(), -low / scales.clamp_min(1e-30))
-    return storable_grid(energy, bits, scales, zeros, name)
+    return scales, torch.where(constant, -low.sign(), -low / scales.clamp_min(1e-30))
+
+
+def _spanning_around_zero(bits: int, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where the zero is the middle of the codes: the range around 0 that has both in it."""
+    scales = torch.maximum(high, -low) / middle_zero(bits)
+    return scales, torch.full_like(scales, middle_zero(bits))
 
 
 # Shares of the range's lower and upper half the search starts from, in all 16 combinations, and least-squares steps
@@ -187,8 +247,8 @@ _FIT_STEPS = 5
 
 
 def _least_squares_grid(
-    parts: list[tuple[torch.Tensor, torch.Tensor]], energy: torch.Tensor, spanning: Grid, name: str
-) -> Grid:
+    parts: list[tuple[torch.Tensor, torch.Tensor]], spanning: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros of least weighted squared error, searched from the grids that span the range.
 
     parts: groups of one size each and the weights of their columns, as search_grid makes them.
@@ -207,35 +267,45 @@ def _least_squares_grid(
             np.float32((1 << spanning.bits) - 1),
             _RANGE_SHARES,
             _FIT_STEPS,
+            not spanning.has_zeros,
             written=(scales, zeros),
         )
         found.append((scales, zeros))
     scales, zeros = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
-    return storable_grid(energy, spanning.bits, scales, zeros, name)
+    return scales, zeros
 
 
-def storable_grid(energy: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, name: str) -> Grid:
-    """Round scales and zeros to what fp16 stores, keeping scales out of its subnormal range.
+def storable_grid(
+    energy: torch.Tensor,
+    bits: int,
+    metadata: Metadata,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    ranges: torch.Tensor | None,
+    name: str,
+) -> Grid:
+    """Round scales and zeros to what can be stored, keeping float16 scales out of fp16's subnormal range.
 
-    energy: squared norm of every group, like scales and zeros float32 [out, groups].
+    energy: squared norm of every group, like scales and zeros float32 [out, groups]; ranges: as search_grid takes them.
 
-    A scale below 6.1e-5 is raised to it: the group's weights are then at most 3.1e-5 off. That is harmless in a few
-    negligible groups and fatal for a matrix made of them, so ValueError is raised when such groups hold more than
-    0.1% of the matrix's squared norm, or when a scale or zero exceeds fp16's range.
+    A scale below 6.1e-5 (float8: 1.9e-6) is raised to it: the group's weights are then at most half of that off. That
+    is harmless in a few negligible groups and fatal for a matrix made of them, so ValueError is raised when such groups
+    hold more than 0.1% of the matrix's squared norm, or when a scale or zero exceeds the range.
     """
-    flushed = scales < SMALLEST_SCALE
+    flushed = scales < SMALLEST[metadata]
     if flushed.any():
         share = float(energy[flushed].sum() / energy.sum().clamp_min(1e-45))
         if share > TOLERATED_FLUSH:
             raise ValueError(
                 f"{name}: {int(flushed.sum())} of {flushed.numel()} groups, {share:.1%} of the squared norm, need "
-                f"scales below fp16's smallest normal {SMALLEST_SCALE:.1e}; scale the matrix up"
+                f"scales below {metadata}'s smallest {SMALLEST[metadata]:.1e}; scale the matrix up"
             )
     if float(scales.max()) > LARGEST_FP16:
         raise ValueError(f"{name}: scale {float(scales.max()):.3g} exceeds fp16's largest value {LARGEST_FP16:g}")
-    if bits == 1:
-        return Grid(bits, scales.clamp_min(SMALLEST_SCALE).half().float(), zeros)
-    stored = scales.clamp_min(SMALLEST_SCALE).half().float()
-    # The offset scale * zero is what the weights see; keep it where the scale had to be rounded.
-    zeros = zeros * (scales / stored)
-    return Grid(bits, stored, zeros.clamp(-LARGEST_FP16, LARGEST_FP16).half().float())
+    if ranges is None:
+        ranges = scale_ranges(scales, bits, metadata)
+    stored = storable_scales(scales, metadata, ranges)
+    if has_zeros(bits, metadata):
+        # The offset scale * zero is what the weights see; keep it where the scale had to be rounded.
+        zeros = (zeros * (scales / stored)).clamp(-LARGEST_FP16, LARGEST_FP16).half().float()
+    return Grid(bits, metadata, stored, zeros, ranges)

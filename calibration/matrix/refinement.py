@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vllm_mcmoe.calibration.matrix.grids import LARGEST_FP16, SMALLEST_SCALE, Grid
+from vllm_mcmoe.calibration.matrix.grids import DROPPED_BITS, Grid
 from vllm_mcmoe.calibration.matrix.row_loops import descend_rows, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
@@ -30,8 +30,8 @@ class Outputs(Protocol):
 
     def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
         """A new grid for one group of columns in every row and a pass over its codes. group: codes, codes times the
-        block, gradient, change of Q, float32 [out, 128], scales, zeros, float32 [out], and shared, as row_loops'
-        descend_rows takes them; written: those of group that the caller wants back."""
+        block, gradient, change of Q, float32 [out, 128], scales, zeros, float32 [out], bounds, float32 [out, 2], and
+        shared, as row_loops' descend_rows takes them; written: those of group that the caller wants back."""
 
 
 class SeparateRows:
@@ -64,7 +64,7 @@ class Iterate:
         """Group by group, given everything else as it is by then. The other groups hear of a group's new grid and codes
         at once, in a product with the Hessian's rows; the only other product is that of the codes with the block on
         the diagonal."""
-        largest = (1 << self.grid.bits) - 1
+        largest, dropped = (1 << self.grid.bits) - 1, DROPPED_BITS[self.grid.metadata]
         for index, group in enumerate(self.groups):
             block = self.hessian[group, group].contiguous()
             codes, gradient = (
@@ -72,14 +72,14 @@ class Iterate:
             )
             scales, zeros = self.grid.scales[:, index].clone(), self.grid.zeros[:, index].clone()
             change = torch.empty_like(codes)
-            limits = np.array([largest, SMALLEST_SCALE, LARGEST_FP16, float(block.sum())], dtype=np.float32)
+            limits = np.array([largest, dropped, float(block.sum())], dtype=np.float32)
             outputs.descend(
-                (codes, codes @ block, gradient, change, scales, zeros),
+                (codes, codes @ block, gradient, change, scales, zeros, self.grid.ranges),
                 block,
                 block.sum(0),
                 block.diagonal().reciprocal(),
                 limits,
-                self.grid.bits == 1,
+                not self.grid.has_zeros,
                 written=(codes, change, scales, zeros),
             )
             self.codes[:, group] = codes

@@ -108,18 +108,29 @@ def _to_fp16(value):
     return np.int32(bits & ~np.int32(0x1FFF)).view(np.float32)
 
 
+@njit(nogil=True, cache=True)
+def _to_bits(value, dropped):
+    """The nearest float32 of which the last `dropped` bits are 0, ties to even; on the bits for the same reason."""
+    dropped = np.int32(dropped)
+    bits = np.float32(value).view(np.int32)
+    half = np.int32(1) << np.int32(dropped - np.int32(1))
+    bits += np.int32(half - np.int32(1)) + np.int32(np.int32(bits >> dropped) & np.int32(1))
+    return np.int32(np.int32(bits >> dropped) << dropped).view(np.float32)
+
+
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, limits, is_one_bit):
-    """Scale and zero of the least loss, representable in fp16, given one row's codes c; those it has, where none fits.
+def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, bounds, limits, zero_is_fixed):
+    """Scale and zero of the least loss, as they can be stored, given one row's codes c; those it has, where none fits.
 
     With B the block, 1 its column of ones and w the gradient as it were with these columns' Q = 0: by_code is c B c^T,
-    mixed c B 1, want_code -w c^T, want_one -w 1. limits: as in descend_rows, whose last is 1 B 1.
+    mixed c B 1, want_code -w c^T, want_one -w 1. bounds: of this row; they and limits as in descend_rows.
     """
-    _, smallest, largest, by_one = limits
-    if is_one_bit:  # one parameter: Q = scale * (codes - zero)
+    smallest, largest = bounds
+    _, dropped, by_one = limits
+    if zero_is_fixed:  # one parameter: Q = scale * (codes - zero)
         curvature = by_code - np.float32(2.0) * zero * mixed + zero * zero * by_one
         fitted = (want_code - zero * want_one) / curvature
-        return (_to_fp16(fitted), zero) if smallest < fitted < largest else (scale, zero)
+        return _to_bits(min(max(fitted, smallest), largest), dropped), zero
     # two: Q = scale * codes + offset, offset = -scale * zero
     determinant = by_code * by_one - mixed * mixed
     if determinant <= np.float32(1e-6) * by_code * by_one:
@@ -127,13 +138,15 @@ def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, limits, is_on
     fitted = (want_code * by_one - want_one * mixed) / determinant
     if not smallest < fitted < largest:
         return scale, zero
-    stored = _to_fp16(fitted)
+    stored = _to_bits(fitted, dropped)
     offset = (want_one - stored * mixed) / by_one  # the best one for the scale as it had to be rounded
     return stored, _to_fp16(min(max(-offset / stored, -largest), largest))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _descend_row(codes, product, gradient, change, scale, zero, hessian, column_sums, step, limits, is_one_bit):
+def _descend_row(
+    codes, product, gradient, change, scale, zero, bounds, hessian, column_sums, step, limits, zero_is_fixed
+):
     """descend_rows of one row; returns its scale and zero. gradient: overwritten."""
     columns = codes.shape[0]
     by_code, mixed, want_code, want_one = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
@@ -144,7 +157,7 @@ def _descend_row(codes, product, gradient, change, scale, zero, hessian, column_
         want_code -= codes[k] * gradient[k]
         want_one -= gradient[k]
         change[k] = -scale * (codes[k] - zero)
-    scale, zero = _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, limits, is_one_bit)
+    scale, zero = _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, bounds, limits, zero_is_fixed)
     for k in range(columns):
         gradient[k] += scale * (product[k] - zero * column_sums[k])
     for i in range(columns):
@@ -160,7 +173,9 @@ def _descend_row(codes, product, gradient, change, scale, zero, hessian, column_
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def descend_rows(codes, product, gradients, change, scales, zeros, hessian, column_sums, step, limits, is_one_bit):
+def descend_rows(
+    codes, product, gradients, change, scales, zeros, bounds, hessian, column_sums, step, limits, zero_is_fixed
+):
     """A new grid for one group, then one pass of coordinate descent over its codes: each to its optimum, given all
     others.
 
@@ -169,21 +184,35 @@ def descend_rows(codes, product, gradients, change, scales, zeros, hessian, colu
     gradients      [rows, 128], (Q - W) H of these columns; overwritten
     change         [rows, 128], written: by how much Q changes
     scales, zeros  [rows], changed
+    bounds         [rows, 2], smallest and largest scale; with float16, the latter of zeros, too
     hessian        [128, 128], the block on the diagonal
     column_sums    [128], of the block
     step           [128], 1 / its diagonal
-    limits         [4]: largest code, smallest scale, largest scale and zero, sum of the block
+    limits         [3]: largest code, bits of a float32 mantissa that scales lack, sum of the block
+    zero_is_fixed  zeros stay as they are
     """
     for row in range(codes.shape[0]):
         scales[row], zeros[row] = _descend_row(
-            codes[row], product[row], gradients[row], change[row], scales[row], zeros[row],
-            hessian, column_sums, step, limits, is_one_bit,
+            codes[row], product[row], gradients[row], change[row], scales[row], zeros[row], bounds[row],
+            hessian, column_sums, step, limits, zero_is_fixed,
         )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def descend_coupled(
-    codes, product, gradients, change, scales, zeros, coupling, hessian, column_sums, step, limits, is_one_bit
+    codes,
+    product,
+    gradients,
+    change,
+    scales,
+    zeros,
+    bounds,
+    coupling,
+    hessian,
+    column_sums,
+    step,
+    limits,
+    zero_is_fixed,
 ):
     """descend_rows of rows that H_out couples, one after another, given all others as they are by then.
 
@@ -202,8 +231,8 @@ def descend_coupled(
                 for k in range(columns):
                     felt[k] += factor * gradients[other, k]
         scales[row], zeros[row] = _descend_row(
-            codes[row], product[row], felt, change[row], scales[row], zeros[row],
-            hessian, column_sums, step, limits, is_one_bit,
+            codes[row], product[row], felt, change[row], scales[row], zeros[row], bounds[row],
+            hessian, column_sums, step, limits, zero_is_fixed,
         )  # fmt: skip
         for i in range(columns):
             difference = change[row, i]
@@ -212,13 +241,14 @@ def descend_coupled(
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, iterations):
+def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, iterations, zero_is_fixed):
     """Best of several shrunken ranges per group, each improved by alternating nearest codes with the best grid.
 
     groups         [rows, groups, 128]
-    scales, zeros  [rows, groups]: in, a grid over the whole range; out, the best found
+    scales, zeros  [rows, groups]: in, a grid over the whole range; out, the best found, not yet as it can be stored
     column_weight  [groups, 128], positive sums
     shares         [starts], parts of the range's lower and of its upper half to start from, in all combinations
+    zero_is_fixed  zeros stay as they are; the range is around 0
     """
     codes = np.empty(groups.shape[2], dtype=np.float32)
     for row in range(groups.shape[0]):
@@ -229,11 +259,15 @@ def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, i
             middle = np.float32(0.5) * largest - full_zero  # of the range, in units of the full scale
             for low in shares:
                 for high in shares:
+                    if zero_is_fixed and low != high:
+                        continue  # the range stays around 0
                     span = np.float32(0.5) * (low + high)
                     scale = full_scale * span
                     zero = np.float32(0.5) * largest * low / span - middle / span
+                    if zero_is_fixed:  # which this would round
+                        zero = full_zero
                     for _ in range(iterations):
-                        scale, zero = _fit(weights, importance, scale, zero, largest, codes)
+                        scale, zero = _fit(weights, importance, scale, zero, largest, codes, zero_is_fixed)
                         error = _squared_error(weights, importance, scale, zero, largest)
                         if error < least:
                             least = error
@@ -250,8 +284,9 @@ def _squared_error(weights, importance, scale, zero, largest):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _fit(weights, importance, scale, zero, largest, codes):
-    """Weighted least squares of weights ~ scale * codes + offset, codes nearest under the given grid."""
+def _fit(weights, importance, scale, zero, largest, codes, zero_is_fixed):
+    """Weighted least squares of weights ~ scale * codes + offset, codes nearest under the given grid; offset is
+    -scale * zero where the zero is fixed."""
     inverse = np.float32(1.0) / scale
     total, mean_code, mean_weight = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for k in range(weights.shape[0]):
@@ -259,8 +294,11 @@ def _fit(weights, importance, scale, zero, largest, codes):
         total += importance[k]
         mean_code += importance[k] * codes[k]
         mean_weight += importance[k] * weights[k]
-    mean_code /= total
-    mean_weight /= total
+    if zero_is_fixed:
+        mean_code, mean_weight = zero, np.float32(0.0)
+    else:
+        mean_code /= total
+        mean_weight /= total
     variance, covariance = np.float32(0.0), np.float32(0.0)
     for k in range(weights.shape[0]):
         centred = importance[k] * (codes[k] - mean_code)
@@ -269,4 +307,4 @@ def _fit(weights, importance, scale, zero, largest, codes):
     if variance <= 0 or covariance <= 0:
         return scale, zero
     fitted = covariance / variance
-    return fitted, mean_code - mean_weight / fitted
+    return fitted, mean_code - mean_weight / fitted  # of a fixed zero, that zero

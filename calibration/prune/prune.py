@@ -54,7 +54,7 @@ class PrunedPoint:
 
 def prune(
     checkpoint: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | None = None,
     *,
     method: str = "otp",
     target: float = 0.25,
@@ -73,6 +73,7 @@ def prune(
 
     Finished layers are kept in CHECKPOINT.pruning.partial: the same call goes on from there after having been killed.
 
+    data             calibration text, as load_sequences takes it; None takes the built-in text
     method           "odp" (routing-weight ratios) or "otp" (learned mask router)
     target           fraction of expert activations to drop by default when the checkpoint is served
     evaluation_data  text to measure on; None measures nothing

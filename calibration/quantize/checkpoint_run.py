@@ -110,7 +110,8 @@ class CheckpointRun:
                 if finished[index] is None:
                     finished[index] = self._quantize_layer(index, layer, hidden)
                 else:
-                    restore(self.model, index, layer, finished[index], self.linear_bits, self._shard(index))
+                    version = self.recipe.format_version
+                    restore(self.model, index, layer, finished[index], self.linear_bits, version, self._shard(index))
                 if index < missing[-1]:
                     outputs = self.store.collect(_hidden(index + 1), map(layer, hidden), tokens.numel())
                     self.store.drop(_hidden(index))
@@ -197,6 +198,7 @@ class CheckpointRun:
             },
             linear=None if self.linear_bits == 16 else linear_config(self.linear_bits, self.linear_group, ignore),
             average_bits=report.average_bits,
+            format_version=self.recipe.format_version,
         )
         return {**self.description.read_config(), "quantization_config": config.to_dict()}
 

@@ -41,8 +41,7 @@ from vllm_mcmoe.calibration.quantize.linears import (
     tensor_parallel_sizes,
 )
 from vllm_mcmoe.calibration.recipes import Recipe
-from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
-from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.checkpoint import matrix_of
 
 ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
 
@@ -217,7 +216,7 @@ class _LayerJob:
         rows = self.description.projection_rows(part)
         for projection, piece in zip(self.description.projections(part), split_rows(matrix, rows), strict=True):
             name = self.description.expert_tensor(layer_name, expert, projection)
-            self.shard.add_matrix(name, piece.pack())
+            self.shard.add_matrix(name, piece.pack(), self.options.recipe.format_version)
             self._quantized.add(f"{name}.weight")
 
     def add_unquantized(self) -> None:
@@ -228,7 +227,13 @@ class _LayerJob:
 
 
 def restore(
-    model: LayerwiseModel, index: int, layer: DecoderLayer, quantized: QuantizedLayer, linear_bits: int, shard: Path
+    model: LayerwiseModel,
+    index: int,
+    layer: DecoderLayer,
+    quantized: QuantizedLayer,
+    linear_bits: int,
+    version: int,
+    shard: Path,
 ) -> None:
     """Give a loaded layer the weights its shard has, exactly those quantize_layer left it with."""
     description = model.description
@@ -242,13 +247,9 @@ def restore(
                 all_rows = description.projection_rows(part)
                 for projection, rows in zip(description.projections(part), all_rows, strict=True):
                     name = description.expert_tensor(description.moe_layers[index], expert, projection)
-                    matrix = _read_matrix(file, name, getattr(report, part))
+                    bits = getattr(report, part)
+                    matrix = matrix_of(bits, version, lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}"))
                     stack[expert, rows] = matrix.dequantize(in_features=stack.shape[2])
-
-
-def _read_matrix(file: safe_open, name: str, bits: int) -> PackedMatrix:
-    zeros = None if bits == 1 else file.get_tensor(f"{name}.{ZEROS}")
-    return PackedMatrix(bits, file.get_tensor(f"{name}.{QWEIGHT}"), file.get_tensor(f"{name}.{SCALES}"), zeros)
 
 
 def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:

@@ -10,6 +10,7 @@ Two waits are hidden by doing something else first: the codes of the next group 
 one are multiplied, and the sums of a step are scaled while the tiles of the next are being multiplied.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import literally, njit
 from numba.core import types
@@ -23,6 +24,7 @@ from vllm_mcmoe.kernels.cpu.layout import (
     expert_record,
     linear_record,
     linear_record_bytes_compiled,
+    middle_zero_compiled,
     record_bytes_compiled,
 )
 from vllm_mcmoe.kernels.cpu.products import (
@@ -33,7 +35,7 @@ from vllm_mcmoe.kernels.cpu.products import (
     scale_and_zero,
     unpack_function,
 )
-from vllm_mcmoe.kernels.cpu.vectors import VI32, call, load
+from vllm_mcmoe.kernels.cpu.vectors import VF32, VI32, call, constant, load, splat
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
 
 TILE_ROWS = 16
@@ -113,23 +115,24 @@ def _emit_unpack_pair(builder: ir.IRBuilder, kind: Record, record: ir.Value, nex
     builder.call(unpack, [next_record, builder.add(out, I64(kind.group_size // TILE * TILE_BYTES))])
 
 
-@intrinsic
-def unpack_pair(typing_context, bits, record, next_record, out):
-    """Of an expert, whose width is known at run time."""
+@intrinsic(prefer_literal=True)
+def unpack_pair(typing_context, stored_zeros, bits, record, next_record, out):
+    """Of an expert, whose width is known at run time; stored_zeros is a constant."""
+    has_zeros = bool(stored_zeros.literal_value)
 
     def emit(context, builder, signature, args):
         done = builder.append_basic_block("unpacked")
-        switch = builder.switch(args[0], done)
+        switch = builder.switch(args[1], done)
         for bits in WIDTHS:
             block = builder.append_basic_block(f"unpack_{bits}bit")
             switch.add_case(I64(bits), block)
             builder.position_at_end(block)
-            _emit_unpack_pair(builder, expert_record(bits), *args[1:])
+            _emit_unpack_pair(builder, expert_record(bits, has_zeros), *args[2:])
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), emit
+    return types.void(stored_zeros, *[types.int64] * 4), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -198,12 +201,13 @@ multiply_one, multiply_two = _multiply_tiles(1), _multiply_tiles(2)
 store_one, store_two = _store_sums(1), _store_sums(2)
 
 
-def _emit_scale_rows(builder: ir.IRBuilder, kind: Record, rescale, next_rescale, scales, slots, sums, totals, stride):
+def _emit_scale_rows(builder: ir.IRBuilder, zero, rescale, next_rescale, scales, slots, sums, totals, stride):
     """Add a step's sums to totals.
 
-    rescale, next_rescale: scales and zeros in a record of either row block; stride: from one's totals to the next's.
+    zero: float32 [16], the zero of all groups, or None where records have theirs; rescale, next_rescale: scales and
+    zeros in a record of either row block; stride: from one's totals to the next's.
     """
-    factors = [scale_and_zero(builder, kind, address) for address in (rescale, next_rescale)]
+    factors = [scale_and_zero(builder, zero, address) for address in (rescale, next_rescale)]
     before, loop = builder.block, builder.append_basic_block("slot")
     done = builder.append_basic_block("scaled")
     builder.branch(loop)
@@ -223,21 +227,26 @@ def _emit_scale_rows(builder: ir.IRBuilder, kind: Record, rescale, next_rescale,
     builder.position_at_end(done)
 
 
-def _scale_expert_rows(bits: int):
-    """scale_rows(rescale, next_rescale, scales, slots, sums, totals, totals_stride) of experts with such records."""
+@intrinsic
+def scale_rows_with_zeros(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
+    """Of an expert whose records have zeros."""
 
-    @intrinsic
-    def scale_rows(typing_context, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
-        def emit(context, builder, signature, args):
-            _emit_scale_rows(builder, expert_record(bits), *args)
-            return context.get_dummy_value()
+    def emit(context, builder, signature, args):
+        _emit_scale_rows(builder, None, *args)
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), emit
-
-    return scale_rows
+    return types.void(*[types.int64] * 7), emit
 
 
-scale_rows_1bit, scale_rows_with_zeros = _scale_expert_rows(1), _scale_expert_rows(2)
+@intrinsic
+def scale_rows(typing_context, zero, rescale, next_rescale, scales, slots, sums, totals, totals_stride):
+    """Of an expert whose zeros all are `zero`, a float32."""
+
+    def emit(context, builder, signature, args):
+        _emit_scale_rows(builder, splat(builder, args[0]), *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.float32, *[types.int64] * 7), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -247,40 +256,46 @@ def scale_linear_rows(
     kind = linear_record(bits.literal_value, group_size.literal_value)
 
     def emit(context, builder, signature, args):
-        _emit_scale_rows(builder, kind, *args[2:])
+        _emit_scale_rows(builder, constant(VF32, kind.zero), *args[2:])
         return context.get_dummy_value()
 
     return types.void(bits, group_size, *[types.int64] * 7), emit
 
 
-# What the loop over groups needs to know of its records: of an expert, with its width known at run time, and of a
-# linear, with constants.
+# What the loop over groups needs to know of its records: of an expert, whether it has zeros, a constant, and its width,
+# known at run time; of a linear its width and group size, both constants.
 @njit
-def _expert_bytes(bits, group_size):
-    return record_bytes_compiled(bits)
-
-
-@njit
-def _unpack_expert(bits, group_size, record, next_record, out):
-    unpack_pair(bits, record, next_record, out)
+def _expert_bytes(stored_zeros, bits, group_size):
+    return record_bytes_compiled(stored_zeros, bits)
 
 
 @njit
-def _scale_expert(bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+def _unpack_expert(stored_zeros, bits, group_size, record, next_record, out):
+    unpack_pair(literally(stored_zeros), bits, record, next_record, out)
+
+
+@njit
+def _scale_expert(stored_zeros, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
     rescale, next_rescale = record + code_bytes_compiled(bits), next_record + code_bytes_compiled(bits)
-    if bits == 1:
-        scale_rows_1bit(rescale, next_rescale, scales, slots, sums, totals, totals_stride)
-    else:
+    if stored_zeros and bits > 1:
         scale_rows_with_zeros(rescale, next_rescale, scales, slots, sums, totals, totals_stride)
+    else:
+        zero = np.float32(middle_zero_compiled(bits))
+        scale_rows(zero, rescale, next_rescale, scales, slots, sums, totals, totals_stride)
 
 
 @njit
-def _unpack_linear(bits, group_size, record, next_record, out):
+def _linear_bytes(stored_zeros, bits, group_size):
+    return linear_record_bytes_compiled(bits, group_size)
+
+
+@njit
+def _unpack_linear(stored_zeros, bits, group_size, record, next_record, out):
     unpack_linear_pair(literally(bits), literally(group_size), record, next_record, out)
 
 
 @njit
-def _scale_linear(bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+def _scale_linear(stored_zeros, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
     start = code_bytes_compiled(bits, group_size)
     scale_linear_rows(
         literally(bits), literally(group_size), record + start, next_record + start,
@@ -292,17 +307,19 @@ def _pair_multiplier(record_bytes, unpack, scale):
     """multiply_pair: two row blocks, of which record is in the first and record + record_stride in the second."""
 
     @njit
-    def multiply_pair(bits, group_size, record, record_stride, group_count, codes, scales, count, totals, scratch):
-        size = record_bytes(bits, group_size)
+    def multiply_pair(
+        stored_zeros, bits, group_size, record, record_stride, group_count, codes, scales, count, totals, scratch
+    ):
+        size = record_bytes(stored_zeros, bits, group_size)
         totals_stride = count * VECTOR_BYTES
         waiting_slots = waiting_first = waiting_group = step = 0
-        unpack(bits, group_size, record, record + record_stride, scratch)
+        unpack(stored_zeros, bits, group_size, record, record + record_stride, scratch)
         for group in range(group_count):
             weights = scratch + group % 2 * PAIR_BYTES
             if group + 1 < group_count:
                 following = record + (group + 1) * size
                 other_weights = scratch + (group + 1) % 2 * PAIR_BYTES
-                unpack(bits, group_size, following, following + record_stride, other_weights)
+                unpack(stored_zeros, bits, group_size, following, following + record_stride, other_weights)
             for first in range(0, count, STEP_SLOTS):
                 slots = min(STEP_SLOTS, count - first)
                 activations = codes + group * group_size * count + first * 64
@@ -315,7 +332,7 @@ def _pair_multiplier(record_bytes, unpack, scale):
                 if waiting_slots:
                     waiting = record + waiting_group * size
                     scale(
-                        bits, group_size, waiting, waiting + record_stride,
+                        stored_zeros, bits, group_size, waiting, waiting + record_stride,
                         scales + (waiting_group * count + waiting_first) * 8, waiting_slots, other_sums,
                         totals + waiting_first * VECTOR_BYTES, totals_stride,
                     )  # fmt: skip
@@ -327,7 +344,7 @@ def _pair_multiplier(record_bytes, unpack, scale):
                 step += 1
         waiting = record + waiting_group * size
         scale(
-            bits, group_size, waiting, waiting + record_stride,
+            stored_zeros, bits, group_size, waiting, waiting + record_stride,
             scales + (waiting_group * count + waiting_first) * 8, waiting_slots,
             scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES, totals + waiting_first * VECTOR_BYTES, totals_stride,
         )  # fmt: skip
@@ -336,26 +353,29 @@ def _pair_multiplier(record_bytes, unpack, scale):
 
 
 _multiply_expert_pair = _pair_multiplier(_expert_bytes, _unpack_expert, _scale_expert)
-_multiply_linear_pair = _pair_multiplier(linear_record_bytes_compiled, _unpack_linear, _scale_linear)
+_multiply_linear_pair = _pair_multiplier(_linear_bytes, _unpack_linear, _scale_linear)
 
 
 @njit
-def multiply_rows_amx(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+def multiply_rows_amx(
+    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+):
     """As products.multiply_rows_vnni, which it leaves few slots to; row_blocks is even."""
     if count < MIN_SLOTS:
         multiply_rows_vnni(
-            bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
-        )
+            stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count,
+            totals,
+        )  # fmt: skip
         return
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
-    block_stride = groups * record_bytes_compiled(bits)
+    block_stride = groups * record_bytes_compiled(stored_zeros, bits)
     scratch = scratch_memory()
     configure_tiles()
     for block in range(0, row_blocks, 2):
-        record = records + block * block_stride + first_group * record_bytes_compiled(bits)
+        record = records + block * block_stride + first_group * record_bytes_compiled(stored_zeros, bits)
         _multiply_expert_pair(
-            bits, GROUP_SIZE, record, block_stride, group_count, codes, scales, count,
+            stored_zeros, bits, GROUP_SIZE, record, block_stride, group_count, codes, scales, count,
             totals + block * count * VECTOR_BYTES, scratch,
         )  # fmt: skip
     release_tiles()
@@ -385,7 +405,7 @@ def multiply_linear_rows_amx(
     for block in range(0, paired, 2):
         record = records + block * block_stride + first_group * linear_record_bytes_compiled(bits, group_size)
         _multiply_linear_pair(
-            bits, group_size, record, block_stride, group_count, codes, scales, count,
+            0, bits, group_size, record, block_stride, group_count, codes, scales, count,
             totals + block * count * VECTOR_BYTES, scratch,
         )  # fmt: skip
     release_tiles()

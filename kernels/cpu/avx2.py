@@ -39,6 +39,7 @@ from vllm_mcmoe.kernels.cpu.products import (
     VECTOR_BYTES,
     Codes,
     add_scaled,
+    constant_zero,
     multiply_by,
     multiply_linear,
     prefetch_ahead,
@@ -262,7 +263,7 @@ def block_function(module: ir.Module, name: str, sums, kind: Record, tokens: int
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, codes, activations, tile_stride, scales, totals, batches = function.args
     builder = ir.IRBuilder(entry)
-    scale, zero = scale_and_zero(builder, kind, builder.add(record, I64(kind.code_bytes)))
+    scale, zero = scale_and_zero(builder, constant_zero(kind), builder.add(record, I64(kind.code_bytes)))
     builder.branch(loop)
     builder.position_at_end(loop)
     batch = builder.phi(I64)
@@ -322,23 +323,28 @@ def _emit_block(builder, isa: str, sums, kind: Record, record, room, activations
 
 
 def _multiply_block(isa: str, sums):
-    """multiply_block(bits, record, room, activations, ...): _emit_block for an expert's width, known at run time."""
+    """multiply_block(stored_zeros, bits, record, room, activations, ...): _emit_block for an expert's width, known at
+    run time; stored_zeros is a constant."""
 
-    @intrinsic
-    def multiply_block(typing_context, bits, record, room, activations, tile_stride, scales, totals, count):
+    @intrinsic(prefer_literal=True)
+    def multiply_block(
+        typing_context, stored_zeros, bits, record, room, activations, tile_stride, scales, totals, count
+    ):
+        has_zeros = bool(stored_zeros.literal_value)
+
         def emit(context, builder, signature, args):
             done = builder.append_basic_block("multiplied")
-            switch = builder.switch(args[0], done)
+            switch = builder.switch(args[1], done)
             for bits in WIDTHS:
                 block = builder.append_basic_block(f"block_{bits}bit")
                 switch.add_case(I64(bits), block)
                 builder.position_at_end(block)
-                _emit_block(builder, isa, sums, expert_record(bits), *args[1:])
+                _emit_block(builder, isa, sums, expert_record(bits, has_zeros), *args[2:])
                 builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), emit
+        return types.void(stored_zeros, *[types.int64] * 8), emit
 
     return multiply_block
 
@@ -378,22 +384,27 @@ def multiply_rows_by(isa: str, group_products, sums):
     multiply_block = _multiply_block(isa, sums)
 
     @njit
-    def multiply_rows(bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals):
+    def multiply_rows(
+        stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
         """As products.multiply_rows_vnni."""
         codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
         scales += (first * groups + first_group * count) * 8
-        size = record_bytes_compiled(bits)
+        size = record_bytes_compiled(stored_zeros, bits)
         room = code_room()
         for block in range(row_blocks):
             record = records + (block * groups + first_group) * size
             block_totals = totals + block * count * VECTOR_BYTES
             if count <= FEW_SLOTS:
-                multiply(bits, count, record, group_count, codes, count * 64, scales, count * 8, block_totals)
+                multiply(
+                    literally(stored_zeros), bits, count, record, group_count, codes, count * 64, scales, count * 8,
+                    block_totals,
+                )  # fmt: skip
                 continue
             for group in range(group_count):
                 multiply_block(
-                    bits, record + group * size, room, codes + group * GROUP_SIZE * count, count * 64,
-                    scales + group * count * 8, block_totals, count,
+                    literally(stored_zeros), bits, record + group * size, room,
+                    codes + group * GROUP_SIZE * count, count * 64, scales + group * count * 8, block_totals, count,
                 )  # fmt: skip
 
     return multiply_rows

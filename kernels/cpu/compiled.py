@@ -27,14 +27,24 @@ class Compiled(NamedTuple):
 
 
 @cache
-def compile_layer(isa: str) -> Compiled:
-    """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model."""
+def compile_layer(isa: str, stored_zeros: bool) -> Compiled:
+    """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model.
+
+    stored_zeros: reaches the products as a constant, as the other records of checkpoints without zeros do.
+    """
     source, gomp_parallel = source_digest(), find_gomp_parallel()
-    worker, multiply_rows = _worker(source), _PRODUCTS[isa](source)
-    if gomp_parallel is None:
-        return Compiled(_entry_on_numba_threads(source), worker.address, multiply_rows.address, 0)
-    entry = ctypes.CFUNCTYPE(None, ctypes.c_int64)(_entry(source).address)
-    return Compiled(entry, worker.address, multiply_rows.address, gomp_parallel)
+    multiply_rows = _PRODUCTS[isa](source, int(stored_zeros))
+    entry, worker = _phases(source, gomp_parallel is not None)
+    return Compiled(entry, worker.address, multiply_rows.address, gomp_parallel or 0)
+
+
+@cache
+def _phases(source: str, on_torchs_threads: bool):
+    """What checkpoints with zeros and without have in common."""
+    worker = _worker(source)
+    if not on_torchs_threads:
+        return _entry_on_numba_threads(source), worker
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(_entry(source).address), worker
 
 
 def source_digest() -> str:
@@ -79,64 +89,64 @@ def _worker(source: str):
     return worker
 
 
-def _products_vnni(source: str):
+def _products_vnni(source: str, stored_zeros: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         products.multiply_rows_vnni(
-            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_vnni
 
 
-def _products_portable(source: str):
+def _products_portable(source: str, stored_zeros: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_portable(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         products.multiply_rows_portable(
-            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_portable
 
 
-def _products_amx(source: str):
+def _products_amx(source: str, stored_zeros: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_amx(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
         source  # noqa: B018
         amx.multiply_rows_amx(
-            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_amx
 
 
-def _products_avx2(source: str):
+def _products_avx2(source: str, stored_zeros: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_avx2(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         avx2.multiply_rows_avx2(
-            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_avx2
 
 
-def _products_avx_vnni(source: str):
+def _products_avx_vnni(source: str, stored_zeros: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_avx_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         avx2.multiply_rows_avx_vnni(
-            bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_avx_vnni

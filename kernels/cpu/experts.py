@@ -21,13 +21,21 @@ from vllm_mcmoe.kernels.reference import check_matrix, local_ids
 
 
 def record_sizes(
-    hidden_size: int, intermediate_size: int, gate_up_bits: Sequence[int], down_bits: Sequence[int], factor: int
+    hidden_size: int,
+    intermediate_size: int,
+    gate_up_bits: Sequence[int],
+    down_bits: Sequence[int],
+    factor: int,
+    stored_zeros: bool = True,
 ) -> dict[str, list[int]]:
     """Bytes of every expert's records, by buffer. factor: of the experts' function."""
-    rows = factor * intermediate_size
+    shapes = {
+        "gate_up": (gate_up_bits, factor * intermediate_size, hidden_size),
+        "down": (down_bits, hidden_size, intermediate_size),
+    }
     return {
-        "gate_up": [matrix_bytes(expert_record(width), rows, hidden_size) for width in gate_up_bits],
-        "down": [matrix_bytes(expert_record(width), hidden_size, intermediate_size) for width in down_bits],
+        name: [matrix_bytes(expert_record(width, stored_zeros), rows, columns) for width in bits]
+        for name, (bits, rows, columns) in shapes.items()
     }
 
 
@@ -35,11 +43,11 @@ class CpuExperts(torch.nn.Module):
     """Experts of mixed bit-widths, repacked for the CPU kernels.
 
     gate_up, down              uint8 [bytes]       every expert's records, see layout.py
-    gate_up_table, down_table  int64 [experts, 2]  bit-width, offset of the expert's first byte
+    gate_up_table, down_table  int64 [experts, 3]  bit-width, offset of the expert's first byte, bytes of a record
     gate_up_bias, down_bias    float32 [experts, rows], gate_up's in the order of its row blocks; None without biases
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, function: ExpertFunction):
+    def __init__(self, hidden_size: int, intermediate_size: int, function: ExpertFunction, stored_zeros: bool):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size <= 0 or size % GROUP_SIZE:
@@ -51,8 +59,8 @@ class CpuExperts(torch.nn.Module):
         self.register_buffer("function_parameters", parameters, persistent=False)
         self.register_buffer("gate_up_bias", None, persistent=False)
         self.register_buffer("down_bias", None, persistent=False)
-        self.isa = select_isa()
-        compile_layer(self.isa)
+        self.isa, self.stored_zeros = select_isa(), stored_zeros
+        compile_layer(self.isa, stored_zeros)
 
     @classmethod
     def prepare(
@@ -65,6 +73,7 @@ class CpuExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         function: ExpertFunction = SILU,
+        stored_zeros: bool = True,
         device: torch.device | str = "cpu",
         file: Path | None = None,
         key: Mapping[str, Any] | None = None,
@@ -72,25 +81,26 @@ class CpuExperts(torch.nn.Module):
         """Repack, experts side by side on torch's number of threads, and compile.
 
         gate_up yields [2I, H] matrices, gate rows first, or [I, H] for a function without a gate; down yields [H, I].
-        Raises ValueError for a width, size or device the kernels lack, and for a matrix other than announced.
+        stored_zeros: whether those of more than 1 bit have zeros. Raises ValueError for a width, size or device the
+        kernels lack, and for a matrix other than announced.
 
         With `file` the records are written there and mapped from there, for `from_file` to find under the same key (see
         records_file.py). Raises OSError where that fails; nothing is left of the file then.
         """
         if torch.device(device).type != "cpu":
             raise ValueError(f"the cpu kernels run on CPUs, not on {device}")
-        experts = cls(hidden_size, intermediate_size, function)
+        experts = cls(hidden_size, intermediate_size, function, stored_zeros)
         for name, bits in (("gate_up", gate_up_bits), ("down", down_bits)):
             unknown = sorted(set(bits) - set(WIDTHS))
             if unknown:
                 raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor, stored_zeros)
         gate_up_shape, down_shape = (function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size)
         gate_up_blocks = gate_up_row_blocks(intermediate_size, function.factor)
         down_blocks = torch.arange(hidden_size // ROWS).numpy()
         with PrivateRecords(sizes) if file is None else RecordsWriter(file, key or {}, sizes) as records:
-            _fill(records, "gate_up", gate_up, gate_up_bits, gate_up_shape, gate_up_blocks)
-            _fill(records, "down", down, down_bits, down_shape, down_blocks)
+            _fill(records, "gate_up", gate_up, gate_up_bits, stored_zeros, gate_up_shape, gate_up_blocks)
+            _fill(records, "down", down, down_bits, stored_zeros, down_shape, down_blocks)
             experts._hold(records.publish(), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
         return experts
 
@@ -105,13 +115,14 @@ class CpuExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         function: ExpertFunction = SILU,
+        stored_zeros: bool = True,
     ) -> Self:
         """What `prepare` with this file and key gave, mapped read-only, its checksums compared; and compile.
 
         Raises OSError where the file cannot be read, RecordsError where it is damaged or of another key.
         """
-        experts = cls(hidden_size, intermediate_size, function)
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor)
+        experts = cls(hidden_size, intermediate_size, function, stored_zeros)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor, stored_zeros)
         experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
         return experts
 
@@ -120,7 +131,8 @@ class CpuExperts(torch.nn.Module):
     ) -> None:
         for name, records in buffers.items():
             offsets = [0, *itertools.accumulate(sizes[name])][:-1]
-            table = torch.tensor(list(zip(bits[name], offsets, strict=True)), dtype=torch.int64)
+            record_bytes = [expert_record(width, self.stored_zeros).nbytes for width in bits[name]]
+            table = torch.tensor(list(zip(bits[name], offsets, record_bytes, strict=True)), dtype=torch.int64)
             self.register_buffer(name, records, persistent=False)
             self.register_buffer(f"{name}_table", table, persistent=False)
 
@@ -158,6 +170,7 @@ class CpuExperts(torch.nn.Module):
             self.function_code,
             self.function_parameters,
             self.isa,
+            self.stored_zeros,
         )
 
 
@@ -166,6 +179,7 @@ def _fill(
     name: str,
     matrices: Iterable[PackedMatrix],
     bits: Sequence[int],
+    stored_zeros: bool,
     shape: tuple[int, int],
     row_blocks: np.ndarray,
 ) -> None:
@@ -181,7 +195,7 @@ def _fill(
             matrix = next(iterator, None)
             if matrix is None:
                 raise ValueError(f"{name}: {len(bits)} widths were given, but only {index} matrices")
-            check_matrix(f"{name} of expert {index}", matrix, width, shape)
+            check_matrix(f"{name} of expert {index}", matrix, width, shape, stored_zeros)
             repacked.append(pool.submit(repack_one, index, matrix))
     for future in repacked:
         future.result()

@@ -6,8 +6,8 @@ A record is one group of G inputs of 16 output rows ("a row block"); G is 128 in
                         lane per row; the lane's byte j holds, at bit b*s, the code of input 4*q + j of the group, where
                         q = vector * (8/b) + s numbers the quads (4 consecutive inputs)
     32 bytes            scales, float16, one per row
-    32 bytes            zeros, float16, one per row; absent where all zeros are the same: 0.5 in experts of 1 bit,
-                        2^(bits-1) in linears
+    32 bytes            zeros, float16, one per row; absent where all zeros are the same: the middle of the codes in
+                        experts of 1 bit and of checkpoints that store no zeros, 2^(bits-1) in linears
 
 Shifting a vector by b*s and masking gives one quad of 16 rows: the operand of VNNI's dot product, and one row of an AMX
 tile. Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates
@@ -23,7 +23,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, ONE_BIT_ZERO, PackedMatrix, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, middle_zero, planes
 
 LAYOUT_VERSION = 1
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
@@ -36,6 +36,7 @@ def code_bytes(bits: int, group_size: int = GROUP_SIZE) -> int:
 
 
 code_bytes_compiled = numba.njit(code_bytes)
+middle_zero_compiled = numba.njit(middle_zero)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Record:
         return self.code_bytes + 2 * ROWS * (2 if self.zero is None else 1)
 
 
-def expert_record(bits: int) -> Record:
-    return Record(bits, zero=ONE_BIT_ZERO if bits == 1 else None)
+def expert_record(bits: int, stored_zeros: bool) -> Record:
+    """stored_zeros: whether the checkpoint has zeros, at more than 1 bit."""
+    return Record(bits, zero=None if stored_zeros and bits > 1 else middle_zero(bits))
 
 
 def linear_record(bits: int, group_size: int) -> Record:
@@ -68,9 +70,9 @@ def linear_record(bits: int, group_size: int) -> Record:
 
 
 @numba.njit
-def record_bytes_compiled(bits):
-    """expert_record(bits).nbytes in compiled code, which learns an expert's width at run time."""
-    return code_bytes_compiled(bits) + 2 * ROWS * (1 if bits == 1 else 2)
+def record_bytes_compiled(stored_zeros, bits):
+    """expert_record(...).nbytes in compiled code, which learns an expert's width at run time."""
+    return code_bytes_compiled(bits) + 2 * ROWS * (2 if stored_zeros and bits > 1 else 1)
 
 
 @numba.njit
@@ -121,7 +123,9 @@ def _plane_mover(bits: int):
 def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
     """Write an expert's matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
     words = matrix.qweight.contiguous().numpy().view(np.uint32)
-    write_records(expert_record(matrix.bits), words, matrix.scales, matrix.zeros, row_blocks, out)
+    write_records(
+        expert_record(matrix.bits, matrix.zeros is not None), words, matrix.scales, matrix.zeros, row_blocks, out
+    )
 
 
 def write_records(

@@ -18,7 +18,7 @@ from vllm_mcmoe.kernels.cpu.chunks import (
     write_rows,
 )
 from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64, fetch_add
-from vllm_mcmoe.kernels.cpu.layout import ROWS, record_bytes_compiled
+from vllm_mcmoe.kernels.cpu.layout import ROWS
 from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
 from vllm_mcmoe.kernels.cpu.vectors import (
     WITH_PARAMETERS,
@@ -58,7 +58,7 @@ class Field(IntEnum):
     INTERMEDIATE = 10  # value
     FUNCTION = 11  # value: vectors.function_code
     GATE_UP = 12  # records, see layout.py
-    GATE_UP_TABLE = 13  # int64 [experts, 2]: width, offset of the expert's first record
+    GATE_UP_TABLE = 13  # int64 [experts, 3]: width, offset of the expert's first record, bytes of a record
     DOWN = 14
     DOWN_TABLE = 15
     COUNTERS = 16  # int64 [6, 8], a cache line each: threads seen; tasks taken of 3 phases; tasks done of the first 2
@@ -217,9 +217,9 @@ def gate_up_phase(p, scratch):
         done += 1
         chunk, column = task // columns, task % columns
         expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
-        bits = table[2 * expert]
-        records = p[GATE_UP] + table[2 * expert + 1]
-        records += column * blocks * (hidden // GROUP_SIZE) * record_bytes_compiled(bits)
+        bits = table[3 * expert]
+        records = p[GATE_UP] + table[3 * expert + 1]
+        records += column * blocks * (hidden // GROUP_SIZE) * table[3 * expert + 2]
         multiply_chunk(
             p[MULTIPLY_ROWS], bits, records, blocks, hidden, GROUP_SIZE, p[CODES], p[SCALES], first, count, scratch
         )
@@ -286,9 +286,9 @@ def down_phase(p, scratch):
             sums[i] = 0.0
         for chunk in range(p[CHUNK_COUNT]):
             expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
-            bits = table[2 * expert]
-            records = p[DOWN] + table[2 * expert + 1]
-            records += first_row // ROWS * (intermediate // GROUP_SIZE) * record_bytes_compiled(bits)
+            bits = table[3 * expert]
+            records = p[DOWN] + table[3 * expert + 1]
+            records += first_row // ROWS * (intermediate // GROUP_SIZE) * table[3 * expert + 2]
             multiply_chunk(
                 p[MULTIPLY_ROWS], bits, records, blocks, intermediate, GROUP_SIZE,
                 p[MID_CODES], p[MID_SCALES], first, count, totals,

@@ -181,12 +181,17 @@ def _integer_product_in_place(builder, dot, kind: Record, record, activations, t
     return _sum(builder, shifted)
 
 
-def scale_and_zero(builder: ir.IRBuilder, kind: Record, address: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """w_scale and zero of the group's 16 rows as float32, from behind the record's codes."""
+def constant_zero(kind: Record) -> ir.Value | None:
+    """The zero of all groups, or None where records have theirs."""
+    return None if kind.zero is None else constant(VF32, kind.zero)
+
+
+def scale_and_zero(builder: ir.IRBuilder, zero: ir.Value | None, address: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """w_scale and zero of the group's 16 rows as float32, from behind the record's codes; zero: as constant_zero."""
     scale = builder.fpext(load(builder, VF16, address), VF32)
-    if kind.zero is not None:
-        return scale, constant(VF32, kind.zero)
-    return scale, builder.fpext(load(builder, VF16, address, 2 * LANES), VF32)
+    if zero is None:
+        zero = builder.fpext(load(builder, VF16, address, 2 * LANES), VF32)
+    return scale, zero
 
 
 def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offset: int, total: ir.Value, offset: int):
@@ -260,7 +265,7 @@ def prefetch_ahead(builder: ir.IRBuilder, kind: Record, record: ir.Value) -> Non
 def _emit_group(builder, group_products, kind, tokens, record, activations, tile_stride, scales, totals) -> None:
     prefetch_ahead(builder, kind, record)
     products = group_products(builder, kind, record, activations, tokens, tile_stride)
-    scale, zero = scale_and_zero(builder, kind, builder.add(record, I64(kind.code_bytes)))
+    scale, zero = scale_and_zero(builder, constant_zero(kind), builder.add(record, I64(kind.code_bytes)))
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
 
@@ -294,11 +299,15 @@ def unpack_function(module: ir.Module, name: str, kind: Record) -> ir.Function:
 
 
 def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
-    """multiply(bits, tokens, ...): the product for a width and a number of tokens known only at run time."""
+    """multiply(stored_zeros, bits, tokens, ...): the product for a width and a number of tokens known only at run time.
 
-    @intrinsic
+    stored_zeros: a constant of the caller, 1 for the records of a checkpoint that has zeros, else 0.
+    """
+
+    @intrinsic(prefer_literal=True)
     def multiply(
         typing_context,
+        stored_zeros,
         bits,
         tokens,
         record,
@@ -309,23 +318,25 @@ def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
         scale_stride,
         totals,
     ):
+        has_zeros = bool(stored_zeros.literal_value)
+
         def emit(context, builder, signature, args):
             done = builder.append_basic_block("multiplied")
-            key = builder.add(builder.mul(args[0], I64(LANES + 1)), args[1])
+            key = builder.add(builder.mul(args[1], I64(LANES + 1)), args[2])
             switch = builder.switch(key, done)
             for width in WIDTHS:
                 for count in token_counts:
-                    name = f"mcmoe_{isa}_{width}bit_{count}"
-                    function = product_function(builder.module, name, group_products, expert_record(width), count)
+                    name, kind = f"mcmoe_{isa}_{width}bit_{count}", expert_record(width, has_zeros)
+                    function = product_function(builder.module, name, group_products, kind, count)
                     block = builder.append_basic_block(name)
                     switch.add_case(I64(width * (LANES + 1) + count), block)
                     with builder.goto_block(block):
-                        builder.call(function, args[2:])
+                        builder.call(function, args[3:])
                         builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * (2 + len(_PRODUCT_ARGS))), emit
+        return types.void(stored_zeros, *[types.int64] * (2 + len(_PRODUCT_ARGS))), emit
 
     return multiply
 
@@ -392,21 +403,22 @@ def portable_batch(left):
 
 @njit
 def multiply_rows_vnni(
-    bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals, float32 [block][slot][16].
 
-    codes, scales: the activations of chunks.py, in which the `count` slots from `first` are one chunk.
+    stored_zeros: a constant of the caller; codes, scales: the activations of chunks.py, in which the `count` slots from
+    `first` are one chunk.
     """
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
-        record = records + (block * groups + first_group) * record_bytes_compiled(bits)
+        record = records + (block * groups + first_group) * record_bytes_compiled(stored_zeros, bits)
         slot = 0
         while slot < count:
             batch = vnni_batch(count - slot)
             multiply_vnni(
-                bits, batch, record, group_count, codes + slot * 64, count * 64,
+                literally(stored_zeros), bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
             )  # fmt: skip
             slot += batch
@@ -414,18 +426,18 @@ def multiply_rows_vnni(
 
 @njit
 def multiply_rows_portable(
-    bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """As multiply_rows_vnni."""
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
-        record = records + (block * groups + first_group) * record_bytes_compiled(bits)
+        record = records + (block * groups + first_group) * record_bytes_compiled(stored_zeros, bits)
         slot = 0
         while slot < count:
             batch = portable_batch(count - slot)
             multiply_portable(
-                bits, batch, record, group_count, codes + slot * 64, count * 64,
+                literally(stored_zeros), bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
             )  # fmt: skip
             slot += batch

@@ -110,6 +110,7 @@ class ReferenceExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         function: ExpertFunction = SILU,
+        stored_zeros: bool = True,
         device: torch.device | str = "cpu",
     ) -> Self:
         """Collect the experts on `device`. Raises ValueError where a matrix is not what was announced."""
@@ -122,7 +123,7 @@ class ReferenceExperts(torch.nn.Module):
             if len(experts) != len(bits):
                 raise ValueError(f"{name}: {len(bits)} widths were given for {len(experts)} experts")
             for expert, (matrix, width) in enumerate(zip(experts, bits, strict=True)):
-                check_matrix(f"{name} of expert {expert}", matrix, width, shape)
+                check_matrix(f"{name} of expert {expert}", matrix, width, shape, stored_zeros)
             collected.append(experts)
         return cls(*collected, function)
 
@@ -164,10 +165,13 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
     return torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
 
 
-def check_matrix(name: str, matrix: PackedMatrix, bits: int, shape: tuple[int, int]) -> None:
-    """Raises ValueError when a matrix has not the width and [out, in] shape that were announced for it."""
+def check_matrix(name: str, matrix: PackedMatrix, bits: int, shape: tuple[int, int], stored_zeros: bool) -> None:
+    """Raises ValueError when a matrix has not the width and [out, in] shape that were announced for it, or has zeros
+    where none were."""
     found = (matrix.out_features, matrix.in_features)
     if matrix.bits != bits or found != shape:
         raise ValueError(
             f"{name}: expected {bits} bits and shape {list(shape)}, found {matrix.bits} bits and {list(found)}"
         )
+    if (matrix.zeros is not None) != (stored_zeros and bits > 1):
+        raise ValueError(f"{name}: zeros were {'' if stored_zeros else 'not '}announced; they must be as announced")

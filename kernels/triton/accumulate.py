@@ -115,14 +115,14 @@ def _field_dot(planes, x, BITS: tl.constexpr, FIELD: tl.constexpr, INLINE_ASM: t
 @triton.jit
 def _add_fields(
     sums, planes, x, x_scale, x_sum, scales,
-    BITS: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, INLINE_ASM: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """sums plus one group's products, with all fields open to the compiler to interleave."""
     updated = ()
     for field in tl.static_range(field_count(BITS)):
         dot = _field_dot(planes, x, BITS, field, INLINE_ASM, FLOAT)
-        centred = dot + _shifted_zero(scales[field], x_sum, BITS, field, FLOAT)
-        updated = updated + (sums[field] + centred * (_scale(scales[field], BITS)[:, None] * x_scale[None, :]),)
+        centred = dot + _shifted_zero(scales[field], x_sum, BITS, field, ZEROS, FLOAT)
+        updated = updated + (sums[field] + centred * (_scale(scales[field], ZEROS)[:, None] * x_scale[None, :]),)
     return updated
 
 
@@ -149,12 +149,12 @@ def _split_fields(values):
 
 
 @triton.jit
-def _load_scales(scales_ptr, at, BITS: tl.constexpr):
-    """One group's scales: a tuple of int32 [rows], one per field, scale below zero; float16 without a zero at 1 bit."""
-    if BITS == 1:
-        return _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at))
-    else:
+def _load_scales(scales_ptr, at, ZEROS: tl.constexpr):
+    """One group's scales: a tuple of int32 [rows], one per field, scale below zero; float16 without stored zeros."""
+    if ZEROS:
         return _split_fields(tl.load(scales_ptr + at))
+    else:
+        return _split_fields(tl.load(scales_ptr.to(tl.pointer_type(tl.float16)) + at))
 
 
 @triton.jit
@@ -164,18 +164,19 @@ def _half(word):
 
 
 @triton.jit
-def _scale(stored, BITS: tl.constexpr):
-    return stored.to(tl.float32) if BITS == 1 else _half(stored)
+def _scale(stored, ZEROS: tl.constexpr):
+    return _half(stored) if ZEROS else stored.to(tl.float32)
 
 
 @triton.jit
-def _shifted_zero(stored, x_sum, BITS: tl.constexpr, FIELD: tl.constexpr, FLOAT: tl.constexpr):
-    """What the zero points take from a field's dot product: float32 [rows, tokens], or [1, tokens] at 1 bit."""
+def _shifted_zero(stored, x_sum, BITS: tl.constexpr, FIELD: tl.constexpr, ZEROS: tl.constexpr, FLOAT: tl.constexpr):
+    """What the zero points take from a field's dot product: float32 [rows, tokens], or [1, tokens] where all are the
+    middle of the codes."""
     factor = x_sum * -(1 << field_shift(BITS, FIELD))
-    if BITS == 1:
-        return (0.5 - zero_offset(1, FIELD, FLOAT)) * factor[None, :]
-    else:
+    if ZEROS:
         return (_half(stored >> 16) - zero_offset(BITS, FIELD, FLOAT))[:, None] * factor[None, :]
+    else:
+        return (((1 << BITS) - 1) / 2 - zero_offset(BITS, FIELD, FLOAT)) * factor[None, :]
 
 
 @triton.jit
@@ -190,6 +191,7 @@ def accumulate(
     first_group,
     end_group,
     BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     INLINE_ASM: tl.constexpr,
@@ -197,7 +199,7 @@ def accumulate(
 ):
     """The main loop over groups [first_group, end_group) -> tuple of float32 [rows, tokens], one per field.
 
-    x_row int64 [tokens]; codes_ptr and scales_ptr point at the tile's group 0.
+    x_row int64 [tokens]; codes_ptr and scales_ptr point at the tile's group 0; ZEROS: whether zeros are stored.
     """
     FIELD_COUNT: tl.constexpr = field_count(BITS)
     ROWS: tl.constexpr = tile_rows(BITS)
@@ -222,8 +224,8 @@ def accumulate(
             x = x + (tl.load(x_at + group * 128 + 64),)
         x_scale = tl.load(x_scale_ptr + x_group + group)
         x_sum = tl.load(x_sum_ptr + x_group + group)
-        scales = _load_scales(scales_ptr, group * 256 + tile_scales, BITS)
-        sums = _add_fields(sums, planes, x, x_scale, x_sum, scales, BITS, INLINE_ASM, FLOAT)
+        scales = _load_scales(scales_ptr, group * 256 + tile_scales, ZEROS)
+        sums = _add_fields(sums, planes, x, x_scale, x_sum, scales, BITS, ZEROS, INLINE_ASM, FLOAT)
     unshifted = ()
     for field in tl.static_range(FIELD_COUNT):
         unshifted = unshifted + (sums[field] * ((2.0**24 if FLOAT else 1.0) / (1 << field_shift(BITS, field))),)

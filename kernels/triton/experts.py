@@ -27,7 +27,7 @@ _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "triton_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] gate_up, "
     "Tensor[] down, Tensor? gate_up_bias, Tensor? down_bias, int widths, int intermediate_size, str activation, "
-    "bool gated, float? limit, float alpha, float beta, bool float_activations) -> Tensor",
+    "bool gated, float? limit, float alpha, float beta, bool float_activations, bool stored_zeros) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -52,17 +52,20 @@ def _triton_experts(
     alpha: float,
     beta: float,
     float_activations: bool,
+    stored_zeros: bool,
 ) -> torch.Tensor:
     """out[t] = sum_j topk_weights[t, j] * down_e(function(gate_up_e(x[t]))),  e = topk_ids[t, j].
 
     x float [tokens, hidden], topk_weights float and topk_ids int [tokens, top_k], expert_map int32 [global experts];
     gate_up, down: the tensors of an ExpertStack, the biases its bias; widths: bit b set where the kernels must know b
-    bits; activation to beta: an ExpertFunction. Shapes alone decide grids and allocations, so it can be captured.
+    bits; activation to beta: an ExpertFunction; stored_zeros: of the stacks. Shapes alone decide grids and
+    allocations, so it can be captured.
     """
     function = _function(activation, gated, limit, alpha, beta)
     hidden_size, rows = x.shape[1], function.factor * intermediate_size
-    gate_up_stack = ExpertStack(*gate_up, rows, hidden_size, gated=gated, widths=widths, bias=gate_up_bias)
-    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, widths=widths, bias=down_bias)
+    shared = {"widths": widths, "stored_zeros": stored_zeros}
+    gate_up_stack = ExpertStack(*gate_up, rows, hidden_size, gated=gated, bias=gate_up_bias, **shared)
+    down_stack = ExpertStack(*down, hidden_size, intermediate_size, gated=False, bias=down_bias, **shared)
     device, experts = describe_device(x.device), gate_up_stack.experts
     all_experts = experts if expert_map is None else expert_map.numel()
     shape = Shape(experts, topk_ids.shape[1], hidden_size, intermediate_size, float_activations, all_experts)
@@ -100,6 +103,7 @@ def compile_layer(
     device: torch.device,
     shape: Shape,
     widths: int,
+    stored_zeros: bool,
     function: ExpertFunction,
     biased: tuple[bool, bool],
     dtype: torch.dtype,
@@ -107,7 +111,8 @@ def compile_layer(
 ) -> None:
     """Compiles what layers of this shape run for any number of tokens of `dtype`, unless Triton's cache has it.
 
-    widths: as in the op; biased: whether gate_up and down are. Several kernels at a time, one per CPU core.
+    widths, stored_zeros: as in the op; biased: whether gate_up and down are. Several kernels at a time, one per
+    CPU core.
     """
     empty = partial(torch.empty, device=device)
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
@@ -116,7 +121,7 @@ def compile_layer(
         codes, scales = empty(0, dtype=torch.uint8), empty(0, dtype=torch.int32)
         offsets, bits = empty(shape.experts, 2, dtype=torch.int64), empty(shape.experts, dtype=torch.int32)
         bias = empty(0, dtype=torch.float32) if biased else None
-        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, widths, bias)
+        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, widths, stored_zeros, bias)
 
     gate_up = stack(function.factor * intermediate, hidden, function.gated, biased[0])
     down = stack(hidden, intermediate, False, biased[1])
@@ -161,7 +166,7 @@ class TritonExperts(torch.nn.Module):
         for name, stack in (("gate_up", gate_up), ("down", down)):
             for field, tensor in stack.tensors().items():
                 self.register_buffer(f"{name}_{field}", tensor, persistent=False)
-        self.widths = gate_up.widths | down.widths
+        self.widths, self.stored_zeros = gate_up.widths | down.widths, gate_up.stored_zeros
         self.hidden_size, self.intermediate_size, self.function = gate_up.in_features, down.in_features, function
         self.float_activations = float_activations
         self.register_buffer("gate_up_bias", None, persistent=False)
@@ -178,6 +183,7 @@ class TritonExperts(torch.nn.Module):
         gate_up_bits: Sequence[int],
         down_bits: Sequence[int],
         function: ExpertFunction = SILU,
+        stored_zeros: bool = True,
         device: torch.device | str = "cuda",
         activations: Literal["int8", "float"] | None = None,
     ) -> Self:
@@ -185,6 +191,7 @@ class TritonExperts(torch.nn.Module):
 
         gate_up: matrices [2 * intermediate_size, hidden_size], gate rows first, without a gate half of it; down:
         [hidden_size, intermediate_size].
+        stored_zeros: whether those of more than 1 bit have zeros.
         activations: what the activations are multiplied as. "int8" is the contract of all backends; "float" rounds them
         to float16 instead. None takes VLLM_MCMOE_ACTIVATIONS, or int8 without it.
         Raises ValueError for an unsupported device, and where a matrix is not what was announced.
@@ -201,6 +208,7 @@ class TritonExperts(torch.nn.Module):
                 out_features=function.factor * intermediate_size,
                 in_features=hidden_size,
                 gated=function.gated,
+                stored_zeros=stored_zeros,
                 device=device,
             ),
             pack_experts(
@@ -209,6 +217,7 @@ class TritonExperts(torch.nn.Module):
                 out_features=hidden_size,
                 in_features=intermediate_size,
                 gated=False,
+                stored_zeros=stored_zeros,
                 device=device,
             ),
             function,
@@ -253,7 +262,9 @@ class TritonExperts(torch.nn.Module):
         shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)
         device = self.gate_up_bits.device
         biased = self.gate_up_bias is not None, self.down_bias is not None
-        compile_layer(device, shape, self.widths, self.function, biased, dtype, expert_map is not None)
+        compile_layer(
+            device, shape, self.widths, self.stored_zeros, self.function, biased, dtype, expert_map is not None
+        )
 
     def arguments(
         self,
@@ -280,4 +291,5 @@ class TritonExperts(torch.nn.Module):
             self.function.alpha,
             self.function.beta,
             self.float_activations,
+            self.stored_zeros,
         )

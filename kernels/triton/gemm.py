@@ -146,7 +146,7 @@ def _tile(
     x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, bias_ptr,
     partial_ptr, counter_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
     slot, slots, slots_per_row, tile, part, split_k, N, K,
-    BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
@@ -154,13 +154,13 @@ def _tile(
     groups = K // 128
     x_row = (tl.where(slot < slots, slot, 0) // slots_per_row).to(tl.int64)  # padding reads row 0, is never stored
     codes_ptr += tile.to(tl.int64) * groups * (32 * 1024 * BITS // 8)
-    # a tile has 256 scales per group: int32 words with their zeros, or halves of words at 1 bit
-    scales_ptr += tile.to(tl.int64) * groups * (128 if BITS == 1 else 256)
+    # a tile has 256 scales per group: int32 words with their zeros, or halves of words without
+    scales_ptr += tile.to(tl.int64) * groups * (256 if ZEROS else 128)
     share = tl.cdiv(groups, split_k)
     sums = accumulate(
         x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K,
         part * share, tl.minimum(part * share + share, groups),
-        BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
+        BITS, ZEROS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
     )  # fmt: skip
     if BIASED:
         sums = _add_bias(sums, bias_ptr, tile, part, BITS)
@@ -202,7 +202,8 @@ def grouped_gemm_kernel(
     ids_ptr, map_ptr, weights_ptr, sorted_slots_ptr, block_expert_ptr,
     partial_ptr, counters_ptr, out_ptr, out_scale_ptr, out_sum_ptr,
     slots, blocks, tiles, slots_per_row, top_k, split_k, experts, N, K,
-    WIDTHS: tl.constexpr, MAPPED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTHS: tl.constexpr, STORED_ZEROS: tl.constexpr, MAPPED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
@@ -220,6 +221,7 @@ def grouped_gemm_kernel(
                     Not GATED: [slots, N] and [slots, N/128]. LIMIT, ALPHA, BETA: of expert_function.py
     COMBINE         the last program of a tile adds up what all of them stored: out [tokens, N], the routed sum
     WIDTHS          bit b set: some expert of the model has b bits; the others' code is not even compiled
+    STORED_ZEROS    experts of more than 1 bit have zeros
     """
     block, tile = _place(tl.program_id(0), blocks, tiles, GROUP)
     part = tl.program_id(1)
@@ -236,7 +238,7 @@ def grouped_gemm_kernel(
                         x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, bias_ptr + expert * tiles * 256,
                         partial_ptr, counters_ptr + block * tiles + tile, out_ptr, out_scale_ptr, out_sum_ptr,
                         slot, slots, slots_per_row, tile, part, split_k, N, K,
-                        exponent, BLOCK_TOKENS,
+                        exponent, STORED_ZEROS and exponent > 1, BLOCK_TOKENS,
                         2 if exponent == 8 else STAGES,  # 32 KiB a stage: three exceed the 99 KiB of sm86, sm89, sm120
                         BIASED, ACTIVATION, GATED, LIMIT, ALPHA, BETA, INLINE_ASM, AMD, FLOAT,
                     )  # fmt: skip

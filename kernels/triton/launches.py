@@ -170,6 +170,7 @@ def _grouped_gemm(
         weights.out_features,
         weights.in_features,
         WIDTHS=weights.widths,
+        STORED_ZEROS=weights.stored_zeros,
         MAPPED=routing.is_mapped,
         BLOCK_TOKENS=tiles.block_tokens,
         STAGES=tiles.num_stages,

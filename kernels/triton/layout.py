@@ -22,7 +22,8 @@ again in float32, exactly. A field that owns bit 7 reads as two's complement, so
 flipped, which subtracts 2**(bits-1) from the code; the kernel subtracts the same from the zero point.
 
 Scales: one int32 per (feature, group), float16 scale in the low half and float16 zero in the high half, exactly the
-checkpoint's values. At 1 bit the zero is the constant 0.5, so only the float16 scales are kept.
+checkpoint's values. Where all zeros are the middle of the codes, as at 1 bit and in checkpoints that store none, only
+the float16 scales are kept.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,10 +51,10 @@ def code_bytes(features: int, in_features: int, bits: int) -> int:
     return padded_features(features) * in_features * bits // 8
 
 
-def scale_words(features: int, in_features: int, bits: int) -> int:
-    """int32 words of scales and zeros; half a word per group at 1 bit."""
+def scale_words(features: int, in_features: int, has_zeros: bool) -> int:
+    """int32 words of scales and zeros; half a word per group without zeros."""
     values = padded_features(features) * (in_features // GROUP_SIZE)
-    return values // 2 if bits == 1 else values
+    return values if has_zeros else values // 2
 
 
 def _to_fields(per_feature: torch.Tensor, bits: int) -> torch.Tensor:
@@ -99,21 +100,21 @@ def unpack_tiles(packed: torch.Tensor, bits: int, features: int) -> torch.Tensor
 
 
 def pack_scales(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """scales, zeros: float16 [features, groups] (zeros None at 1 bit) -> int32, flat, [tiles, groups, rows, fields]."""
-    halves = [scales] if bits == 1 else [scales, zeros]
+    """scales, zeros: float16 [features, groups], or zeros None -> int32, flat, [tiles, groups, rows, fields]."""
+    halves = [scales] if zeros is None else [scales, zeros]
     laid_out = [_to_fields(half, bits).transpose(2, 3) for half in halves]
     return torch.stack(laid_out, dim=-1).flatten().view(torch.int32)
 
 
 def unpack_scales(
-    words: torch.Tensor, bits: int, features: int, groups: int
+    words: torch.Tensor, bits: int, features: int, groups: int, has_zeros: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inverse of pack_scales -> float16 [features, groups] scales, and zeros (None at 1 bit)."""
-    halves = 1 if bits == 1 else 2
+    """Inverse of pack_scales -> float16 [features, groups] scales, and zeros, or None."""
+    halves = 2 if has_zeros else 1
     shape = (-1, groups, tile_rows(bits), field_count(bits), halves)
     laid_out = words.view(torch.float16).view(shape).transpose(2, 3)
     unpacked = [_from_fields(half, features) for half in laid_out.unbind(-1)]
-    return unpacked[0], (None if bits == 1 else unpacked[1])
+    return unpacked[0], (unpacked[1] if has_zeros else None)
 
 
 def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
@@ -139,6 +140,7 @@ class ExpertStack:
     bits     int32 [experts]      width of each expert
     gated    rows are gate and up, interleaved by interleave_gate_up
     widths   bit b is set where some expert has b bits, of this layer or another that shares its kernels
+    stored_zeros  whether experts of more than 1 bit have zeros
     bias     float32 [experts, whole tiles], see pack_bias; None without biases
     """
 
@@ -150,6 +152,7 @@ class ExpertStack:
     in_features: int
     gated: bool
     widths: int
+    stored_zeros: bool
     bias: torch.Tensor | None = None
 
     @property
@@ -170,9 +173,10 @@ class ExpertStack:
         first_byte, first_word = self.offsets[expert].tolist()
         groups, rows = self.in_features // GROUP_SIZE, tile_rows(bits)
         tiles = self.codes[first_byte : first_byte + code_bytes(self.out_features, self.in_features, bits)]
-        words = self.scales[first_word : first_word + scale_words(self.out_features, self.in_features, bits)]
+        has_zeros = self.stored_zeros and bits > 1
+        words = self.scales[first_word : first_word + scale_words(self.out_features, self.in_features, has_zeros)]
         codes = unpack_tiles(tiles.view(-1, groups, plane_count(bits), rows, GROUP_SIZE), bits, self.out_features)
-        scales, zeros = unpack_scales(words, bits, self.out_features, groups)
+        scales, zeros = unpack_scales(words, bits, self.out_features, groups, has_zeros)
         if self.gated:
             codes, scales = split_gate_up(codes), split_gate_up(scales)
             zeros = None if zeros is None else split_gate_up(zeros)
@@ -186,25 +190,29 @@ def pack_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
     return interleave_gate_up(rows.t()).t().contiguous() if gated else rows.contiguous()
 
 
-def _offsets(bits: Sequence[int], out_features: int, in_features: int) -> tuple[list[tuple[int, int]], int, int]:
+def _offsets(
+    bits: Sequence[int], out_features: int, in_features: int, stored_zeros: bool
+) -> tuple[list[tuple[int, int]], int, int]:
     """Where each expert begins, then the totals: bytes of codes, words of scales."""
     begins, byte, word = [], 0, 0
     for width in bits:
         begins.append((byte, word))
         byte += code_bytes(out_features, in_features, width)
-        word += scale_words(out_features, in_features, width)
+        word += scale_words(out_features, in_features, stored_zeros and width > 1)
     return begins, byte, word
 
 
-def _take(matrices: Iterator[PackedMatrix], expert: int, bits: int, shape: tuple[int, int]) -> PackedMatrix:
+def _take(
+    matrices: Iterator[PackedMatrix], expert: int, bits: int, shape: tuple[int, int], has_zeros: bool
+) -> PackedMatrix:
     """The next matrix, if it is what was announced."""
     matrix = next(matrices, None)
     if matrix is None:
         raise ValueError(f"expert {expert}: no matrix; the number of widths and of matrices must agree")
-    found = (matrix.bits, matrix.out_features, matrix.in_features)
-    if found != (bits, *shape):
+    found = (matrix.bits, matrix.out_features, matrix.in_features, matrix.zeros is not None)
+    if found != (bits, *shape, has_zeros):
         raise ValueError(
-            f"expert {expert}: matrix has (bits, out, in) = {found}, expected {(bits, *shape)}; "
+            f"expert {expert}: matrix has (bits, out, in, zeros) = {found}, expected {(bits, *shape, has_zeros)}; "
             "check that the checkpoint's config.json belongs to its tensors"
         )
     return matrix
@@ -226,6 +234,7 @@ def pack_experts(
     out_features: int,
     in_features: int,
     gated: bool,
+    stored_zeros: bool,
     device: torch.device,
 ) -> ExpertStack:
     """Repack one projection of a layer. Only one matrix is held at a time, besides the packed buffers.
@@ -235,12 +244,13 @@ def pack_experts(
     """
     if unknown := sorted(set(bits) - set(WIDTHS)):
         raise ValueError(f"bit-widths {unknown} are not among {WIDTHS}")
-    begins, total_bytes, total_words = _offsets(bits, out_features, in_features)
+    begins, total_bytes, total_words = _offsets(bits, out_features, in_features, stored_zeros)
     codes = torch.empty(total_bytes, dtype=torch.uint8, device=device)
     scales = torch.empty(total_words, dtype=torch.int32, device=device)
     source = iter(matrices)
     for expert, (width, (byte, word)) in enumerate(zip(bits, begins, strict=True)):
-        tiles, words = _pack_matrix(_take(source, expert, width, (out_features, in_features)), gated, device)
+        shape, has_zeros = (out_features, in_features), stored_zeros and width > 1
+        tiles, words = _pack_matrix(_take(source, expert, width, shape, has_zeros), gated, device)
         codes[byte : byte + tiles.numel()] = tiles
         scales[word : word + words.numel()] = words
     if next(source, None) is not None:
@@ -254,4 +264,5 @@ def pack_experts(
         in_features,
         gated,
         widths=sum(1 << width for width in set(bits)),
+        stored_zeros=stored_zeros,
     )

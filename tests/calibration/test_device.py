@@ -25,7 +25,6 @@ from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.common.device import choose_device
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.matrix import row_loops
-from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.weights import WeightFiles
@@ -41,7 +40,7 @@ from vllm_mcmoe.errors import DeviceError, WorkDirectoryError
 RECIPE = dataclasses.replace(
     RECIPES["mcmoe"],
     name="short",
-    gptq=GPTQOptions(act_order=True, refinement_sweeps=1, output_sweeps=1),
+    gptq=dataclasses.replace(RECIPES["mcmoe"].gptq, refinement_sweeps=1, output_sweeps=1),
     widths=(1, 2),
 )
 TEXT = {"sequences": 4, "length": 80, "show_progress": False}

@@ -26,7 +26,7 @@ from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.pipeline import quantize, quantize_model
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.packing import WIDTHS, middle_zero, scales_to_bytes
 
 ROWS = 96
 
@@ -86,16 +86,20 @@ def test_rows_do_not_hear_of_those_in_other_blocks():
         assert (part.codes == together.codes[rows]).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("metadata", ["float16", "float8"])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_scales_and_zeros_are_stored_as_the_sweeps_computed_with_them(bits):
+def test_scales_and_zeros_are_stored_as_the_sweeps_computed_with_them(bits, metadata):
     """Rounding them again would move them away from the codes that were chosen for them."""
     weight, factor = gaussian(ROWS, 256), HessianFactor.build(correlated_hessian(), REFINED)
-    grid = search_grid(weight, bits)
+    grid = search_grid(weight, bits, metadata)
     iterate = Iterate(weight, grid.encode(weight), grid, factor.hessian)
     for sweeps, outputs in ((2, None), (2, coupled_outputs())):
         refine(iterate, sweeps, outputs)
         for values in (grid.scales, grid.zeros):
             assert torch.equal(values, values.half().float())
+        if metadata == "float8":
+            scales_to_bytes(grid.scales.half())  # which refuses what it cannot hold
+            assert (grid.zeros == middle_zero(bits)).all()
     torch.testing.assert_close(iterate.error, grid.decode(iterate.codes) - weight, rtol=0, atol=1e-5)
     torch.testing.assert_close(iterate.gradient, iterate.error @ factor.hessian, rtol=0, atol=1e-3)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_mcmoe.calibration.matrix.grids import SMALLEST_SCALE, QuantizedMatrix, quantize_rtn
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, group_count
+from vllm_mcmoe.calibration.matrix.grids import SMALLEST_FP16, QuantizedMatrix, quantize_rtn
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, group_count, scales_from_bytes, scales_to_bytes
 
 
 def gaussian(rows: int = 16, columns: int = 256, seed: int = 0) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_constant_groups_are_exact(bits, value):
 def test_zero_weights_at_one_bit_become_as_small_as_fp16_normals_allow():
     matrix = quantize_rtn(torch.zeros(2, 128), 1)
     assert (matrix.scales > 0).all()
-    assert matrix.dequantize().abs().max() <= SMALLEST_SCALE / 2
+    assert matrix.dequantize().abs().max() <= SMALLEST_FP16 / 2
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -119,9 +119,9 @@ def test_a_negligible_tiny_group_keeps_a_normal_scale(bits):
     weight = gaussian()
     weight[3, :GROUP_SIZE] *= 1e-6
     matrix = quantize_rtn(weight, bits)
-    assert float(matrix.scales.min()) >= SMALLEST_SCALE
+    assert float(matrix.scales.min()) >= SMALLEST_FP16
     off = (matrix.dequantize() - weight)[3, :GROUP_SIZE].abs().max()
-    assert off <= SMALLEST_SCALE  # at most one step of the smallest grid
+    assert off <= SMALLEST_FP16  # at most one step of the smallest grid
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -162,7 +162,45 @@ def test_a_smaller_last_group_is_quantised_as_a_matrix_of_its_own(bits, search):
 def test_a_negligible_smaller_last_group_keeps_a_normal_scale():
     weight = gaussian(columns=192)
     weight[:, GROUP_SIZE:] *= 1e-6
-    assert float(quantize_rtn(weight, 2).scales.min()) >= SMALLEST_SCALE
+    assert float(quantize_rtn(weight, 2).scales.min()) >= SMALLEST_FP16
+
+
+@pytest.mark.parametrize("columns", [256, 192])
+@pytest.mark.parametrize("search", ["mse", "minmax"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_scales_of_a_byte_are_found_without_zeros(bits, search, columns):
+    weight = gaussian(columns=columns)
+    matrix = quantize_rtn(weight, bits, search=search, metadata="float8")
+    assert matrix.zeros is None
+    assert torch.equal(scales_from_bytes(*scales_to_bytes(matrix.scales)), matrix.scales)
+    assert torch.equal(matrix.pack().dequantize(in_features=columns), matrix.dequantize())
+    with_zeros = quantize_rtn(weight, bits, search=search)
+    # A range around 0 is wider than the group's own, which matters the more, the less of it is clipped.
+    most = 1.7 if search == "minmax" and bits > 1 else {1: 1.01, 2: 1.1, 3: 1.25, 4: 1.4, 8: 1.6}[bits]
+    assert squared_error(weight, matrix) < most * squared_error(weight, with_zeros)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_rows_scales_of_a_byte_reach_far_enough(bits):
+    """Rows have ranges of their own; in a row, a group 30 times smaller than the largest is about as precise."""
+    weight = gaussian()
+    weight[3] *= 1e-3
+    weight[5, :GROUP_SIZE] *= 30
+    matrix, alone = (quantize_rtn(w, bits, metadata="float8") for w in (weight, gaussian()))
+    error, usual = ((m.dequantize() - w).square().sum(1) for m, w in ((matrix, weight), (alone, gaussian())))
+    torch.testing.assert_close(error[3] * 1e6, usual[3], rtol=0.2, atol=0)
+    small = (matrix.dequantize() - weight)[5, GROUP_SIZE:].square().sum()
+    expected = (alone.dequantize() - gaussian())[5, GROUP_SIZE:].square().sum()
+    torch.testing.assert_close(small, expected, rtol=1.0, atol=0)
+
+
+def test_a_group_too_small_beside_the_largest_of_its_row_is_off_by_half_the_smallest_scale_at_most():
+    weight = gaussian()
+    weight[5, :GROUP_SIZE] *= 1e5
+    matrix = quantize_rtn(weight, 2, metadata="float8")
+    largest = float(matrix.scales[5].max())
+    assert float((matrix.dequantize() - weight)[5, GROUP_SIZE:].abs().max()) < largest / 60
+    scales_to_bytes(matrix.scales)
 
 
 @pytest.mark.parametrize(

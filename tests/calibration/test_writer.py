@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 
 from vllm_mcmoe.calibration.checkpoint.writer import Shard, copy_side_files, shard_name, write_index
 from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
+from vllm_mcmoe.checkpoint import matrix_of, matrix_tensors, tensor_dtypes, tensor_shape
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import PackedMatrix
 
@@ -46,22 +48,53 @@ def test_a_name_written_twice_is_refused(tmp_path):
         write_index(tmp_path, {"a": {"t": 16}, "b": {"t": 16}})
 
 
-@pytest.mark.parametrize("bits", [1, 3])
-def test_matrices_get_their_suffixes_and_one_bit_stores_no_zeros(bits):
-    matrix = quantize_rtn(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), bits).pack()
+def quantized(bits: int, metadata: str) -> PackedMatrix:
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    return quantize_rtn(weight, bits, metadata=metadata).pack()
+
+
+@pytest.mark.parametrize(
+    ("bits", "suffixes", "nbytes"),
+    [(1, ["qweight", "scales"], 8 * (32 + 4)), (3, ["qweight", "scales", "zeros"], 8 * (96 + 4 + 4))],
+)
+def test_matrices_of_version_1_get_their_suffixes_and_one_bit_stores_no_zeros(bits, suffixes, nbytes):
     shard = Shard()
-    shard.add_matrix("e.w1", matrix)
-    suffixes = ["qweight", "scales"] if bits == 1 else ["qweight", "scales", "zeros"]
+    shard.add_matrix("e.w1", quantized(bits, "float16"), version=1)
     assert list(shard.nbytes) == [f"e.w1.{suffix}" for suffix in suffixes]
-    assert sum(shard.nbytes.values()) == matrix.nbytes
+    assert sum(shard.nbytes.values()) == nbytes
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+def test_matrices_of_version_2_have_a_byte_per_group_and_one_per_row(bits):
+    shard, matrix = Shard(), quantized(bits, "float8")
+    shard.add_matrix("e.w1", matrix, version=2)
+    assert shard.nbytes == {"e.w1.qweight": 8 * 32 * bits, "e.w1.scales": 8 * 2, "e.w1.exponents": 8}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_a_matrix_is_read_as_it_was_written(bits, version):
+    matrix = quantized(bits, "float16" if version == 1 else "float8")
+    tensors = matrix_tensors(matrix, version)
+    names = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
+    assert {suffix: names[tensor.dtype] for suffix, tensor in tensors.items()} == tensor_dtypes(bits, version)
+    assert all(tuple(t.shape) == tensor_shape(suffix, bits, 8, 2) for suffix, t in tensors.items())
+    found = matrix_of(bits, version, tensors.__getitem__)
+    assert torch.equal(found.dequantize(), matrix.dequantize())
+
+
+def test_zeros_have_no_place_in_version_2():
+    with pytest.raises(ValueError, match="stores qweight, scales, exponents"):
+        matrix_tensors(dataclasses.replace(quantized(2, "float8"), zeros=torch.ones(8, 2).half()), 2)
+
+
+@pytest.mark.parametrize(("version", "smallest"), [(1, "6.1e-05"), (2, "1.9e-06")])
 @pytest.mark.parametrize("scale", [1e-6, float("inf")])
-def test_scales_that_fp16_cannot_hold_are_refused(scale):
+def test_scales_that_the_format_cannot_hold_are_refused(scale, version, smallest):
     scales = torch.full((8, 1), scale).half()
     matrix = PackedMatrix(1, torch.zeros(8, 1, 16, dtype=torch.uint8), scales, None)
-    with pytest.raises(FormatError, match=r"e\.w1\.scales: .* smallest normal"):
-        Shard().add_matrix("e.w1", matrix)
+    with pytest.raises(FormatError, match=rf"e\.w1\.scales: .* smallest that the format has, {smallest}"):
+        Shard().add_matrix("e.w1", matrix, version)
 
 
 def test_side_files_are_copied_and_weights_are_not(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.fuzz.test_mutated_files import MUTATIONS
+from tests.vllm_mcmoe import test_expert_weights
 from tests.vllm_mcmoe.test_expert_weights import LAYER, layer_weights, random_checkpoint
-from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
+from vllm_mcmoe.checkpoint import VERSIONS, matrix_tensors
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
 
@@ -15,31 +16,22 @@ HIDDEN, INTERMEDIATE = 128, 256
 Offer = tuple[str, str, int, torch.Tensor]  # parameter, shard id, expert, tensor
 
 
-@pytest.fixture(scope="module")
-def offers() -> list[Offer]:
+@pytest.fixture(params=VERSIONS, ids="version {}".format)
+def offers(request, monkeypatch) -> list[Offer]:
     """Every tensor of a layer, as vLLM offers them."""
+    monkeypatch.setattr(test_expert_weights, "VERSION", request.param)
     found = []
     for (expert, shard_id), matrix in random_checkpoint(HIDDEN, INTERMEDIATE).items():
-        for suffix, tensor in ((QWEIGHT, matrix.qweight), (SCALES, matrix.scales), (ZEROS, matrix.zeros)):
-            if tensor is not None:
-                found.append((f"{'w2' if shard_id == 'w2' else 'w13'}_{suffix}", shard_id, expert, tensor))
+        for suffix, tensor in matrix_tensors(matrix, request.param).items():
+            found.append((f"{'w2' if shard_id == 'w2' else 'w13'}_{suffix}", shard_id, expert, tensor))
     return found
 
 
 def misshapen(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
-    return chance.choice(
-        (
-            tensor[:-1],
-            tensor[:, :-1],
-            tensor[..., :-1],
-            tensor[:0],
-            tensor[None],
-            tensor.flatten(),
-            tensor.transpose(0, 1),
-            torch.cat([tensor, tensor]),
-            tensor.sum(),
-        )
-    )
+    shapes = [tensor[:-1], tensor[..., :-1], tensor[:0], tensor[None], torch.cat([tensor, tensor]), tensor.sum()]
+    if tensor.dim() > 1:
+        shapes += [tensor[:, :-1], tensor.flatten(), tensor.transpose(0, 1)]
+    return chance.choice(shapes)
 
 
 def retyped(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:

@@ -15,13 +15,17 @@ FUNCTIONS = [
 ]
 
 
-def random_matrix(bits: int, out_features: int, in_features: int, generator: torch.Generator) -> PackedMatrix:
-    """Uniform codes, scales of 0.01 to 0.02 and unrounded zeros inside the range of the codes."""
+def random_matrix(
+    bits: int, out_features: int, in_features: int, generator: torch.Generator, stored_zeros: bool = True
+) -> PackedMatrix:
+    """Uniform codes, scales of 0.01 to 0.02 and unrounded zeros inside the range of the codes, or none."""
     groups = (out_features, in_features // GROUP_SIZE)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(groups, generator=generator) + 1) / 100
     zeros = torch.rand(groups, generator=generator) * ((1 << bits) - 1)
-    return PackedMatrix(bits, pack_codes(codes, bits), scales.half(), None if bits == 1 else zeros.half())
+    return PackedMatrix(
+        bits, pack_codes(codes, bits), scales.half(), zeros.half() if stored_zeros and bits > 1 else None
+    )
 
 
 def random_layer(
@@ -31,18 +35,20 @@ def random_layer(
     intermediate: int,
     seed: int = 0,
     function: ExpertFunction = SILU,
+    stored_zeros: bool = True,
 ) -> dict:
     """Keyword arguments of `prepare` for one layer."""
     generator = torch.Generator().manual_seed(seed)
     rows = function.factor * intermediate
     return {
-        "gate_up": [random_matrix(bits, rows, hidden, generator) for bits in gate_up_bits],
-        "down": [random_matrix(bits, hidden, intermediate, generator) for bits in down_bits],
+        "gate_up": [random_matrix(bits, rows, hidden, generator, stored_zeros) for bits in gate_up_bits],
+        "down": [random_matrix(bits, hidden, intermediate, generator, stored_zeros) for bits in down_bits],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "gate_up_bits": gate_up_bits,
         "down_bits": down_bits,
         "function": function,
+        "stored_zeros": stored_zeros,
     }
 
 

@@ -1,5 +1,6 @@
 """The 256-bit products: what AVX2 can sum, and the VNNI form on machines that cannot run it."""
 
+import itertools
 import re
 
 import llvmlite.binding as llvm
@@ -30,10 +31,23 @@ def test_vnni_in_256_bits_agrees_with_its_instruction_spelled_out(monkeypatch):
         pytest.skip("this CPU has no avx2")
     rows = avx2.multiply_rows_by("emulated", products_by(dot_portable), avx2.sums_by(dot_portable))
 
-    def products(source: str):
+    def products(source: str, stored_zeros: int):
         @cfunc(compiled.ROWS)
         def multiply_rows(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
-            rows(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals)
+            rows(
+                stored_zeros,
+                bits,
+                records,
+                blocks,
+                groups,
+                first_group,
+                group_count,
+                codes,
+                scales,
+                first,
+                count,
+                totals,
+            )
 
         return multiply_rows
 
@@ -41,10 +55,9 @@ def test_vnni_in_256_bits_agrees_with_its_instruction_spelled_out(monkeypatch):
     monkeypatch.setenv(ISA_VARIABLE, "avx2")
     compiled.compile_layer.cache_clear()
     try:
-        for tokens in (1, 2, 3, 4, 5, 6, 7, 9, 10, 20):
-            for bits in WIDTHS:
-                layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
-                assert_agrees(layer, random_call(tokens, HIDDEN, 2, 2))
+        for tokens, bits, zeros in itertools.product((1, 2, 3, 4, 5, 6, 7, 9, 10, 20), WIDTHS, (True, False)):
+            layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE, stored_zeros=zeros)
+            assert_agrees(layer, random_call(tokens, HIDDEN, 2, 2))
         assert_agrees(random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE), random_call(130, HIDDEN, 5, 2))
     finally:
         compiled.compile_layer.cache_clear()
@@ -68,6 +81,7 @@ def test_vnni_in_256_bits_compiles_for_a_cpu_without_avx512(bits):
     module = ir.Module()
     module.triple = llvm.get_default_triple()
     dot = avx2.sums_by(avx2.dot_vnni_256)
-    assembly = _compiled_for("alderlake", avx2.block_function(module, "block", dot, expert_record(bits), avx2.BATCH))
+    block = avx2.block_function(module, "block", dot, expert_record(bits, stored_zeros=True), avx2.BATCH)
+    assembly = _compiled_for("alderlake", block)
     assert len(re.findall(r"vpdpbusd\t", assembly)) >= 2 * 8 * avx2.BATCH  # a turn of 8 quads, two registers of rows
     assert "zmm" not in assembly and "vpdpbusds" not in assembly

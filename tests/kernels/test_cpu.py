@@ -51,8 +51,9 @@ def assert_agrees(layer: dict, call: tuple, biases: dict | None = None) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 13, 16, 40])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_agrees_with_the_reference_at_every_width(isa, bits, tokens):
-    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
+def test_agrees_with_the_reference_at_every_width(isa, zeros, bits, tokens):
+    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE, stored_zeros=zeros)
     assert_agrees(layer, random_call(tokens, HIDDEN, 2, 1))
 
 
@@ -69,8 +70,9 @@ def test_the_largest_codes_times_the_largest_activations_do_not_overflow(isa, bi
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 17, 130])
-def test_agrees_with_widths_mixed_in_one_layer(isa, tokens):
-    layer = random_layer(MIXED, MIXED[::-1], HIDDEN, INTERMEDIATE)
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
+def test_agrees_with_widths_mixed_in_one_layer(isa, zeros, tokens):
+    layer = random_layer(MIXED, MIXED[::-1], HIDDEN, INTERMEDIATE, stored_zeros=zeros)
     assert_agrees(layer, random_call(tokens, HIDDEN, 5, 2))
 
 

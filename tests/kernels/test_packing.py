@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from tests.kernels.matrices import random_matrix
 from vllm_mcmoe.kernels.cpu import layout
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, pack_codes, unpack_codes
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    WIDTHS,
+    PackedMatrix,
+    pack_codes,
+    scales_from_bytes,
+    scales_to_bytes,
+    unpack_codes,
+)
 
 matrix_sizes = {"bits": st.sampled_from(WIDTHS), "seed": st.integers(0, 2**31)}
 
@@ -63,30 +71,74 @@ def test_dequantized_weight_is_scale_times_code_minus_zero():
     assert matrix.dequantize()[0, :4].tolist() == [-0.625, -0.125, 0.375, 0.875]
 
 
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(1, [-0.25, 0.25]), (2, [-0.75, -0.25, 0.25, 0.75]), (3, [-1.75, -1.25, -0.75, -0.25, 0.25])]
+)
+def test_weights_without_zeros_lie_evenly_around_0(bits, expected):
+    codes = torch.arange(GROUP_SIZE, dtype=torch.uint8).remainder(1 << bits).unsqueeze(0)
+    matrix = PackedMatrix(bits, pack_codes(codes, bits), torch.tensor([[0.5]]).half(), None)
+    assert matrix.dequantize()[0, : len(expected)].tolist() == expected
+
+
+@given(rows=st.integers(1, 5), groups=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_scales_of_a_byte_come_back_exactly(rows, groups, seed):
+    """Any byte under any exponent, as long as a row's largest is in the topmost octave that its exponent says."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randint(0, 256, (rows, groups), generator=generator, dtype=torch.uint8)
+    stored[:, 0] |= 7 << 5
+    exponents = torch.randint(-19, 9, (rows,), generator=generator).to(torch.int8)
+    scales = scales_from_bytes(stored, exponents)
+    assert scales.dtype == torch.float16
+    again = scales_to_bytes(scales)
+    assert torch.equal(again[0], stored) and torch.equal(again[1], exponents)
+
+
+@pytest.mark.parametrize(
+    ("byte", "exponent", "expected"),
+    [(0, 0, 1.0), (1, 0, 1 + 1 / 32), (32, 0, 2.0), (255, 0, 252.0), (0, -19, 2.0**-19), (255, 8, 64512.0)],
+)
+def test_a_byte_is_read_as_the_format_says(byte, exponent, expected):
+    stored, exponents = torch.tensor([[byte]], dtype=torch.uint8), torch.tensor([exponent], dtype=torch.int8)
+    assert float(scales_from_bytes(stored, exponents)) == expected
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1 + 1 / 64], [1.0, 300.0], [0.0, 1.0]], ids=["mantissa", "range", "zero"])
+def test_scales_that_a_byte_cannot_hold_are_refused(scales):
+    with pytest.raises(ValueError, match="a byte cannot hold"):
+        scales_to_bytes(torch.tensor([scales]).half())
+
+
 def test_one_bit_weights_are_plus_and_minus_half_a_scale():
     codes = torch.arange(GROUP_SIZE, dtype=torch.uint8).remainder(2).unsqueeze(0)
     matrix = PackedMatrix(1, pack_codes(codes, 1), torch.tensor([[0.5]]).half(), None)
     assert matrix.dequantize()[0, :2].tolist() == [-0.25, 0.25]
 
 
+def record_of(matrix: PackedMatrix) -> layout.Record:
+    return layout.expert_record(matrix.bits, matrix.zeros is not None)
+
+
 def repacked(matrix: PackedMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
     out = torch.empty(
-        layout.matrix_bytes(layout.expert_record(matrix.bits), matrix.out_features, matrix.in_features),
+        layout.matrix_bytes(record_of(matrix), matrix.out_features, matrix.in_features),
         dtype=torch.uint8,
     )
     layout.repack(matrix, row_blocks.numpy(), out)
     return out
 
 
-@given(blocks=st.integers(1, 5), groups=st.integers(1, 4), **matrix_sizes)
+@given(blocks=st.integers(1, 5), groups=st.integers(1, 4), stored_zeros=st.booleans(), **matrix_sizes)
 @settings(max_examples=60, deadline=None)
-def test_records_hold_the_matrix(bits, blocks, groups, seed):
+def test_records_hold_the_matrix(bits, blocks, groups, stored_zeros, seed):
     shape = (blocks * layout.ROWS, groups * GROUP_SIZE)
-    matrix = random_matrix(bits, *shape, torch.Generator().manual_seed(seed))
-    codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), layout.expert_record(bits), *shape)
+    matrix = random_matrix(bits, *shape, torch.Generator().manual_seed(seed), stored_zeros)
+    codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), record_of(matrix), *shape)
     assert torch.equal(codes, matrix.codes())
     assert torch.equal(scales, matrix.scales)
-    assert zeros is None if bits == 1 else torch.equal(zeros, matrix.zeros)
+    assert zeros is None if matrix.zeros is None else torch.equal(zeros, matrix.zeros)
+    per_weight = 8 * layout.matrix_bytes(record_of(matrix), *shape) / matrix.codes().numel()
+    assert per_weight == pytest.approx(bits + (0.125 if bits == 1 or not stored_zeros else 0.25), abs=0.16 / groups)
 
 
 @pytest.mark.parametrize(

@@ -82,16 +82,23 @@ def assert_agrees(
     assert relative_error(found, reference(layer, x, topk_weights, topk_ids, biases)) < TOLERANCE
 
 
+zeros_or_none = pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
-def test_every_width_alone(bits, tiles):
-    assert_agrees(random_layer([bits] * 4, 256, 128), *random_tokens(5, 256, 4, 2), tiles=tiles)
+@zeros_or_none
+def test_every_width_alone(bits, tiles, zeros):
+    layer = random_layer([bits] * 4, 256, 128, stored_zeros=zeros)
+    assert_agrees(layer, *random_tokens(5, 256, 4, 2), tiles=tiles)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 130])
-def test_all_widths_in_one_layer(tokens):
+@zeros_or_none
+def test_all_widths_in_one_layer(tokens, zeros):
     tiles = PREFILL if tokens == 130 else DECODE
-    assert_agrees(random_layer(MIXED, 256, 128), *random_tokens(tokens, 256, len(MIXED), 2), tiles=tiles)
+    layer = random_layer(MIXED, 256, 128, seed=1, stored_zeros=zeros)
+    assert_agrees(layer, *random_tokens(tokens, 256, len(MIXED), 2), tiles=tiles)
 
 
 @pytest.mark.parametrize("block_tokens", [8, 16, 64, 128])

@@ -115,12 +115,14 @@ def _gemm(
     biased: bool = False,
     is_float: bool = False,
     combines: bool = False,
+    stored_zeros: bool = False,
     in_ci: bool = True,
 ) -> Case:
     from vllm_mcmoe.kernels.triton import gemm
 
     constants = {
         "WIDTHS": sum(1 << width for width in widths),
+        "STORED_ZEROS": stored_zeros,
         "MAPPED": True,
         "BLOCK_TOKENS": tiles.block_tokens,
         "STAGES": tiles.num_stages,
@@ -140,7 +142,7 @@ def _gemm(
     bits = widths[0] if len(widths) == 1 else 0
     names = {None: "", SILU: ", SiLU", GPT_OSS: ", clamped SiLU"}
     details = [", float"] * is_float + [names.get(function, f", {function}")]
-    details += [", biases"] * biased + [", combining"] * combines
+    details += [", biases"] * biased + [", combining"] * combines + [", zeros"] * stored_zeros
     name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{''.join(details)}"
     return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, bits, in_ci)
 
@@ -170,6 +172,8 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
     small = [("prepare", "prepare.prepare_kernel", prepare), ("combine", "routing.combine_kernel", combine)]
     every = [
         *(_gemm(target, decode, [bits]) for bits in DECODE_WIDTHS),
+        *(_gemm(target, decode, [bits], stored_zeros=True, in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
+        _gemm(target, decode, (1, 2, 3, 4), SILU, stored_zeros=True, in_ci=False),
         *(_gemm(target, decode, [bits], is_float=True, in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
         _gemm(target, decode, (1, 2, 3, 4), SILU),
         _gemm(target, decode, (1, 2, 3, 4), GPT_OSS, biased=True),

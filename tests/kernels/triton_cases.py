@@ -9,13 +9,17 @@ from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
 
 
-def random_matrix(bits: int, out_features: int, in_features: int, generator: torch.Generator) -> PackedMatrix:
-    """Codes over the whole range, scales of the size of real ones, zeros with a fraction."""
+def random_matrix(
+    bits: int, out_features: int, in_features: int, generator: torch.Generator, stored_zeros: bool = True
+) -> PackedMatrix:
+    """Codes over the whole range, scales of the size of real ones, zeros with a fraction, or none."""
     groups = in_features // GROUP_SIZE
     codes = torch.randint(0, 1 << bits, (out_features, in_features), dtype=torch.uint8, generator=generator)
     scales = torch.rand(out_features, groups, generator=generator) * 0.02 + 0.01
     zeros = torch.rand(out_features, groups, generator=generator) * ((1 << bits) - 1)
-    return PackedMatrix(bits, pack_codes(codes, bits), scales.half(), None if bits == 1 else zeros.half())
+    return PackedMatrix(
+        bits, pack_codes(codes, bits), scales.half(), zeros.half() if stored_zeros and bits > 1 else None
+    )
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Layer:
     hidden_size: int
     intermediate_size: int
     function: ExpertFunction = SILU
+    stored_zeros: bool = True
 
     def announced(self) -> dict:
         """The keyword arguments of `prepare` that describe the matrices."""
@@ -36,17 +41,24 @@ class Layer:
             "gate_up_bits": [matrix.bits for matrix in self.gate_up],
             "down_bits": [matrix.bits for matrix in self.down],
             "function": self.function,
+            "stored_zeros": self.stored_zeros,
         }
 
 
 def random_layer(
-    bits: Sequence[int], hidden_size: int, intermediate_size: int, seed: int = 0, function: ExpertFunction = SILU
+    bits: Sequence[int],
+    hidden_size: int,
+    intermediate_size: int,
+    seed: int = 0,
+    function: ExpertFunction = SILU,
+    stored_zeros: bool = True,
 ) -> Layer:
     """Down projections take the widths in reverse, so that an expert's two widths differ."""
     generator = torch.Generator().manual_seed(seed)
-    gate_up = [random_matrix(b, function.factor * intermediate_size, hidden_size, generator) for b in bits]
-    down = [random_matrix(b, hidden_size, intermediate_size, generator) for b in reversed(bits)]
-    return Layer(gate_up, down, hidden_size, intermediate_size, function)
+    rows = function.factor * intermediate_size
+    gate_up = [random_matrix(b, rows, hidden_size, generator, stored_zeros) for b in bits]
+    down = [random_matrix(b, hidden_size, intermediate_size, generator, stored_zeros) for b in reversed(bits)]
+    return Layer(gate_up, down, hidden_size, intermediate_size, function, stored_zeros)
 
 
 def random_tokens(

@@ -24,7 +24,7 @@ def main() -> None:
         mock.patch.object(experts, "describe_device", lambda _: H100),
     ):
         experts.compile_layer(
-            torch.device("cpu"), MIXTRAL, 1 << 2, SILU, (False, False), torch.bfloat16, is_mapped=False
+            torch.device("cpu"), MIXTRAL, 1 << 2, False, SILU, (False, False), torch.bfloat16, is_mapped=False
         )
     kernels = (prepare.prepare_kernel, gemm.grouped_gemm_kernel, routing.combine_kernel)
     found = {k.fn.__name__: [type(v).__name__ for v in k.device_caches[0][0].values()] for k in kernels}

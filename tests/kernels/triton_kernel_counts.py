@@ -40,7 +40,7 @@ def experts_of(shape: tiles.Shape, layer: Layer) -> torch.nn.Module:
         codes, scales = torch.empty(64, dtype=torch.uint8), torch.empty(64, dtype=torch.int32)
         offsets, bits = torch.zeros(shape.experts, 2, dtype=torch.int64), torch.zeros(shape.experts, dtype=torch.int32)
         known = sum(1 << width for width in widths)
-        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, known)
+        return ExpertStack(codes, scales, offsets, bits, out_features, in_features, gated, known, stored_zeros=False)
 
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     gate_up, down = stack(2 * intermediate, hidden, layer.gate_up, True), stack(hidden, intermediate, layer.down, False)

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from tests.vllm_mcmoe.test_expert_weights import random_matrix
-from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits, matrix_tensors
 from vllm_mcmoe.errors import McmoeError
 from vllm_mcmoe.kernels.packing import PackedMatrix
 from vllm_mcmoe.kernels.reference import fused_experts
@@ -66,9 +66,8 @@ def projections(expert: int, bits: int) -> dict[str, PackedMatrix]:
 def checkpoint_tensors():
     for expert, bits in enumerate(BITS):
         for name, matrix in projections(expert, bits).items():
-            for suffix in ("qweight", "scales", "zeros"):
-                if (tensor := getattr(matrix, suffix)) is not None:
-                    yield f"{expert}.{name}.{suffix}", tensor
+            for suffix, tensor in matrix_tensors(matrix, FORMAT_VERSION).items():
+                yield f"{expert}.{name}.{suffix}", tensor
 
 
 def expected(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

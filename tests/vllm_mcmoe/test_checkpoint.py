@@ -30,7 +30,7 @@ def test_optional_parts_are_left_out_when_absent():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'mcmoe'"),
-        ({"format_version": 2}, "format_version is 2, this vllm-mcmoe reads version 1; upgrade vllm-mcmoe"),
+        ({"format_version": 3}, "format_version is 3, this vllm-mcmoe reads versions 1 and 2; upgrade vllm-mcmoe"),
         ({"format_version": None}, "format_version is None.*quantise the model again"),
         ({"group_size": 64}, "group_size is 64, expected 128"),
         ({"experts": {}}, "'experts' must map"),

@@ -62,6 +62,14 @@ def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_fil
     assert json.loads(unpruned.stdout)["pruned"] == 0
 
 
+def test_no_data_is_asked_for_where_the_builtin_text_will_do(reference_model, tmp_path):
+    calibrated = mcmoe("calibrate", reference_model, "--out", tmp_path / "factors.json", "--recipe", "paper-code",
+                       "--widths", "2,3", "--sequences", 9, "--length", 32)  # fmt: skip
+    assert calibrated.returncode == 0, calibrated.stderr
+    assert "Text: built-in (chat, documentation, european" in calibrated.stderr
+    assert json.loads((tmp_path / "factors.json").read_text())["tokens"] == 9 * 32
+
+
 def test_published_allocations_come_out_of_the_command(published_factors, published_allocations, tmp_path):
     published_factors.save(tmp_path / "factors.json")
     result = mcmoe(
@@ -83,6 +91,10 @@ def test_published_allocations_come_out_of_the_command(published_factors, publis
         (["allocate", "missing.json"], 2, "give one of --bits and --bits-per-layer"),
         (["allocate", "missing.json", "--bits", "2", "--widths", "2,7"], 2, "7 is not one of"),
         (["prune", "missing", "--data", "x.txt"], 1, "missing: no config.json there"),
+        (["prune", "missing"], 1, "missing: no config.json there"),
+        (["evaluate", "missing"], 2, "Missing option '--data'"),
+        (["evaluate", "missing", "--data", "x.txt", "--top-logprobs", "20"], 2, "are for a server's address"),
+        (["evaluate", "http://127.0.0.1:9/v1", "--data", "x.txt"], 1, "http://127.0.0.1:9/v1: no answer from a server"),
         (["quantize", "a", "b", "--data", "x"], 2, "give one of --bits, --bits-per-layer and --plan"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",

@@ -1,9 +1,11 @@
 """Loading one layer's expert tensors as vLLM does: by parameter, shard and global expert id."""
 
+import sys
+
 import pytest
 import torch
 
-from vllm_mcmoe.checkpoint import QWEIGHT, SCALES, ZEROS
+from vllm_mcmoe.checkpoint import EXPONENTS, FORMAT_VERSION, VERSIONS, ZEROS, matrix_tensors, tensor_dtypes
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.expert_weights import PROJECTIONS, LayerWeights, Shard, exact_name
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
@@ -15,17 +17,28 @@ HIDDEN, INTERMEDIATE = 256, 512
 GATE_UP_BITS, DOWN_BITS = (1, 2, 3, 4), (8, 1, 2, 3)
 
 
+VERSION = FORMAT_VERSION  # of the matrices and layers made here
+
+
+@pytest.fixture(autouse=True, params=VERSIONS, ids="version {}".format)
+def version(request, monkeypatch) -> int:
+    monkeypatch.setattr(sys.modules[__name__], "VERSION", request.param)
+    return request.param
+
+
 def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     groups = group_count(columns)
     scales = torch.rand(rows, groups, generator=generator).half() + 0.5
-    zeros = None if bits == 1 else torch.rand(rows, groups, generator=generator).half()
-    return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
+    zeros = torch.rand(rows, groups, generator=generator).half()
+    if VERSION > 1:
+        scales = (scales * 32).round() / 32  # from 0.5 to 1.5: five bits of mantissa
+    return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros if VERSION == 1 and bits > 1 else None)
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> dict[tuple[int, str], PackedMatrix]:
+@pytest.fixture
+def checkpoint(version) -> dict[tuple[int, str], PackedMatrix]:
     return random_checkpoint(HIDDEN, INTERMEDIATE)
 
 
@@ -49,6 +62,7 @@ def layer_weights(
         down_bits=[DOWN_BITS[e] for e in shard.expert_ids],
         model_hidden_size=hidden,
         model_intermediate_size=intermediate,
+        version=VERSION,
         **more,
     )
     if allocate:
@@ -56,16 +70,18 @@ def layer_weights(
     return weights
 
 
-def load(weights: LayerWeights, checkpoint: dict[tuple[int, str], PackedMatrix], skip: str = "") -> None:
+def load(
+    weights: LayerWeights, checkpoint: dict[tuple[int, str], PackedMatrix], skip: str = "", device: str = "cpu"
+) -> None:
     """Feed every tensor through the parameter's loader, except the one named `expert.shard.suffix`."""
     parameters = dict(weights.parameters())
     for (expert, shard_id), matrix in checkpoint.items():
-        for suffix, tensor in ((QWEIGHT, matrix.qweight), (SCALES, matrix.scales), (ZEROS, matrix.zeros)):
-            if tensor is None or skip == f"{expert}.{shard_id}.{suffix}":
+        for suffix, tensor in matrix_tensors(matrix, VERSION).items():
+            if skip == f"{expert}.{shard_id}.{suffix}":
                 continue
             parameter = parameters[f"{'w2' if shard_id == 'w2' else 'w13'}_{suffix}"]
             parameter.weight_loader(
-                param=parameter, loaded_weight=tensor, weight_name="", shard_id=shard_id, expert_id=expert
+                param=parameter, loaded_weight=tensor.to(device), weight_name="", shard_id=shard_id, expert_id=expert
             )
 
 
@@ -241,40 +257,37 @@ def test_expert_parallel_ranks_take_their_own_experts_and_decline_the_others(che
     assert torch.equal(matrices[1].dequantize(), gate_up(checkpoint, 3))
     again = layer_weights(Shard(expert_ids=(1, 3), tp_rank=0, tp_size=1))
     parameter = dict(again.parameters())["w13_scales"]
-    arguments = {"loaded_weight": checkpoint[0, "w1"].scales, "weight_name": "", "shard_id": "w1"}
+    scales = [matrix_tensors(checkpoint[expert, "w1"], VERSION)["scales"] for expert in range(4)]
+    arguments = {"loaded_weight": scales[0], "weight_name": "", "shard_id": "w1"}
     assert parameter.weight_loader(parameter, expert_id=0, return_success=True, **arguments) is False
-    arguments["loaded_weight"] = checkpoint[3, "w1"].scales
+    arguments["loaded_weight"] = scales[3]
     assert parameter.weight_loader(parameter, expert_id=3, return_success=True, **arguments) is True
 
 
-@pytest.mark.parametrize("missing", ["2.w1.qweight", "0.w2.zeros", "3.w3.scales"])
-def test_a_missing_tensor_is_named(checkpoint, missing):
+@pytest.mark.parametrize("missing", ["2.w1.qweight", "0.w2.zeros", "0.w2.exponents", "3.w3.scales"])
+def test_a_missing_tensor_is_named(checkpoint, version, missing):
+    if missing.rpartition(".")[2] not in tensor_dtypes(8, version):
+        pytest.skip(f"version {version} has no such tensor")
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
     load(weights, checkpoint, skip=missing)
     with pytest.raises(FormatError, match=f"{LAYER}: 1 tensors are missing.*expert {missing.replace('.', ' ')}"):
         weights.check_complete()
 
 
-def without_content(checkpoint) -> dict[tuple[int, str], PackedMatrix]:
-    """Tensors that have a shape and a dtype, and nothing that could be read."""
-    return {
-        place: PackedMatrix(
-            matrix.bits, *(None if t is None else t.to("meta") for t in (matrix.qweight, matrix.scales, matrix.zeros))
-        )
-        for place, matrix in checkpoint.items()
-    }
+# of tensors that have a shape and a dtype, and nothing that could be read
+WITHOUT_CONTENT = "meta"
 
 
 def test_without_memory_tensors_are_noted_and_not_read(checkpoint):
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1), allocate=False)
-    load(weights, without_content(checkpoint))
+    load(weights, checkpoint, device=WITHOUT_CONTENT)
     weights.check_complete()
     assert all(parameter.numel() == 0 for _, parameter in weights.parameters())
 
 
 def test_without_memory_a_missing_tensor_is_named_all_the_same(checkpoint):
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1), allocate=False)
-    load(weights, without_content(checkpoint), skip="2.w1.qweight")
+    load(weights, checkpoint, skip="2.w1.qweight", device=WITHOUT_CONTENT)
     with pytest.raises(FormatError, match=r"1 tensors are missing.*expert 2 w1 qweight"):
         weights.check_complete()
 
@@ -288,23 +301,22 @@ def test_a_misshapen_tensor_is_named_with_what_was_expected(checkpoint, allocate
         parameter.weight_loader(param=parameter, loaded_weight=wrong_width, weight_name="", shard_id="w1", expert_id=1)
 
 
-def test_zeros_of_a_one_bit_matrix_are_refused(checkpoint):
+@pytest.mark.parametrize("expert", [0, 1])
+def test_zeros_that_the_format_has_not_are_refused(version, expert):
+    """At 1 bit, and in version 2."""
+    if version == 1 and expert == 1:
+        pytest.skip("2 bits have zeros in version 1")
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
     parameter = dict(weights.parameters())["w13_zeros"]
-    with pytest.raises(FormatError, match="expert 0, w1 zeros: present in the checkpoint, but a 1-bit matrix has none"):
-        parameter.weight_loader(
-            param=parameter,
-            loaded_weight=checkpoint[1, "w1"].zeros,
-            weight_name="",
-            shard_id="w1",
-            expert_id=0,
-        )
+    zeros = torch.ones(INTERMEDIATE, group_count(HIDDEN)).half()
+    with pytest.raises(FormatError, match=rf"expert {expert}, w1 zeros: present .*but a {expert + 1}-bit matrix has"):
+        parameter.weight_loader(param=parameter, loaded_weight=zeros, weight_name="", shard_id="w1", expert_id=expert)
 
 
 def test_release_gives_the_memory_back_while_something_still_refers_to_the_parameters():
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
     kept = [parameter for _, parameter in weights.parameters()]
-    assert all(parameter.untyped_storage().nbytes() for parameter in kept)
+    assert sum(parameter.untyped_storage().nbytes() > 0 for parameter in kept) == 6  # three of each projection
     weights.release()
     assert not any(parameter.untyped_storage().nbytes() for parameter in kept)
 
@@ -317,11 +329,10 @@ def test_tensors_are_taken_under_exact_names_and_those_of_other_ranks_declined(c
     assert all(parameter.numel() == 0 for parameter in parameters.values())
     projections = {shard_id: projection for projection, shard_id in PROJECTIONS.items()}
     for (expert, shard_id), matrix in checkpoint.items():
-        for suffix, tensor in ((QWEIGHT, matrix.qweight), (SCALES, matrix.scales), (ZEROS, matrix.zeros)):
-            if tensor is not None:
-                parameter = parameters.pop(exact_name(expert, projections[shard_id], suffix))
-                parameter.weight_loader(parameter, tensor)
-    assert all(name.endswith(ZEROS) for name in parameters)  # of 1-bit matrices
+        for suffix, tensor in matrix_tensors(matrix, VERSION).items():
+            parameter = parameters.pop(exact_name(expert, projections[shard_id], suffix))
+            parameter.weight_loader(parameter, tensor)
+    assert all(name.endswith((ZEROS, EXPONENTS)) for name in parameters)  # that this version, or 1 bit, has not
     weights.check_complete()
     for one, other in ((weights.gate_up, expected.gate_up), (weights.down, expected.down)):
         for found, wanted in zip(one.matrices(), other.matrices(), strict=True):

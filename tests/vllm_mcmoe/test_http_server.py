@@ -8,6 +8,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests.vllm_mcmoe.serving import (
 )
 from tests.vllm_mcmoe.soak import NEW_TOKENS, soak
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.local_server import serve
 
 pytestmark = pytest.mark.engine
@@ -58,6 +61,8 @@ def client(served_checkpoint, tmp_path_factory):
         str(MAX_MODEL_LEN),
         "--max-num-seqs",
         "4",
+        "--max-logprobs",
+        "-1",  # for evaluation over HTTP: whole distributions
         "--hf-overrides",
         json.dumps({"mcmoe_pruning": TARGET}),
     )
@@ -109,6 +114,40 @@ def test_logprobs_are_those_of_the_dequantised_model(client, pruned_checkpoint):
     assert beyond.mean() < 0.02
     # ... which tells what the server was told from what the checkpoint says (10 and 20 times as far in two checkpoints)
     assert beyond_at_the_other_target.mean() > 3 * beyond.mean()
+
+
+def test_evaluation_over_http_agrees_with_that_of_the_checkpoint(
+    client, pruned_checkpoint, reference_model, evaluation_files
+):
+    """`mcmoe evaluate` as a user types it, against the 16-bit model: both by whole distributions, then by 20 tokens."""
+    text = {"sequences": 10, "length": 96}
+    of_directory = evaluate(pruned_checkpoint, evaluation_files, against=reference_model, pruning=TARGET, **text)
+
+    def over_http(*options: str) -> dict:
+        command = [str(Path(sys.executable).with_name("mcmoe")), "evaluate", str(client.base_url), "--model", "tiny"]
+        command += ["--against", str(reference_model), "--data", *map(str, evaluation_files), "--json"]
+        command += ["--sequences", "10", "--length", "96", *options]
+        environment = {**os.environ, "OPENAI_API_KEY": "none"}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    served, of_20 = over_http(), over_http("--top-logprobs", "20")
+    print(
+        f"perplexity {served['token_perplexity']:.3f} over HTTP, {of_directory.token_perplexity:.3f} of the directory; "
+        f"KL {served['mean_kl']:.4f} and {of_directory.mean_kl:.4f}, over 20 tokens {of_20['mean_kl']:.4f}"
+    )
+    assert served["tokens"] == of_directory.tokens
+    assert served["perplexity_by_file"].keys() == of_directory.perplexity_by_file.keys()
+    # linears' inputs are int8, activations bfloat16 and kernels' sums in another order in the server
+    assert served["token_perplexity"] == pytest.approx(of_directory.token_perplexity, rel=0.02)
+    assert served["perplexity_ratio"] == pytest.approx(of_directory.perplexity_ratio, rel=0.02)
+    assert served["mean_kl"] == pytest.approx(of_directory.mean_kl, rel=0.25)
+    assert served["top1_agreement"] == pytest.approx(of_directory.top1_agreement, abs=0.05)
+    assert served["kl_over"] is None
+    assert of_20["kl_over"] == "the 20 likeliest served tokens and all others as one"
+    assert 0.5 * served["mean_kl"] < of_20["mean_kl"] < served["mean_kl"]
+    assert of_20["token_perplexity"] == pytest.approx(served["token_perplexity"], rel=0.01)
 
 
 def test_metrics_show_the_fraction_that_was_really_pruned(client):

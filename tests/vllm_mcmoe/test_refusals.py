@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
 from tests.vllm_mcmoe.test_expert_weights import random_matrix
-from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits, matrix_tensors
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
 from vllm_mcmoe.moe_method import McmoeMoEMethod
@@ -154,8 +154,8 @@ def checkpoint_tensors():
             ("down_proj", 3, (256, 512)),
         ):
             matrix = random_matrix(bits, *shape, seed=expert)
-            for suffix in ("qweight", "scales", "zeros"):
-                yield f"{expert}.{name}.{suffix}", getattr(matrix, suffix)
+            for suffix, tensor in matrix_tensors(matrix, FORMAT_VERSION).items():
+                yield f"{expert}.{name}.{suffix}", tensor
 
 
 # ---- classes that models bring

@@ -16,10 +16,10 @@ from tests.kernels.matrices import random_call
 from tests.vllm_mcmoe.test_expert_weights import (
     HIDDEN,
     INTERMEDIATE,
+    WITHOUT_CONTENT,
     layer_weights,
     load,
     random_checkpoint,
-    without_content,
 )
 from tests.vllm_mcmoe.test_plugin import engine_config
 from vllm_mcmoe import start_cache
@@ -368,7 +368,8 @@ def two_layers_of_a_model(loading: ExpertLoading, tensors) -> list[torch.nn.Modu
     for weights in layers:
         loading.begin(weights)
     for weights in layers:
-        load(weights, tensors if weights.on_complete or weights.gate_up.allocated else without_content(tensors))
+        wanted = weights.on_complete or weights.gate_up.allocated
+        load(weights, tensors, device="cpu" if wanted else WITHOUT_CONTENT)
         weights.check_complete()
     return [loading.finish(weights) for weights in layers]
 
@@ -400,7 +401,7 @@ def test_mapped_experts_get_the_biases_of_their_checkpoint(config, root, tensors
         loading = ExpertLoading(config, "cpu")
         weights = layer_weights(WHOLE, allocate=False, has_bias=True)
         loading.begin(weights)
-        load(weights, tensors if weights.on_complete else without_content(tensors))
+        load(weights, tensors, device="cpu" if weights.on_complete else WITHOUT_CONTENT)
         parameters = dict(weights.parameters())
         for expert, shard_id in tensors:
             size, name = (HIDDEN, "w2_bias") if shard_id == "w2" else (INTERMEDIATE, "w13_bias")

@@ -21,7 +21,7 @@ from vllm_mcmoe.errors import McmoeError
 app = typer.Typer(
     name="mcmoe",
     help="Quantise mixture-of-experts models to 1.5-3 bits, every expert with its own bit-width, for vLLM.\n\n"
-    "Most people need one command: `mcmoe quantize MODEL OUT --bits 2.5 --data TEXT`, then `vllm serve OUT`. "
+    "Most people need one command: `mcmoe quantize MODEL OUT --bits 2.5`, then `vllm serve OUT`. "
     "`calibrate` and `allocate` are its first two steps, to look at or change what lies between.",
     no_args_is_help=True,
     add_completion=False,

@@ -24,15 +24,51 @@ from vllm_mcmoe.cli.options import (
 
 def evaluate(
     model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A model as released, or a quantised checkpoint.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model as released, a quantised checkpoint, or the address of a server that has one, "
+            "http://HOST:PORT/v1: `vllm serve` gives the logprobs of prompts that this needs.",
+            show_default=False,
+        ),
     ],
     data: Data,
     against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this model, a directory or an address: mean and quantiles of KL, top-1 agreement, "
+            "perplexity ratio.",
+            show_default=False,
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="The server's name of MODEL.", show_default="the only one"),
+    ] = None,
+    against_served_name: Annotated[
+        str | None,
+        typer.Option("--against-model", metavar="NAME", help="The same of --against.", show_default="the only one"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="OPENAI_API_KEY", help="What the server asks for, if it does.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="Compare with this model: mean and quantiles of KL, top-1 agreement, perplexity ratio.",
+            metavar="DIR",
+            help="Directory with the served model's tokenizer, where neither --against nor the server names one.",
             show_default=False,
+        ),
+    ] = None,
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Likeliest tokens to ask a server for. KL over them, all others taken as one, is a lower bound. All "
+            "tokens need `vllm serve --max-logprobs -1` and 60 bytes per token and vocabulary entry.",
+            show_default="all where the server gives them and answers stay below 600 MB, else 20 or what it gives",
         ),
     ] = None,
     activations: Annotated[
@@ -49,21 +85,34 @@ def evaluate(
     """Measure perplexity per file, bytes and average bits; with --against, also how far it is from another model.
 
     Example: `mcmoe evaluate mixtral-2.5bit/ --against mixtral/ --data wikitext.txt --json`
+
+    A served one: `mcmoe evaluate http://localhost:8000/v1 --against mixtral/ --data wikitext.txt`
     """
-    from vllm_mcmoe.calibration.evaluate.scores import evaluate as run
+    from vllm_mcmoe.calibration.evaluate.scores import evaluate as evaluate_directories
+    from vllm_mcmoe.calibration.evaluate.served import evaluate_served, is_endpoint
     from vllm_mcmoe.reporting import print_evaluation
 
-    result = run(
-        model,
-        data,
-        against=against,
-        activations=activations.value,
-        pruning=pruning,
-        sequences=sequences,
-        length=length,
-        device=device,
-        log=log,
-    )
+    options = {
+        "against": against,
+        "activations": activations.value,
+        "pruning": pruning,
+        "sequences": sequences,
+        "length": length,
+        "device": device,
+        "log": log,
+    }
+    of_server = {
+        "served_name": served_name,
+        "against_served_name": against_served_name,
+        "tokenizer": tokenizer,
+        "top_logprobs": top_logprobs,
+    }
+    if is_endpoint(model) or (against is not None and is_endpoint(against)):
+        result = evaluate_served(model, data, **options, **of_server, api_key=api_key)
+    elif any(value is not None for value in of_server.values()):
+        raise typer.BadParameter("--model, --against-model, --tokenizer and --top-logprobs are for a server's address")
+    else:
+        result = evaluate_directories(model, data, **options)
     if as_json:
         print_json(result.to_dict())
     else:

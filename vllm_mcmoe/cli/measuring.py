@@ -13,7 +13,7 @@ from vllm_mcmoe.cli.options import (
     Bits,
     BitsPerLayer,
     Budget,
-    Data,
+    CalibrationData,
     Device,
     Effort,
     EffortName,
@@ -33,7 +33,7 @@ from vllm_mcmoe.cli.options import (
 
 def calibrate(
     model: Model,
-    data: Data,
+    data: CalibrationData = None,
     out: Annotated[Path, typer.Option(help="Where to write the factors.")] = Path("factors.json"),
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
@@ -48,7 +48,7 @@ def calibrate(
 
     Writes factors.json, which `mcmoe allocate` reads. The same command continues a run that was interrupted or killed.
 
-    Example: `mcmoe calibrate mixtral/ --data c4.jsonl --out factors.json`
+    Example: `mcmoe calibrate mixtral/ --out factors.json`
     """
     from vllm_mcmoe.calibration.pipeline import calibrate as run
 

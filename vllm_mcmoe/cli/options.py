@@ -71,6 +71,19 @@ Data = Annotated[
     ),
 ]
 
+CalibrationData = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE...",
+        help="Calibration text: text files, .jsonl files with `text` or chat `messages`, or directories of them. One "
+        "file is one domain: sequences are drawn evenly over the files. Left out: a built-in set of nine domains "
+        "(prose, documentation, science, code, two sets of languages, chat), enough for the default --sequences and "
+        "--length. Text like what the model will be used for is better.",
+        show_default=False,
+    ),
+]
+
 Sequences = Annotated[int, typer.Option(min=1, help="Token sequences to draw; fewer if the data has no more.")]
 
 Length = Annotated[int, typer.Option(min=2, help="Tokens per sequence; shortened to what model and data have.")]
@@ -86,8 +99,8 @@ Recipe = Annotated[
 Bits = Annotated[
     float | None,
     typer.Option(
-        help="Average bits of an expert weight as written: a group's scale and zero included, "
-        "so 2-bit codes cost 2.25 and 1-bit codes 1.125.",
+        help="Average bits of an expert weight as written, scales included, so 2-bit codes cost 2.07. "
+        "(Recipes paper-code and uniform store 16-bit scales and zeros: 2.25.)",
         show_default=False,
     ),
 ]
@@ -149,7 +162,7 @@ EvaluationData = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE...",
-        help="Text to score the model on, before and after; the calibration text if not given.",
+        help="Text to score the model on, before and after; the calibration text, which flatters, if not given.",
         show_default=False,
     ),
 ]

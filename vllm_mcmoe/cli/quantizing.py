@@ -11,7 +11,7 @@ from vllm_mcmoe.cli.options import (
     AsJson,
     Bits,
     BitsPerLayer,
-    Data,
+    CalibrationData,
     Device,
     Effort,
     EffortName,
@@ -36,7 +36,7 @@ from vllm_mcmoe.cli.options import (
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.", show_default=False)],
-    data: Data,
+    data: CalibrationData = None,
     bits: Bits = None,
     bits_per_layer: BitsPerLayer = None,
     plan: Annotated[
@@ -68,7 +68,7 @@ def quantize(
     Needs memory for two decoder layers, not for the model. Finished layers are kept in OUT.partial until OUT is
     complete; the same command continues a run that was interrupted or killed.
 
-    Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5 --data c4.jsonl`
+    Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5`
     """
     if sum(option is not None for option in (bits, bits_per_layer, plan)) != 1:
         raise typer.BadParameter("give one of --bits, --bits-per-layer and --plan")
@@ -76,6 +76,7 @@ def quantize(
     from vllm_mcmoe.calibration.common.device import choose_device
     from vllm_mcmoe.calibration.measure.factors import Factors
     from vllm_mcmoe.calibration.model.description import describe_model
+    from vllm_mcmoe.calibration.model.text import BUILTIN_TEXT
     from vllm_mcmoe.calibration.pipeline import quantize as run
     from vllm_mcmoe.calibration.prune.prune import prune as add_pruning
     from vllm_mcmoe.calibration.prune.rules import check_request
@@ -98,7 +99,7 @@ def quantize(
         tuned=tune,
         sequences=sequences,
         length=length,
-        evaluation_data=(evaluation_data or data) if evaluation else None,
+        evaluation_data=(evaluation_data or data or [BUILTIN_TEXT]) if evaluation else None,
         activations=activations.value,
         device=chosen,
         restart=restart,
@@ -123,7 +124,7 @@ def prune(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="A quantised checkpoint; changed in place.", show_default=False)
     ],
-    data: Data,
+    data: CalibrationData = None,
     method: Method = PruningMethod.otp,
     target: Annotated[float, typer.Option(help="Fraction of expert activations to drop when served.")] = 0.25,
     evaluation_data: EvaluationData = None,
@@ -143,8 +144,9 @@ def prune(
     The rule holds for every target: when serving, choose another one with `--hf-overrides '{"mcmoe_pruning": 0.1}'`
     ("off" and "on" work, too) or the environment variable VLLM_MCMOE_PRUNING=0.1.
 
-    Example: `mcmoe prune mixtral-2.5bit/ --target 0.25 --data c4.jsonl`
+    Example: `mcmoe prune mixtral-2.5bit/ --target 0.25`
     """
+    from vllm_mcmoe.calibration.model.text import BUILTIN_TEXT
     from vllm_mcmoe.calibration.prune.prune import prune as run
     from vllm_mcmoe.reporting import print_pruning
 
@@ -153,7 +155,7 @@ def prune(
         data,
         method=method.value,
         target=target,
-        evaluation_data=(evaluation_data or data) if evaluation else None,
+        evaluation_data=(evaluation_data or data or [BUILTIN_TEXT]) if evaluation else None,
         table=table,
         sequences=sequences,
         length=length,
