@@ -1,4 +1,5 @@
-"""Pieces of work side by side: each on its share of torch's threads, in whatever order, with the same result."""
+"""Pieces of work side by side: each on its share of torch's threads, in whatever order, with the same result; and how
+products are rounded."""
 
 import threading
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from tests.calibration.conftest import layerwise
+from vllm_mcmoe.calibration.common.device import bfloat16_products, multiplies_in_bfloat16
 from vllm_mcmoe.calibration.common.threads import side_by_side
 from vllm_mcmoe.calibration.measure.expert_tokens import experts_at_once
 from vllm_mcmoe.calibration.model.description import describe_model
@@ -63,3 +65,18 @@ def test_experts_at_once_take_no_more_than_their_layer(reference_model):
     model.note_layer_arguments(8)
     with model.loaded_layer(0) as layer:
         assert layer.nbytes == 4 * sum(parameter.numel() for parameter in layer.module.parameters())
+
+
+def test_products_round_their_operands_only_where_asked(reference_model):
+    """To bfloat16's 8 bits; not for small models, and not where the CPU has no AMX."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+    exact, has_amx = a @ b, multiplies_in_bfloat16(torch.device("cpu"), 1024)
+    assert not multiplies_in_bfloat16(torch.device("cpu"), describe_model(reference_model).hidden)
+    assert not multiplies_in_bfloat16(torch.device("meta"), 1024)
+    with bfloat16_products(False):
+        assert torch.equal(a @ b, exact)
+    with bfloat16_products(has_amx):
+        error = float((a @ b - exact).norm() / exact.norm())
+    assert 1e-4 < error < 1e-2 if has_amx else error == 0
+    assert torch.equal(a @ b, exact)
