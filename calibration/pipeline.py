@@ -11,7 +11,7 @@ directory beside the output (checkpoint/workdir.py), from which a run that was k
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +32,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
     PLAN_FILE,
     write_text,
 )
-from vllm_mcmoe.calibration.common.device import choose_device
+from vllm_mcmoe.calibration.common.device import bfloat16_products, choose_device, multiplies_in_bfloat16
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
@@ -43,7 +43,7 @@ from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
 from vllm_mcmoe.calibration.model.activations import Storage
-from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import (
     DEFAULT_LENGTH,
@@ -112,6 +112,7 @@ def calibrate(
     with ExitStack() as stack:
         target = Path(stack.enter_context(TemporaryDirectory())) / "factors.json" if out is None else Path(out)
         work = stack.enter_context(working_on(target, identity, restart=restart, log=log))
+        stack.enter_context(_products(device, source.model, recipe))
         model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
@@ -212,17 +213,18 @@ def quantize(
         if measures:
             experts = f"{description.num_experts} experts in each of {len(description.moe_layers)} layers"
             log(f"Measuring {experts}." if needs_factors else f"Finding the loss gradients that quantise {experts}.")
-            measured = measure(
-                model,
-                tokens,
-                recipe=recipe,
-                widths=widths if needs_factors else (),
-                seed=seed,
-                store=store,
-                work=work,
-                log=log,
-                show_progress=show_progress,
-            )
+            with _products(device, description, recipe):
+                measured = measure(
+                    model,
+                    tokens,
+                    recipe=recipe,
+                    widths=widths if needs_factors else (),
+                    seed=seed,
+                    store=store,
+                    work=work,
+                    log=log,
+                    show_progress=show_progress,
+                )
             gradient_norms, output_gradients = measured.gradient_norms, measured.output_gradients
             factors = measured.factors if needs_factors else factors
         if plan is None:
@@ -231,7 +233,8 @@ def quantize(
         job = CheckpointRun(
             model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
         )
-        report = job.write_checkpoint(tokens.tokens, show_progress)
+        with _products(device, description, recipe):
+            report = job.write_checkpoint(tokens.tokens, show_progress)
         card = model_card(description, report, tokens)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
@@ -299,8 +302,13 @@ def quantize_model(
         job = CheckpointRun(
             model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
         )
-        report = job.write_checkpoint(sequences.tokens, show_progress)
+        with _products(model.device, model.description, recipe):
+            report = job.write_checkpoint(sequences.tokens, show_progress)
         return _publish(work, report, model_card(model.description, report, sequences), started, log)
+
+
+def _products(device: torch.device, description: MoeModel, recipe: Recipe) -> AbstractContextManager[None]:
+    return bfloat16_products(recipe.bfloat16_products and multiplies_in_bfloat16(device, description.hidden))
 
 
 def _tensors(gradients: Mapping[str, OutputGradients] | None) -> Iterator[tuple[str, torch.Tensor]]:
