@@ -1,29 +1,43 @@
-"""What --effort costs in quality: plans made from measurements with few sweeps, judged by those with all of them.
+"""What less work costs in quality, on the reference model.
 
-    python benchmarks/effort.py [--rows 32] [--sweeps 0 1 2]       # five minutes
+    python benchmarks/effort.py plans [--rows 64 128]          # two minutes
+    python benchmarks/effort.py quantising [--bits 1.94]       # five minutes
 
-On the reference model, whose matrices are too small to be measured with few sweeps: here all are, and --rows of 512 and
-256 are refined. A plan's cost is the sum of the loss increases that full measurements give its widths.
+plans: widths measured on some rows of a matrix. Its matrices are too small for `--effort normal` to leave out rows;
+here --rows of its 512 units and 256 features are quantised. A plan's cost is the sum of the loss increases that full
+measurements give its widths.
+quantising: KL on evaluation text of one plan, quantised as always, with operands of products in bfloat16 (on a CPU with
+AMX), with Hessians of few tokens, and with fewer sweeps.
 """
 
 import argparse
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import torch
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
-from vllm_mcmoe.calibration.measure import expert_errors
+from vllm_mcmoe.calibration.common.device import bfloat16_products
+from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.measure.expert_tokens import build_factor, evenly_spaced
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightFiles
-from vllm_mcmoe.calibration.recipes import RECIPES
+from vllm_mcmoe.calibration.pipeline import quantize_model
+from vllm_mcmoe.calibration.quantize import layer
+from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 
 REFERENCE = Path(__file__).parent / "reference_model"
 BUDGETS = (1.4, 1.55, 1.7, 1.85, 2.0, 2.25, 2.5, 2.75, 3.0, 3.3)
+DEFAULT = RECIPES["mcmoe"]
 
 
 def cost(plan: Plan, factors: Factors) -> float:
@@ -35,22 +49,66 @@ def cost(plan: Plan, factors: Factors) -> float:
     )
 
 
+def compare_plans(model: LayerwiseModel, sequences: Any, rows: list[int]) -> None:
+    full = measure(model, sequences, recipe=DEFAULT, show_progress=False).factors
+    best = {bits: cost(allocate(full, bits=bits), full) for bits in BUDGETS}
+    for count in rows:
+        some = measure(model, sequences, recipe=replace(DEFAULT, measured_rows=count), show_progress=False).factors
+        more = [f"{bits}: {cost(allocate(some, bits=bits), full) / best[bits] - 1:+.2%}" for bits in BUDGETS]
+        print(f"{count} rows, cost by bits:", ", ".join(more), flush=True)
+
+
+def compare_quantising(model: LayerwiseModel, sequences: Any, bits: float, evaluation_sequences: int) -> None:
+    measured = measure(model, sequences, recipe=DEFAULT, show_progress=False)
+    plan = allocate(measured.factors, bits=bits)
+
+    def show(what: str, recipe: Recipe = DEFAULT, within: AbstractContextManager = nullcontext()) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "out"
+            with within:
+                quantize_model(
+                    model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
+                    output_gradients=measured.output_gradients, show_progress=False,
+                )  # fmt: skip
+            scores = evaluate(
+                out, _corpus("evaluation"), against=model.description.path, sequences=evaluation_sequences,
+                length=256, show_progress=False,
+            )  # fmt: skip
+        print(f"{what}: KL {scores.mean_kl:.4f}", flush=True)
+
+    show("as always")
+    show("bfloat16", within=bfloat16_products(True))
+    show("Hessians of 8 tokens per column", within=mock.patch.object(layer, "build_factor", _of_few_tokens))
+    for sweeps, output_sweeps in ((0, 8), (2, 6)):
+        gptq = replace(DEFAULT.gptq, refinement_sweeps=sweeps, output_sweeps=output_sweeps)
+        show(f"{sweeps} sweeps and {output_sweeps} under outputs' Hessians", replace(DEFAULT, gptq=gptq))
+
+
+def _of_few_tokens(tokens: Any, weights: torch.Tensor, transform: Any, recipe: Recipe, name: str) -> Any:
+    """In the place of build_factor, evenly spaced tokens. The reference model: 256 inputs of gate_up, 512 of down."""
+    count = min(len(tokens), 8 * (256 if transform is None else 512))
+    return build_factor(tokens.at_most(count), weights[evenly_spaced(len(tokens), count)], transform, recipe, name)
+
+
+def _corpus(part: str) -> list[Path]:
+    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=32, help="refined, of each matrix")
-    parser.add_argument("--sweeps", type=int, nargs="+", default=[0, 1, 2], help="to measure with")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("plans", "quantising"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128], help="of each matrix, instead of all")
+    parser.add_argument("--bits", type=float, default=1.94)
+    parser.add_argument("--evaluation-sequences", type=int, default=80)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # this model's matrices are too small to share
     description = describe_model(REFERENCE / "tiny-mixtral")
     model = LayerwiseModel(WeightFiles(description))
-    corpus = sorted((REFERENCE / "corpus").glob("*.calibration.txt"))
-    sequences = load_calibration_data(description, corpus, 128, 256, print)
-    full = measure(model, sequences, recipe=RECIPES["mcmoe"]).factors
-    best = {bits: cost(allocate(full, bits=bits), full) for bits in BUDGETS}
-    for sweeps in options.sweeps:
-        with mock.patch.object(expert_errors, "REFINED_ROWS", options.rows):
-            few = measure(model, sequences, recipe=replace(RECIPES["mcmoe"], measured_sweeps=sweeps)).factors
-        more = [f"{bits}: {cost(allocate(few, bits=bits), full) / best[bits] - 1:+.2%}" for bits in BUDGETS]
-        print(f"{sweeps} sweeps, cost by bits:", ", ".join(more), flush=True)
+    sequences = load_calibration_data(description, _corpus("calibration"), 128, 256, print)
+    if options.what == "plans":
+        compare_plans(model, sequences, options.rows)
+    else:
+        compare_quantising(model, sequences, options.bits, options.evaluation_sequences)
 
 
 if __name__ == "__main__":

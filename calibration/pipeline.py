@@ -12,7 +12,7 @@ directory beside the output (checkpoint/workdir.py), from which a run that was k
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +35,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
     write_document,
     write_text,
 )
-from vllm_mcmoe.calibration.common.device import choose_device
+from vllm_mcmoe.calibration.common.device import bfloat16_products, choose_device, multiplies_in_bfloat16
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
@@ -46,7 +46,7 @@ from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
 from vllm_mcmoe.calibration.model.activations import ActivationStore, Storage
-from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import (
     DEFAULT_LENGTH,
@@ -116,6 +116,7 @@ def calibrate(
     with ExitStack() as stack:
         target = Path(stack.enter_context(TemporaryDirectory())) / "factors.json" if out is None else Path(out)
         work = stack.enter_context(working_on(target, identity, restart=restart, log=log))
+        stack.enter_context(_products(device, source.model, recipe))
         model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
@@ -218,17 +219,18 @@ def quantize(
         if measures:
             experts = f"{description.num_experts} experts in each of {len(description.moe_layers)} layers"
             log(f"Measuring {experts}." if needs_factors else f"Finding the loss gradients that quantise {experts}.")
-            measured = measure(
-                model,
-                tokens,
-                recipe=recipe,
-                widths=widths if needs_factors else (),
-                seed=seed,
-                store=store,
-                work=work,
-                log=log,
-                show_progress=show_progress,
-            )
+            with _products(device, description, recipe):
+                measured = measure(
+                    model,
+                    tokens,
+                    recipe=recipe,
+                    widths=widths if needs_factors else (),
+                    seed=seed,
+                    store=store,
+                    work=work,
+                    log=log,
+                    show_progress=show_progress,
+                )
             gradient_norms, output_gradients = measured.gradient_norms, measured.output_gradients
             factors = measured.factors if needs_factors else factors
         if plan is None:
@@ -324,7 +326,8 @@ def _write_checkpoint(
     job = CheckpointRun(
         model, work, directory, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
     )
-    report = job.write_checkpoint(tokens, show_progress)
+    with _products(model.device, model.description, recipe):
+        report = job.write_checkpoint(tokens, show_progress)
     if recipe.tuning is not None:
         report.tuning = tune(
             model,
@@ -342,6 +345,10 @@ def _write_checkpoint(
             if path.suffix != ".safetensors":
                 shutil.copy2(path, work.checkpoint / path.name)
     return report
+
+
+def _products(device: torch.device, description: MoeModel, recipe: Recipe) -> AbstractContextManager[None]:
+    return bfloat16_products(recipe.bfloat16_products and multiplies_in_bfloat16(device, description.hidden))
 
 
 def _tensors(gradients: Mapping[str, OutputGradients] | None) -> Iterator[tuple[str, torch.Tensor]]:

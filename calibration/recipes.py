@@ -58,12 +58,13 @@ class Recipe:
     minimum_counts     width -> least number of experts per layer that get it
     keep_super_experts hold super experts at the largest width
     error_quantizer    quantiser the factors are measured with
-    measured_sweeps    sweeps of refinement the factors are measured with, where not those of `gptq`; what is missing,
-                       is learnt from some rows
+    measured_rows      rows of a matrix (of a gated expert's gate and up each) the factors are measured on; None, all
+    measured_tokens    calibration tokens the factors and loss gradients are measured on, whole sequences; None, all
     gptq               how the weights are quantised in the end
     hessian_weighting  weight of each token in an expert's Hessian: "none" 1, "routing" the squared routing weight,
                        "gradient" the squared routing weight times the squared norm of the loss gradient at the
                        layer's output
+    bfloat16_products  let matrix products round their operands to bfloat16 where that is faster
     linear_bits        width of attention and shared-expert linears: 4, 8 or 16
     tuning             of what stays in 16 bits, after everything is quantised; None leaves it as it is
     """
@@ -81,9 +82,11 @@ class Recipe:
     minimum_counts: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     keep_super_experts: bool = False
     error_quantizer: ErrorQuantizer = "gptq"
-    measured_sweeps: int | None = None
+    measured_rows: int | None = None
+    measured_tokens: int | None = None
     gptq: GPTQOptions = field(default_factory=GPTQOptions)
     hessian_weighting: HessianWeighting = "none"
+    bfloat16_products: bool = False
     linear_bits: int = 4
     tuning: TuningOptions | None = None
 
@@ -130,9 +133,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
-# Sweeps that the widths of large matrices are measured with. Of plans for 1.4 to 3.3 bits on the reference model, made
-# so with 32 of 256 and 512 rows refined, full measurements say that they cost up to 1.0% more with 2, 1.6% with 1.
-MEASURED_SWEEPS: Mapping[Effort, int | None] = MappingProxyType({"fast": 0, "normal": 2, "best": None})
+# What widths are measured on: rows of matrices that have more than twice as many, and tokens (docs/method.md, Effort).
+MEASURED_ROWS: Mapping[Effort, int | None] = MappingProxyType({"fast": 128, "normal": 256, "best": None})
+MEASURED_TOKENS: Mapping[Effort, int | None] = MappingProxyType({"fast": 16384, "normal": 65536, "best": None})
 FAST_SWEEPS = 2
 
 
@@ -143,12 +146,17 @@ def find_recipe(recipe: str | Recipe, effort: Effort = "normal", *, tune: bool =
     """
     if isinstance(recipe, Recipe):
         return recipe if tune else replace(recipe, tuning=None)
-    for kind, name, known in (("recipe", recipe, RECIPES), ("effort", effort, MEASURED_SWEEPS)):
+    for kind, name, known in (("recipe", recipe, RECIPES), ("effort", effort, MEASURED_ROWS)):
         if name not in known:
             raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
     found = RECIPES[recipe]
     if found.objective == "loss_increase":  # what the authors' code measures is quick, and compared as it is
-        found = replace(found, measured_sweeps=MEASURED_SWEEPS[effort])
+        found = replace(
+            found,
+            measured_rows=MEASURED_ROWS[effort],
+            measured_tokens=MEASURED_TOKENS[effort],
+            bfloat16_products=effort != "best",
+        )
     if effort == "fast":
         gptq = found.gptq
         fewer = {name: min(getattr(gptq, name), FAST_SWEEPS) for name in ("refinement_sweeps", "output_sweeps")}

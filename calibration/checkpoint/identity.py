@@ -15,6 +15,7 @@ import torch
 
 from vllm_mcmoe import __version__
 from vllm_mcmoe.calibration.checkpoint.writer import side_files
+from vllm_mcmoe.calibration.common.device import multiplies_in_bfloat16
 from vllm_mcmoe.calibration.common.files import sha256_of
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, find_data_files
@@ -31,6 +32,7 @@ def identity_of_run(
     return {
         **identity_of_program(),
         **identity_of_device(device),
+        **identity_of_products(device, description, recipe),
         **identity_of_model(description, files),
         **identity_of_tokens(tokens),
         **identity_of_recipe(recipe),
@@ -45,6 +47,12 @@ def identity_of_device(device: torch.device) -> dict[str, str]:
     """The kind of device: its last bits differ from another's, so work begun on one is not finished on the other. CPUs
     have no entry, so that unfinished work from before there was a choice is continued on them."""
     return {} if device.type == "cpu" else {"device other than the CPU": device.type}
+
+
+def identity_of_products(device: torch.device, description: MoeModel, recipe: Recipe) -> dict[str, str]:
+    """CPUs that have no faster bfloat16 have no entry."""
+    rounded = recipe.bfloat16_products and multiplies_in_bfloat16(device, description.hidden)
+    return {"operands of products": "bfloat16"} if rounded else {}
 
 
 def identity_of_model(description: MoeModel, files: TensorFiles) -> dict[str, str]:

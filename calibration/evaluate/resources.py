@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS
-from vllm_mcmoe.calibration.measure.expert_errors import REFINED_ROWS, with_few_sweeps
-from vllm_mcmoe.calibration.measure.output_gradients import GRADIENT_TOKENS
+from vllm_mcmoe.calibration.evaluate.work import Work, count_work
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
@@ -31,17 +29,8 @@ from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gr
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
-# Forward through all layers while measuring, and while quantising once for the experts' inputs and once for the output
-# of what was quantised. A loss gradient costs a forward again and twice as much backward.
-FORWARD_PASSES, GRADIENT_PASSES = 3, 3
-# Tuning runs the original once, then a gradient's passes; only experts' inputs, not their weights, have gradients, but
-# the sequences that are held out run twice. Of a value that is tuned, its gradient and Adam's two moments are kept.
+# Of a value that is tuned, its gradient and Adam's two moments are kept.
 TUNING_COPIES = 4
-# Multiply-adds per weight and input: refinement makes one product with the Hessian and updates it once in every sweep;
-# GPTQ itself updates what lies right of a column, half the matrix.
-SWEEP_PRODUCTS, REFINEMENT_START, GPTQ_PRODUCTS = 1, 1, 0.5
-# Cholesky factor, its inverse and their products, in units of in^3.
-FACTOR_PRODUCTS = 1.5
 
 MEMORY_SIZES = {"24 GB GPU": 24, "48 GB GPU": 48, "80 GB GPU": 80, "141 GB GPU": 141}
 # vLLM's default for --gpu-memory-utilization: the rest is for activations, graphs and what else runs there.
@@ -83,6 +72,7 @@ class QuantizationNeeds:
     disk_bytes         checkpoint and activations, beside the model
     expert_products    of quantising every expert, at each width that is measured and at the one it gets
     forward_products   of running the calibration tokens through the layers
+    work               both, step by step
     """
 
     model_bytes: int
@@ -92,6 +82,7 @@ class QuantizationNeeds:
     disk_bytes: int
     expert_products: float
     forward_products: float
+    work: Work
 
     def seconds(self, flops: float) -> float:
         """On a machine that does this many float32 operations per second in matrix products."""
@@ -172,11 +163,9 @@ def plan_resources(
     with_gradients = needs_gradients(recipe)
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
     layer_bytes = FLOAT_BYTES * max(layer_weights)
-    passes = FORWARD_PASSES + (GRADIENT_PASSES if with_gradients else 0)
-    tuned_weights = 0
-    if recipe.tuning is not None:
-        passes += 1 + GRADIENT_PASSES * recipe.tuning.passes
-        tuned_weights = _tuned_weights(description, model)
+    embeddings, head = _looked_up_weights(model), model.lm_head.weight.numel()
+    measures = with_gradients or recipe.objective != "uniform"
+    work = count_work(description, recipe, tokens, linear_bits, parameters.active, head, measures)
     quantization = QuantizationNeeds(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
@@ -184,15 +173,15 @@ def plan_resources(
         memory_bytes=2 * layer_bytes
         + OTHER_BYTES
         + _attention_bytes(model, length)
-        + TUNING_COPIES * FLOAT_BYTES * tuned_weights,
+        + TUNING_COPIES * FLOAT_BYTES * _tuned_weights(description, model, recipe),
         # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
         disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
-        expert_products=_expert_products(description, recipe, tokens),
-        forward_products=float(passes * parameters.active * tokens),
+        expert_products=work.of_experts,
+        forward_products=work.forward + work.backward + work.tuning,
+        work=work,
     )
     step_bytes = checkpoint_bytes - round(
-        (parameters.total - parameters.active - _looked_up_weights(model)) * bits / 8
-        + _looked_up_weights(model) * BITS_16
+        (parameters.total - parameters.active - embeddings) * bits / 8 + embeddings * BITS_16
     )
     kv_bytes_per_token = BITS_16 * sum(_kv_values(description.config, layer) for layer in range(description.num_layers))
     kv_bytes = kv_bytes_per_token * kv_tokens
@@ -247,15 +236,16 @@ def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence
     return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
 
 
-def _tuned_weights(description: MoeModel, model: torch.nn.Module) -> int:
-    """Of routers and norms, and a factor for every row of the experts' matrices."""
-    rows = len(description.moe_layers) * description.num_experts * sum(n for n, _ in description.part_shapes().values())
+def _tuned_weights(description: MoeModel, model: torch.nn.Module, recipe: Recipe) -> int:
+    """Of routers and norms."""
+    if recipe.tuning is None:
+        return 0
     names = [
         (layer, name)
         for index, layer in enumerate(model.model.layers)
         for name in (*router_parameters(description, index, layer), *norm_parameters(layer))
     ]
-    return rows + sum(layer.get_parameter(name).numel() for layer, name in names)
+    return sum(layer.get_parameter(name).numel() for layer, name in names)
 
 
 def _model_bytes(description: MoeModel, parameters: Parameters) -> int:
@@ -274,34 +264,6 @@ def _bytes_of_linears(linears: Sequence[LinearShape], bits: int) -> float:
         * (packed if bits != 16 and linear.can_be_packed(group_size) else BITS_16)
         for linear in linears
     )
-
-
-def _expert_products(description: MoeModel, recipe: Recipe, tokens: int) -> float:
-    """Multiply-adds of quantising every expert: at each width that GPTQ is measured at, then at the one it gets; and of
-    the Hessians, which see as many of the tokens as reach an expert."""
-    measured = len(recipe.widths) if recipe.objective != "uniform" and recipe.error_quantizer == "gptq" else 0
-    sweeps, output_sweeps = recipe.gptq.refinement_sweeps, recipe.gptq.output_sweeps
-    weight_products = GPTQ_PRODUCTS + (REFINEMENT_START + SWEEP_PRODUCTS * sweeps if sweeps else 0)
-    per_expert = 0.0
-    expert_tokens = tokens * description.top_k / description.num_experts
-    for part, (out_features, in_features) in description.part_shapes().items():
-        factor = description.function.factor if part == "gate_up" else 1
-        measuring = weight_products * out_features
-        if with_few_sweeps(recipe, out_features // factor):
-            missing = SWEEP_PRODUCTS * (sweeps - recipe.measured_sweeps)
-            if not recipe.measured_sweeps:
-                missing += REFINEMENT_START
-            measuring += weight_products * factor * REFINED_ROWS - missing * out_features
-        per_expert += (measured * measuring + weight_products * out_features) * in_features**2
-        if output_sweeps:
-            # A sweep costs what one without H_out does and, in descending and for the loss, products with coupled rows.
-            coupled = min(out_features, COUPLED_ROWS)
-            per_expert += SWEEP_PRODUCTS * output_sweeps * out_features * in_features**2
-            per_expert += (1 + 2 * output_sweeps) * coupled * out_features * in_features
-            kept = min(tokens, GRADIENT_TOKENS) * description.top_k / description.num_experts
-            per_expert += kept * coupled * out_features
-        per_expert += (bool(measured) + 1) * (FACTOR_PRODUCTS * in_features + expert_tokens) * in_features**2
-    return per_expert * description.num_experts * len(description.moe_layers)
 
 
 def _kv_values(config: PretrainedConfig, layer: int) -> int:

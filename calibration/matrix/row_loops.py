@@ -8,15 +8,13 @@ The loops run on the CPU wherever the matrices are. Rows are shared out over thr
 C-contiguous float32 unless said otherwise. Where a shape says 128, a last group that is not whole has fewer.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numba import njit
 
-T = TypeVar("T")
+from vllm_mcmoe.calibration.common.threads import side_by_side
 
 # Sums may be reordered (vector instructions), but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -44,17 +42,6 @@ def _run_on_rows(kernel: Callable[..., None], arrays: list[np.ndarray], shared: 
     rows, threads = len(arrays[0]), torch.get_num_threads()
     chunk = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
     side_by_side(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), range(0, rows, chunk))
-
-
-def side_by_side(task: Callable[[T], None], items: Sequence[T]) -> None:
-    """task(item) of each, over threads of torch's count."""
-    threads = min(torch.get_num_threads(), len(items))
-    if threads == 1:
-        for item in items:
-            task(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(task, items))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

@@ -11,7 +11,8 @@ from typing import Self
 
 import torch
 
-from vllm_mcmoe.calibration.matrix.row_loops import descend_coupled, side_by_side
+from vllm_mcmoe.calibration.common.threads import side_by_side
+from vllm_mcmoe.calibration.matrix.row_loops import descend_coupled
 
 # Figures: KL of the reference model, all experts at 2 bits, `python benchmarks/output_hessian.py`.
 # Rows whose errors see each other: 0.0343 with none, 0.0279 / 0.0269 / 0.0257 / 0.0262 with 128 / 256 / 512 / 1024.

@@ -7,6 +7,7 @@ import torch
 
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
 from vllm_mcmoe.calibration.model.activations import SCRATCH, Activations, ActivationStore, Rows
+from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer
 from vllm_mcmoe.calibration.recipes import Recipe
 
@@ -17,6 +18,12 @@ POOL_TOKENS = 4096  # tokens standing for the whole layer; 16 per input of a 256
 # Tokens whose intermediate is in memory at once: one expert's [tokens, 2*intermediate] would take 7.5 GB for 65536
 # tokens of Mixtral-8x7B, and products of 2048 rows run at full speed.
 CHUNK_TOKENS = 2048
+
+# What an expert's quantiser takes: copies of its largest matrix and of a Hessian, and arrays of a chunk's tokens.
+MATRIX_COPIES, HESSIAN_COPIES, CHUNK_COPIES = 8, 6, 4
+SMALLEST_SHARE = 256 << 20  # bytes for experts at work, of the 2 GiB that are planned besides two layers
+
+MOMENT_ROWS = 1024  # of a Hessian that one product gives: few enough to leave out its lower half, many enough for speed
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,19 @@ def hessian_weights(tokens: ExpertTokens, weighting: str, gradient_norms: torch.
     return weights
 
 
+def experts_at_once(description: MoeModel, device: torch.device, layer_bytes: int) -> int:
+    """How many experts of a layer may be worked on side by side: as many as take no more than the layer itself does in
+    float32, layer_bytes, for which memory is planned twice (docs/design.md, Memory and resuming). On a GPU one after
+    another."""
+    if device.type != "cpu":
+        return 1
+    shapes = description.part_shapes().values()
+    matrix, width = max(rows * columns for rows, columns in shapes), max(max(shape) for shape in shapes)
+    columns = max(columns for _, columns in shapes)
+    floats = MATRIX_COPIES * matrix + HESSIAN_COPIES * columns**2 + CHUNK_COPIES * CHUNK_TOKENS * width
+    return max(1, max(layer_bytes, SMALLEST_SHARE) // (4 * floats))
+
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -163,14 +183,21 @@ def build_factor(
 
 
 def second_moment(tokens: ExpertTokens, weights: torch.Tensor | None, transform: Transform | None) -> torch.Tensor:
-    """sum_t weight_t y_t y_t^T with y = transform(x), float32 [width, width]; one chunk of tokens in memory."""
+    """sum_t weight_t y_t y_t^T with y = transform(x), float32 [width, width], exactly symmetric; one chunk of tokens in
+    memory."""
     moment, start = None, 0
     for x in tokens.chunks():
         y = x if transform is None else transform(x)
         weighted = y if weights is None else y * weights[start : start + len(y), None]
         start += len(y)
         if moment is None:
-            moment = weighted.t() @ y
-        else:
-            moment.addmm_(weighted.t(), y)
+            moment = y.new_zeros(y.shape[1], y.shape[1])
+        # What lies below the diagonal is what lies above it: blocks of rows from their diagonal on are half the work.
+        for first in range(0, len(moment), MOMENT_ROWS):
+            rows = slice(first, first + MOMENT_ROWS)
+            moment[rows, first:].addmm_(weighted[:, rows].t(), y[:, first:])
+    for first in range(0, len(moment), MOMENT_ROWS):
+        rows = slice(first, first + MOMENT_ROWS)
+        moment[rows, rows] = moment[rows, rows].triu() + moment[rows, rows].triu(1).t()
+        moment[first + MOMENT_ROWS :, rows] = moment[rows, first + MOMENT_ROWS :].t()
     return moment

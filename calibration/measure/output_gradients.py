@@ -34,10 +34,11 @@ class OutputGradients:
     values: torch.Tensor
 
     @classmethod
-    def sample(cls, gradients: Rows) -> Self:
-        """Of GRADIENT_TOKENS tokens, evenly spaced. gradients: float32 [N, hidden]."""
-        tokens = evenly_spaced(len(gradients), min(len(gradients), GRADIENT_TOKENS))
-        return cls(tokens, torch.cat([gradients[part].bfloat16() for part in tokens.split(CHUNK_TOKENS)]))
+    def sample(cls, gradients: Rows, positions: torch.Tensor) -> Self:
+        """Of GRADIENT_TOKENS tokens, evenly spaced. gradients: float32 [N, hidden]; positions: of these N among the
+        calibration tokens, int64 [N], ascending."""
+        rows = evenly_spaced(len(gradients), min(len(gradients), GRADIENT_TOKENS))
+        return cls(positions[rows], torch.cat([gradients[part].bfloat16() for part in rows.split(CHUNK_TOKENS)]))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """For a file."""

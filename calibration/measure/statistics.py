@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
 from vllm_mcmoe.calibration.common.files import write_atomically
 from vllm_mcmoe.calibration.common.progress import Log
-from vllm_mcmoe.calibration.measure.expert_errors import measure_expert
+from vllm_mcmoe.calibration.common.threads import side_by_side
+from vllm_mcmoe.calibration.measure.expert_errors import ExpertMeasurement, measure_expert
+from vllm_mcmoe.calibration.measure.expert_tokens import evenly_spaced, experts_at_once
 from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
 from vllm_mcmoe.calibration.measure.output_gradients import KeptGradients, OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace, backward_traces, forward_traces
@@ -34,7 +36,7 @@ from vllm_mcmoe.calibration.recipes import Recipe, find_recipe, needs_gradients,
 class Calibration:
     """factors, and by layer name what recipes need of the loss gradient at its output; empty for those that do not.
 
-    gradient_norms    its squared norm at every token, float32 [tokens] of mean 1
+    gradient_norms    its squared norm at every token, float32 [tokens] of mean 1; none where some are measured
     output_gradients  the gradient itself, at some tokens
     """
 
@@ -68,7 +70,8 @@ def measure(
     recipe = find_recipe(recipe)
     if widths is None:  # a uniform allocation asks for no errors
         widths = () if recipe.objective == "uniform" else recipe.widths
-    tokens, store = sequences.tokens, store or ActivationStore()
+    chosen, store = _measured_sequences(recipe, sequences.tokens), store or ActivationStore()
+    tokens = sequences.tokens[chosen]
     names = model.description.moe_layers.values()
     measured = {name: layer for name in names if (layer := _load_measured(work, name)) is not None}
     if measured:
@@ -80,8 +83,12 @@ def measure(
         traces = forward_traces(model, tokens, **options)
     complete = len(measured) == len(names)
     keep_gradients = for_quantizing and needs_output_gradients(recipe)
+    length = tokens.shape[1]
+    positions = (chosen[:, None] * length + torch.arange(length)).flatten() if keep_gradients else None
     for trace in traces:
-        layer = _measure_trace(trace, model.description, recipe, tuple(widths), keep_gradients)
+        layer = _measure_trace(trace, model.description, recipe, tuple(widths), positions)
+        if len(tokens) < len(sequences.tokens):
+            layer = replace(layer, gradient_norms=None)  # of no use where they are not those of every token
         if work is not None:
             layer = _save_measured(work, trace.name, layer)
         measured[trace.name] = layer
@@ -96,8 +103,8 @@ def measure(
         extra={
             "recipe": recipe.name,
             "error_quantizer": recipe.error_quantizer,
-            "measured_sweeps": recipe.measured_sweeps,
-            "sequences": list(tokens.shape),
+            "measured_rows": recipe.measured_rows,
+            "sequences": list(sequences.tokens.shape),
             "files": [path.name for path in sequences.files],
             "seed": seed,
         },
@@ -122,14 +129,24 @@ class _MeasuredLayer:
 
 
 def _measure_trace(
-    trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...], keep_gradients: bool
+    trace: MoeTrace, description: MoeModel, recipe: Recipe, widths: tuple[int, ...], positions: torch.Tensor | None
 ) -> _MeasuredLayer:
+    """positions: of the trace's tokens among the calibration tokens, int64 [N]; None keeps no gradients."""
     norms = trace.gradient_norms
     if norms is not None:
         norms = norms / norms.mean().clamp_min(1e-30)
     factors = _measure_layer(trace, description, recipe, widths, norms)
-    gradients = OutputGradients.sample(trace.gradients) if keep_gradients else None
+    gradients = None if positions is None else OutputGradients.sample(trace.gradients, positions)
     return _MeasuredLayer(factors, norms, gradients, trace.output_peak >= MASSIVE_RATIO * trace.output_median)
+
+
+def _measured_sequences(recipe: Recipe, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [n], ascending: the sequences that factors and gradients are measured on, evenly spaced among all. Hessians
+    weighted by gradients need them at every token."""
+    count = len(tokens)
+    if recipe.measured_tokens is not None and recipe.hessian_weighting != "gradient":
+        count = min(count, max(1, recipe.measured_tokens // tokens.shape[1]))
+    return evenly_spaced(len(tokens), count)
 
 
 def _measured_unit(name: str) -> str:
@@ -163,7 +180,7 @@ def _load_measured(work: WorkDirectory | None, name: str) -> _MeasuredLayer | No
     path, norms = _measured_file(work, name), None
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            norms = file.get_tensor("gradient_norms").clone()
+            norms = file.get_tensor("gradient_norms").clone() if "gradient_norms" in file.keys() else None  # noqa: SIM118
     return _MeasuredLayer(LayerFactors.from_document(document["factors"], unit), norms, None, document["massive"])
 
 
@@ -188,9 +205,13 @@ def _measure_layer(
     gradient_norms: torch.Tensor | None,
 ) -> LayerFactors:
     activation_count, routing_weight_sum = routing_statistics(trace.router_probs, trace.inputs.topk_ids)
-    experts = [
-        measure_expert(trace, expert, recipe, widths, gradient_norms) for expert in range(description.num_experts)
-    ]
+
+    def measured(expert: int) -> ExpertMeasurement:
+        with torch.no_grad():
+            return measure_expert(trace, expert, recipe, widths, gradient_norms)
+
+    at_once = experts_at_once(description, trace.layer.device, trace.layer.nbytes)
+    experts = side_by_side(measured, range(description.num_experts), at_once)
     loss_increase = None
     if trace.gradients is not None:
         loss_increase = {

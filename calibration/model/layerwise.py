@@ -65,6 +65,10 @@ class DecoderLayer:
         return output[0] if isinstance(output, tuple) else output
 
     @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
+    @property
     def experts(self) -> nn.Module | None:
         """Transformers' module of all routed experts; None in a dense layer."""
         return getattr(self.module.get_submodule(self.model.family.moe_module), "experts", None)

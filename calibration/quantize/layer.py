@@ -17,14 +17,15 @@ from torch import nn
 from vllm_mcmoe.calibration.checkpoint.report import ExpertReport
 from vllm_mcmoe.calibration.checkpoint.writer import Shard
 from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.common.threads import side_by_side
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import (
-    ExpertTokens,
     MoeInputs,
     build_factor,
     calibration_tokens,
+    experts_at_once,
     hessian_weights,
     moe_inputs,
     tokens_of,
@@ -42,6 +43,7 @@ from vllm_mcmoe.calibration.quantize.linears import (
 )
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import matrix_of
+from vllm_mcmoe.kernels.packing import PackedMatrix
 
 ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
 
@@ -110,6 +112,14 @@ def quantize_layer(
     return QuantizedLayer(job.experts, job.linears, job.unquantized_linears, job.shard.nbytes)
 
 
+@dataclass(frozen=True)
+class _QuantizedExpert:
+    """matrices: on-disk name of each projection, without a suffix, to what is written."""
+
+    report: ExpertReport
+    matrices: dict[str, PackedMatrix]
+
+
 class _LayerJob:
     """State of one quantize_layer."""
 
@@ -170,18 +180,18 @@ class _LayerJob:
         self._quantized.add(f"{name}.weight")
 
     def quantize_experts(self, inputs: MoeInputs) -> None:
-        name = self.description.moe_layers[self.index]
-        for expert in range(self.description.num_experts):
-            tokens = calibration_tokens(inputs, expert)
-            own = tokens_of(inputs, expert)
-            sample = own.at_most(ERROR_TOKENS)
-            before = self.layer.expert(expert)(sample.x)
-            bits = {part: self.options.bits[part][expert] for part in ("gate_up", "down")}
-            outputs = self._output_hessians(name, expert, inputs)
-            self._quantize_expert(name, expert, tokens, bits, outputs)
-            after = self.layer.expert(expert)(sample.x)
-            error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
-            self.experts.append(ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled))
+        name, count = self.description.moe_layers[self.index], self.description.num_experts
+
+        def quantized(expert: int) -> _QuantizedExpert:
+            with torch.no_grad():
+                return self._quantize_expert(name, expert, inputs)
+
+        at_once = experts_at_once(self.description, self.layer.device, self.layer.nbytes)
+        for expert in side_by_side(quantized, range(count), at_once):
+            self.experts.append(expert.report)
+            for matrix_name, matrix in expert.matrices.items():
+                self.shard.add_matrix(matrix_name, matrix, self.options.recipe.format_version)
+                self._quantized.add(f"{matrix_name}.weight")
         pooled = [expert for expert, r in enumerate(self.experts) if r.pooled_hessian]
         if pooled:
             self.log(f"{name}: too few tokens for experts {pooled}; calibrated on the layer's tokens instead")
@@ -193,31 +203,29 @@ class _LayerJob:
             return {}
         return output_hessians(self.layer.expert(expert), expert, inputs, gradients, f"{layer_name}.{expert}") or {}
 
-    def _quantize_expert(
-        self,
-        layer_name: str,
-        expert: int,
-        tokens: ExpertTokens,
-        bits: dict[str, int],
-        outputs: Mapping[str, OutputHessian],
-    ) -> None:
+    def _quantize_expert(self, layer_name: str, expert: int, inputs: MoeInputs) -> _QuantizedExpert:
         """Quantise gate_up, then down on the intermediate it now gives; the layer keeps the dequantised weights."""
         layer, recipe = self.layer, self.options.recipe
+        tokens, own = calibration_tokens(inputs, expert), tokens_of(inputs, expert)
+        sample = own.at_most(ERROR_TOKENS)
+        before = layer.expert(expert)(sample.x)
+        bits = {part: self.options.bits[part][expert] for part in ("gate_up", "down")}
+        outputs = self._output_hessians(layer_name, expert, inputs)
         weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
         transforms = {"gate_up": None, "down": layer.expert(expert).intermediate}
+        matrices: dict[str, PackedMatrix] = {}
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
             factor = build_factor(tokens, weights, transforms[part], recipe, name)
             matrix = quantize_gptq(stack[expert], factor, bits[part], recipe.gptq, outputs=outputs.get(part), name=name)
             stack[expert] = matrix.dequantize()
-            self._add_part(layer_name, expert, part, matrix)
-
-    def _add_part(self, layer_name: str, expert: int, part: str, matrix: QuantizedMatrix) -> None:
-        rows = self.description.projection_rows(part)
-        for projection, piece in zip(self.description.projections(part), split_rows(matrix, rows), strict=True):
-            name = self.description.expert_tensor(layer_name, expert, projection)
-            self.shard.add_matrix(name, piece.pack(), self.options.recipe.format_version)
-            self._quantized.add(f"{name}.weight")
+            pieces = split_rows(matrix, self.description.projection_rows(part))
+            for projection, piece in zip(self.description.projections(part), pieces, strict=True):
+                matrices[self.description.expert_tensor(layer_name, expert, projection)] = piece.pack()
+        after = layer.expert(expert)(sample.x)
+        error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
+        report = ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled)
+        return _QuantizedExpert(report, matrices)
 
     def add_unquantized(self) -> None:
         """Norms, the router, and linears that were left alone, as they are stored."""

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.calibration.test_quantizers import gaussian, representable
-from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
+from vllm_mcmoe.calibration.matrix.gptq import (
+    GPTQOptions,
+    HessianFactor,
+    _triangular_inverse,
+    proxy_loss,
+    quantize_gptq,
+)
 from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
 from vllm_mcmoe.kernels.packing import WIDTHS
 
@@ -230,3 +236,12 @@ def test_errors_name_what_is_wrong():
         HessianFactor.build(torch.full((128, 128), float("inf")), name="experts.5.down")
     with pytest.raises(ValueError, match=r"experts\.5\.down: shape \[4, 5\], expected \[in, in\]"):
         HessianFactor.build(torch.ones(4, 5), name="experts.5.down")
+
+
+def test_a_triangular_matrix_is_inverted_in_halves_as_in_one_piece():
+    """Of 1300 columns: halves of 650, themselves halved."""
+    x = torch.randn(3000, 1300, generator=torch.Generator().manual_seed(0))
+    lower = torch.linalg.cholesky(x.t() @ x / 3000)
+    inverse = _triangular_inverse(lower)
+    assert torch.equal(inverse, inverse.tril())
+    assert torch.allclose(inverse.double() @ lower.double(), torch.eye(1300).double(), atol=1e-4)

@@ -116,6 +116,16 @@ def test_auto_keeps_activations_in_memory_where_they_fit(tmp_path, reference_mod
     assert bool(messages) == on_disk
 
 
+def test_large_second_moments_are_computed_in_their_upper_half_and_mirrored():
+    """Of 2500 columns: blocks of 1024 rows, the last one smaller."""
+    x = torch.randn(64, 2500, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(64, generator=torch.Generator().manual_seed(1))
+    moment = second_moment(ExpertTokens(torch.arange(64), torch.ones(64), x), weights, None)
+    expected = (x.double() * weights[:, None]).t() @ x.double()
+    assert torch.allclose(moment.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moment, moment.t())
+
+
 def test_second_moments_are_summed_over_chunks_of_tokens():
     """5000 tokens are three chunks; float32 sums in another order than in one product."""
     x = torch.randn(6000, 16, generator=torch.Generator().manual_seed(0))
