@@ -1,6 +1,6 @@
 """What tuning after quantisation is worth, on the reference model: KL before and after, on text it has not seen.
 
-    python benchmarks/tuning.py --tuned all routers norms rows
+    python benchmarks/tuning.py --tuned all routers norms
     python benchmarks/tuning.py --bits 1.9375 --scale 0.5 1 2           # steps of other sizes
 
 The default recipe quantises, attention in 16 bits, from 128 x 256 tokens of calibration text. What the steps' sizes
@@ -34,12 +34,11 @@ REFERENCE = Path(__file__).parent / "reference_model"
 BITS = (1.53125, 1.9375, 2.47265625)  # what the authors' recipe uses of 1.55, 2.0 and 2.5: those of quality.py's table
 LENGTH = 256  # that the reference model was trained at
 DEFAULT = RECIPES["mcmoe"].tuning
-NOTHING = replace(DEFAULT, router_step=0.0, norm_step=0.0, row_step=0.0)
+NOTHING = replace(DEFAULT, router_step=0.0, norm_step=0.0)
 TUNED = {
     "all": DEFAULT,
     "routers": replace(NOTHING, router_step=DEFAULT.router_step),
     "norms": replace(NOTHING, norm_step=DEFAULT.norm_step),
-    "rows": replace(NOTHING, row_step=DEFAULT.row_step),
 }
 
 
@@ -91,7 +90,7 @@ class _Table:
 
     def _show(self, bits: float, name: str, scale: float, checkpoint: Path, before: list[float]) -> None:
         chosen = TUNED[name]
-        steps = {step: scale * getattr(chosen, step) for step in ("router_step", "norm_step", "row_step")}
+        steps = {step: scale * getattr(chosen, step) for step in ("router_step", "norm_step")}
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "out"
             kept = self._tune(checkpoint, out, replace(chosen, **steps, passes=self.options.passes))

@@ -23,21 +23,19 @@ Effort = Literal["fast", "normal", "best"]
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """How routers, norms and the rows of experts are tuned after quantisation (tune/tuning.py).
+    """How routers and norms are tuned after quantisation (tune/tuning.py).
 
     steps        of Adam in one pass over the calibration text, each on as many of its sequences
     passes       over the text
     router_step  the first step's size for a router's tensors, as a share of the root mean square of what is tuned, at
                  a KL of 1 nat per token: what it takes to make up for an error grows with its square root; likewise
-    norm_step    for norms' scales, and
-    row_step     for the rows of experts' matrices
+    norm_step    for norms' scales
     """
 
     steps: int = 16
     passes: int = 1
     router_step: float = 0.025
     norm_step: float = 0.05
-    row_step: float = 0.025
 
 
 @dataclass(frozen=True)

@@ -319,9 +319,23 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
+        return self.head(self.final_norm(hidden.to(self.device)))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Of the last layer's output."""
+        return getattr(self.module.model, self.description.family.final_norm)
+
+    def reload_final_norm(self) -> nn.Module:
+        """The same, read again from a source that has other values by now."""
+        norm = self.final_norm.to("meta")
+        self._load_outer(TEXT_MODULE + self.description.family.final_norm, norm)
+        return norm
+
+    def head(self, normalised: torch.Tensor) -> torch.Tensor:
+        """What logits does after the final norm."""
         self._load_outer(HEAD_MODULE, self.module.lm_head)
-        norm = getattr(self.module.model, self.description.family.final_norm)
-        logits = self.module.lm_head(norm(hidden.to(self.device)))
+        logits = self.module.lm_head(normalised.to(self.device))
         logits = logits / self._config_factor(self.description.family.logits_divisor)
         softcap = self.description.family.logits_softcap
         limit = None if softcap is None else getattr(self.description.config, softcap)

@@ -5,27 +5,32 @@ layer's weights and graph are in memory at a time, besides the hidden states of 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from vllm_mcmoe.calibration.measure.sensitivity import LOGITS_AT_ONCE, token_kl
 from vllm_mcmoe.calibration.model.activations import SCRATCH, Activations, ActivationStore
-from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, ExpertsForward, LayerwiseModel
-from vllm_mcmoe.calibration.tune.tunables import PARTS, Tunable
+from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
+from vllm_mcmoe.calibration.tune.tunables import Tunable
 
 
 def final_states(model: LayerwiseModel, tokens: torch.Tensor, store: ActivationStore, name: str) -> Activations:
-    """float32 [tokens, hidden], the last layer's output, kept in the store under that name. tokens: int64
+    """float32 [tokens, hidden], what the output head is given, kept in the store under that name. tokens: int64
     [sequences, length]."""
+    norm = model.reload_final_norm()
     model.note_layer_arguments(tokens.shape[1])
     hidden = store.collect(_inputs(0), model.embedded_batches(tokens), tokens.numel())
     with torch.no_grad():
         for index in range(model.num_layers):
             last = index == model.num_layers - 1
             with model.loaded_layer(index) as layer:
-                target = name if last else _inputs(index + 1)
-                hidden = store.collect(target, map(layer, hidden), tokens.numel())
+                outputs = map(layer, hidden)
+                if last:
+                    hidden = store.collect(name, map(norm, outputs), tokens.numel())
+                else:
+                    hidden = store.collect(_inputs(index + 1), outputs, tokens.numel())
             store.drop(_inputs(index))
     return hidden
 
@@ -57,6 +62,7 @@ def kl_gradients(
 
     model   its source are TunedWeights, at whose values the gradient is taken, as if they were not rounded
     """
+    model.reload_final_norm()
     model.note_layer_arguments(tokens.shape[1])
     count = tokens.numel()
     inputs = [store.collect(_inputs(0), model.embedded_batches(tokens), count)]
@@ -65,22 +71,65 @@ def kl_gradients(
             with model.loaded_layer(index) as layer:
                 inputs.append(store.collect(_inputs(index + 1), map(layer, inputs[-1]), count))
     kl: list[float] = []
-    gradients = store.collect(_gradients(model.num_layers), _output_gradients(model, inputs.pop(), expected, kl), count)
-    store.drop(_inputs(model.num_layers))
     found: dict[str, torch.Tensor] = {}
+    batches = _output_gradients(model, _of_layer(tunables, None), inputs.pop(), expected, found, kl)
+    gradients = store.collect(_gradients(model.num_layers), batches, count)
+    store.drop(_inputs(model.num_layers))
     for index in range(model.num_layers)[::-1]:
         with model.loaded_layer(index) as layer:
-            of_layer = {name: tunable for name, tunable in tunables.items() if tunable.layer == index}
-            batches = _backward(layer, of_layer, inputs.pop(), gradients, found)
+            batches = _backward(layer, _of_layer(tunables, index), inputs.pop(), gradients, found)
             gradients = store.collect(_gradients(index), batches, count)
         store.drop(_inputs(index))
         store.drop(_gradients(index + 1))
     store.drop(_gradients(0))
-    for name, gradient in found.items():
+    for gradient in found.values():
         gradient /= count
-        if tunables[name].parameter in PARTS:  # of factors on top of those that the weights have
-            gradient /= model.source.values[name]
     return sum(kl) / count, found
+
+
+def _of_layer(tunables: Mapping[str, Tunable], index: int | None) -> dict[str, Tunable]:
+    return {name: tunable for name, tunable in tunables.items() if tunable.layer == index}
+
+
+@contextmanager
+def _with_gradients(
+    module: nn.Module, tunables: Mapping[str, Tunable], found: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Within the block the module's tunables have gradients, whose sums are in `found` after it."""
+    tuned = {name: module.get_parameter(tunable.parameter) for name, tunable in tunables.items()}
+    for tensor in tuned.values():
+        tensor.requires_grad_(True)
+    yield
+    for name, tensor in tuned.items():
+        if tensor.grad is not None:
+            found[name] = tensor.grad.cpu()
+        tensor.grad = None
+        tensor.requires_grad_(False)
+
+
+def _output_gradients(
+    model: LayerwiseModel,
+    tunables: Mapping[str, Tunable],
+    hidden: Activations,
+    expected: Iterator[torch.Tensor],
+    found: dict[str, torch.Tensor],
+    kl: list[float],
+) -> Iterator[torch.Tensor]:
+    """Gradient of the summed KL at the last layer's output, batch by batch; the sums are added to `kl`. At the end
+    those of the final norm's tunables are in `found`."""
+    with _with_gradients(model.final_norm, tunables, found):
+        for batch in hidden:
+            parts = []
+            for rows in batch:
+                for states, wanted in _paired(model, rows, next(expected)):
+                    states = states.detach().to(model.device).requires_grad_()
+                    with torch.enable_grad():
+                        loss = _kl(model, model.final_norm(states), wanted).sum()
+                    loss.backward()
+                    kl.append(float(loss.detach()))
+                    parts.append(states.grad)
+            yield torch.cat(parts).view(batch.shape)
+    model.release_head()
 
 
 def _backward(
@@ -92,68 +141,13 @@ def _backward(
 ) -> Iterator[torch.Tensor]:
     """Gradient at a layer's input from the one at its output, batch by batch; at the end those of its tunables, summed
     over all batches, are in `found`."""
-    factors = {  # of experts' rows
-        tunable.parameter: torch.ones_like(tunable.value, device=layer.device, requires_grad=True)
-        for tunable in tunables.values()
-        if tunable.parameter in PARTS
-    }
-    tuned = {}
-    for name, tunable in tunables.items():
-        of_rows = tunable.parameter in PARTS
-        tuned[name] = factors[tunable.parameter] if of_rows else layer.module.get_parameter(tunable.parameter)
-    for tensor in tuned.values():
-        tensor.requires_grad_(True)
-    experts = layer.experts_forward(_with_factors(layer, factors)) if factors else nullcontext()
-    with experts:
+    with _with_gradients(layer.module, tunables, found):
         for batch, gradient in zip(inputs, gradients, strict=True):
             batch = batch.detach().to(layer.device).requires_grad_()
             with torch.enable_grad():
                 output = layer(batch)
             output.backward(gradient.to(layer.device))
             yield batch.grad
-    for name, tensor in tuned.items():
-        if tensor.grad is not None:
-            found[name] = tensor.grad.cpu()
-        tensor.grad = None
-        tensor.requires_grad_(False)
-
-
-def _with_factors(layer: DecoderLayer, factors: Mapping[str, torch.Tensor]) -> ExpertsForward:
-    """The layer's experts, the rows of whose matrices are multiplied. factors: part -> float32 [experts, rows]."""
-
-    def forward(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for number in topk_ids.unique().tolist():
-            index, slot = (topk_ids == number).nonzero(as_tuple=True)
-            expert = layer.expert(number)
-            projected = x[index] @ expert.gate_up.t() * factors["gate_up"][number]
-            if expert.gate_up_bias is not None:
-                projected = projected + expert.gate_up_bias
-            y = expert.activated(projected) @ expert.down.t() * factors["down"][number]
-            if expert.down_bias is not None:
-                y = y + expert.down_bias
-            out.index_add_(0, index, y * topk_weights[index, slot, None])
-        return out
-
-    return forward
-
-
-def _output_gradients(
-    model: LayerwiseModel, hidden: Activations, expected: Iterator[torch.Tensor], kl: list[float]
-) -> Iterator[torch.Tensor]:
-    """Gradient of the summed KL at the last layer's output, batch by batch; the sums are added to `kl`."""
-    for batch in hidden:
-        parts = []
-        for rows in batch:
-            for found, wanted in _paired(model, rows, next(expected)):
-                found = found.detach().requires_grad_()
-                with torch.enable_grad():
-                    loss = _kl(model, found, wanted).sum()
-                loss.backward()
-                kl.append(float(loss.detach()))
-                parts.append(found.grad)
-        yield torch.cat(parts).view(batch.shape)
-    model.release_head()
 
 
 def _paired(
@@ -165,10 +159,10 @@ def _paired(
 
 
 def _kl(model: LayerwiseModel, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """token_kl of two final states [n, hidden] under the model's norm and head, which are the original's -> [n]."""
+    """token_kl of two final states [n, hidden] under the model's head, which is the original's -> [n]."""
     with torch.no_grad():
-        wanted = model.logits(expected).log_softmax(-1)
-    return token_kl(wanted, model.logits(found).log_softmax(-1))
+        wanted = model.head(expected).log_softmax(-1)
+    return token_kl(wanted, model.head(found).log_softmax(-1))
 
 
 def _inputs(index: int) -> str:
