@@ -12,6 +12,7 @@ import argparse
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.checkpoint.workdir import working_on
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights
-from vllm_mcmoe.calibration.measure.statistics import measure
+from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
 from vllm_mcmoe.calibration.model.activations import ActivationStore
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
@@ -34,6 +35,7 @@ REFERENCE = Path(__file__).parent / "reference_model"
 BITS = (1.53125, 1.9375, 2.47265625)  # what the authors' recipe uses of 1.55, 2.0 and 2.5: those of quality.py's table
 LENGTH = 256  # that the reference model was trained at
 DEFAULT = RECIPES["mcmoe"].tuning
+UNTUNED = replace(RECIPES["mcmoe"], tuning=None)
 NOTHING = replace(DEFAULT, router_step=0.0, norm_step=0.0)
 TUNED = {
     "all": DEFAULT,
@@ -78,15 +80,17 @@ class _Table:
         """The checkpoint without tuning."""
         out = self.work / f"untuned-{bits}"
         if not out.exists():
-            recipe = replace(RECIPES["mcmoe"], tuning=None)
-            measured = measure(self.model, self.sequences, recipe=recipe, show_progress=False)
-            plan = allocate(measured.factors, recipe=recipe, bits=bits)
+            plan = allocate(self._measured.factors, recipe=UNTUNED, bits=bits)
             quantize_model(
-                self.model, out, plan=plan, sequences=self.sequences, recipe=recipe, linear_bits=16,
-                gradient_norms=measured.gradient_norms, output_gradients=measured.output_gradients,
+                self.model, out, plan=plan, sequences=self.sequences, recipe=UNTUNED, linear_bits=16,
+                gradient_norms=self._measured.gradient_norms, output_gradients=self._measured.output_gradients,
                 show_progress=False,
             )  # fmt: skip
         return out
+
+    @cached_property
+    def _measured(self) -> Calibration:
+        return measure(self.model, self.sequences, recipe=UNTUNED, show_progress=False)
 
     def _show(self, bits: float, name: str, scale: float, checkpoint: Path, before: list[float]) -> None:
         chosen = TUNED[name]

@@ -25,13 +25,15 @@ Effort = Literal["fast", "normal", "best"]
 class TuningOptions:
     """How routers and norms are tuned after quantisation (tune/tuning.py).
 
-    steps        of Adam in one pass over the calibration text, each on as many of its sequences
-    passes       over the text
+    tokens       of calibration that are used, at most, whole sequences
+    steps        of Adam in one pass over them, each on as many of the sequences
+    passes       over them
     router_step  the first step's size for a router's tensors, as a share of the root mean square of what is tuned, at
                  a KL of 1 nat per token: what it takes to make up for an error grows with its square root; likewise
     norm_step    for norms' scales
     """
 
+    tokens: int = 65536
     steps: int = 16
     passes: int = 1
     router_step: float = 0.025

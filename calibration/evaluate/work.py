@@ -113,7 +113,7 @@ def count_work(
     tuning = 0.0
     if recipe.tuning is not None:
         # No gradients of weights, as in the loss gradients. What is held out is run twice forward instead.
-        tuning = tokens * (inner + 3 * active * recipe.tuning.passes)
+        tuning = min(tokens, recipe.tuning.tokens) * (inner + 3 * active * recipe.tuning.passes)
     return Work(forward, backward, *(products * experts * layers for products in of_experts), tuning)
 
 

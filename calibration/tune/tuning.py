@@ -6,7 +6,7 @@ Every matrix was quantised for itself. What is tuned (tunables.py) follows the g
 16-bit model, errors of all layers together, in a few steps of Adam, each on some of the calibration sequences. The
 steps change float32 copies; the model is run with these rounded as they will be written.
 
-Some of the sequences are left out of that. By their KL, before and after, it is decided whether what was tuned is
+Some of these sequences are left out of that. By their KL, before and after, it is decided whether what was tuned is
 written at all.
 """
 
@@ -24,6 +24,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import Shard
 from vllm_mcmoe.calibration.common.files import write_atomically
 from vllm_mcmoe.calibration.common.progress import Log, progress
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights
+from vllm_mcmoe.calibration.measure.expert_tokens import evenly_spaced
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
@@ -65,6 +66,8 @@ def tune(
     None for a single sequence, with which nothing can be held out.
     """
     weights = CheckpointWeights(describe_model(checkpoint))
+    chosen = evenly_spaced(len(tokens), min(len(tokens), max(2, options.tokens // tokens.shape[1])))
+    tokens = tokens[chosen]
     report, values = None, {}
     if len(tokens) > 1:
         job = _Tuning(model, weights, tokens, options, work, store, log, show_progress)
