@@ -1,6 +1,6 @@
-"""What tuning after quantisation is worth, on the reference model: KL before and after, on text it has not seen.
+"""What tuning norms after quantisation is worth, on the reference model: KL before and after, on text it has not seen.
 
-    python benchmarks/tuning.py --tuned all routers norms
+    python benchmarks/tuning.py
     python benchmarks/tuning.py --bits 1.9375 --scale 0.5 1 2           # steps of other sizes
 
 The default recipe quantises, attention in 16 bits, from 128 x 256 tokens of calibration text. What the steps' sizes
@@ -36,12 +36,6 @@ BITS = (1.53125, 1.9375, 2.47265625)  # what the authors' recipe uses of 1.55, 2
 LENGTH = 256  # that the reference model was trained at
 DEFAULT = RECIPES["mcmoe"].tuning
 UNTUNED = replace(RECIPES["mcmoe"], tuning=None)
-NOTHING = replace(DEFAULT, router_step=0.0, norm_step=0.0)
-TUNED = {
-    "all": DEFAULT,
-    "routers": replace(NOTHING, router_step=DEFAULT.router_step),
-    "norms": replace(NOTHING, norm_step=DEFAULT.norm_step),
-}
 
 
 def main() -> None:
@@ -67,14 +61,13 @@ class _Table:
         return load_calibration_data(self.model.description, files, sequences, LENGTH, print)
 
     def make(self) -> None:
-        print("| bits | tuned | steps | first half, before | after | second half, before | after | kept |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        print("| bits | steps | first half, before | after | second half, before | after | kept |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for bits in self.options.bits:
             checkpoint = self._quantised(bits)
             before = self._kl(checkpoint)
-            for name in self.options.tuned:
-                for scale in self.options.scale:
-                    self._show(bits, name, scale, checkpoint, before)
+            for scale in self.options.scale:
+                self._show(bits, scale, checkpoint, before)
 
     def _quantised(self, bits: float) -> Path:
         """The checkpoint without tuning."""
@@ -92,15 +85,14 @@ class _Table:
     def _measured(self) -> Calibration:
         return measure(self.model, self.sequences, recipe=UNTUNED, show_progress=False)
 
-    def _show(self, bits: float, name: str, scale: float, checkpoint: Path, before: list[float]) -> None:
-        chosen = TUNED[name]
-        steps = {step: scale * getattr(chosen, step) for step in ("router_step", "norm_step")}
+    def _show(self, bits: float, scale: float, checkpoint: Path, before: list[float]) -> None:
+        tuning = replace(DEFAULT, step_size=scale * DEFAULT.step_size, passes=self.options.passes)
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "out"
-            kept = self._tune(checkpoint, out, replace(chosen, **steps, passes=self.options.passes))
+            kept = self._tune(checkpoint, out, tuning)
             after = self._kl(out)
         halves = " | ".join(f"{a:.5f} | {b:.5f} ({b / a - 1:+.1%})" for a, b in zip(before, after, strict=True))
-        print(f"| {bits} | {name} | x {scale:g} | {halves} | {kept} |", flush=True)
+        print(f"| {bits} | x {scale:g} | {halves} | {kept} |", flush=True)
 
     def _tune(self, checkpoint: Path, out: Path, options: TuningOptions) -> bool:
         with working_on(out, {}) as work:
@@ -123,9 +115,8 @@ class _Table:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="KL before and after tuning what stays in 16 bits.")
+    parser = argparse.ArgumentParser(description="KL before and after tuning norms.")
     parser.add_argument("--bits", type=float, nargs="+", default=BITS, help="per expert weight")
-    parser.add_argument("--tuned", nargs="+", choices=TUNED, default=["all"])
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="of the steps' default sizes")
     parser.add_argument("--passes", type=int, default=DEFAULT.passes, help="over the calibration text")
     parser.add_argument("--sequences", type=int, default=128, help="of calibration")

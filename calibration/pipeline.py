@@ -162,7 +162,7 @@ def quantize(
     effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
     widths           bit-widths an expert may get; None takes the recipe's
     linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
-    tuned            whether what stays in 16 bits is tuned in the end, if the recipe does that (tune/tuning.py)
+    tuned            whether norms are tuned in the end, if the recipe does that (tune/tuning.py)
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
     activations      where hidden states and gradients of the calibration tokens are kept while the run needs them:
                      "memory", "disk" (beside the output), or "auto", memory if they fit; the result is the same

@@ -23,21 +23,19 @@ Effort = Literal["fast", "normal", "best"]
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """How routers and norms are tuned after quantisation (tune/tuning.py).
+    """How norms are tuned after quantisation (tune/tuning.py).
 
-    tokens       of calibration that are used, at most, whole sequences
-    steps        of Adam in one pass over them, each on as many of the sequences
-    passes       over them
-    router_step  the first step's size for a router's tensors, as a share of the root mean square of what is tuned, at
-                 a KL of 1 nat per token: what it takes to make up for an error grows with its square root; likewise
-    norm_step    for norms' scales
+    tokens     of calibration that are used, at most, whole sequences
+    steps      of Adam in one pass over them, each on as many of the sequences
+    passes     over them
+    step_size  of the first step, as a share of the root mean square of what a norm multiplies by, at a KL of 1 nat per
+               token: what it takes to make up for an error grows with its square root
     """
 
     tokens: int = 65536
     steps: int = 16
     passes: int = 1
-    router_step: float = 0.025
-    norm_step: float = 0.05
+    step_size: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Recipe:
                        layer's output
     bfloat16_products  let matrix products round their operands to bfloat16 where that is faster
     linear_bits        width of attention and shared-expert linears: 4, 8 or 16
-    tuning             of what stays in 16 bits, after everything is quantised; None leaves it as it is
+    tuning             of norms, after everything is quantised; None leaves them as they are
     """
 
     name: str

@@ -50,7 +50,7 @@ class QuantizationReport:
     unquantized_linears   linear layers left in 16 bits though fewer were asked for -> the reason
     expert_bytes, total_bytes   of the tensors written; original_...: of the model they were made from
     average_bits          {"experts", "model"}: bits per weight as written, scales and zeros included
-    tuning                of what stays in 16 bits, afterwards; None without
+    tuning                of norms, afterwards; None without
     seconds, peak_memory  of the process that finished the checkpoint; not in its files, which depend on the arguments
                           alone. peak_memory: the most bytes it had resident
     """

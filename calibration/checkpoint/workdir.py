@@ -5,7 +5,7 @@ Work on OUT lives in OUT.partial until OUT is complete:
     arguments.json     what the run is of; another run's work is refused
     UNIT.json          one finished unit of work: its document and the checksums of its files
     checkpoint/        becomes OUT, in one rename, when nothing is missing
-    untuned/           the checkpoint before what stays in 16 bits is tuned, where that is done
+    untuned/           the checkpoint before norms are tuned, where that is done
     activations/       hidden states and gradients, where they are kept on disk
 
 A unit is finished when its UNIT.json is there, which is written last and atomically. So a process killed at any moment

@@ -37,7 +37,7 @@ GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 class CheckpointSummary:
     """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros.
 
-    tuning   of what stays in 16 bits, by quantization_report.json; None without
+    tuning   of norms, by quantization_report.json; None without
     """
 
     config: CheckpointConfig

@@ -66,7 +66,7 @@ def _tuning(tuning: TuningReport) -> str:
     found = f"KL on held-out calibration text {tuning.before:.4f} before, {tuning.after:.4f} after"
     if not tuning.kept:
         return f"nothing: {found}"
-    return f"routers and norms, on {tuning.tokens:,} of the tokens: {found}"
+    return f"norms, on {tuning.tokens:,} of the tokens: {found}"
 
 
 def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -> str:

@@ -22,15 +22,12 @@ from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_b
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
-from vllm_mcmoe.calibration.model.tunable import norm_parameters, router_parameters
 from vllm_mcmoe.calibration.quantize.layer import find_linear
 from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
-# Of a value that is tuned, its gradient and Adam's two moments are kept.
-TUNING_COPIES = 4
 
 MEMORY_SIZES = {"24 GB GPU": 24, "48 GB GPU": 48, "80 GB GPU": 80, "141 GB GPU": 141}
 # vLLM's default for --gpu-memory-utilization: the rest is for activations, graphs and what else runs there.
@@ -170,10 +167,7 @@ def plan_resources(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
         activation_bytes=kept_bytes,
-        memory_bytes=2 * layer_bytes
-        + OTHER_BYTES
-        + _attention_bytes(model, length)
-        + TUNING_COPIES * FLOAT_BYTES * _tuned_weights(description, model, recipe),
+        memory_bytes=2 * layer_bytes + OTHER_BYTES + _attention_bytes(model, length),
         # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
         disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
         expert_products=work.of_experts,
@@ -234,18 +228,6 @@ def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence
     total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
     unused = layers * (description.num_experts - description.top_k) * expert
     return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
-
-
-def _tuned_weights(description: MoeModel, model: torch.nn.Module, recipe: Recipe) -> int:
-    """Of routers and norms."""
-    if recipe.tuning is None:
-        return 0
-    names = [
-        (layer, name)
-        for index, layer in enumerate(model.model.layers)
-        for name in (*router_parameters(description, index, layer), *norm_parameters(layer))
-    ]
-    return sum(layer.get_parameter(name).numel() for layer, name in names)
 
 
 def _model_bytes(description: MoeModel, parameters: Parameters) -> int:

@@ -1,9 +1,6 @@
-"""What is tuned after quantisation, and a checkpoint read with other values of it.
+"""What is tuned after quantisation, the scales of norms, and a checkpoint read with other values of it.
 
-    routers   every tensor of theirs
-    norms     the scales, of the decoder layers' and of the final one
-
-All of it stays in 16 bits whatever the experts get, so that tuning changes no size.
+Norms stay in 16 bits whatever the experts get, so that tuning changes no size. The final one is among them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +13,6 @@ from torch.func import functional_call
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights
 from vllm_mcmoe.calibration.model.description import TEXT_MODULE
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.model.tunable import norm_parameters, router_parameters
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.recipes import TuningOptions
 
@@ -45,32 +41,40 @@ def find_tunables(model: LayerwiseModel, options: TuningOptions) -> dict[str, Tu
     description, found = model.description, {}
     for index in range(model.num_layers):
         layer = model.module.model.layers[index]
-        routers, norms = router_parameters(description, index, layer), norm_parameters(layer)
+        norms = _norms(layer)
         for name in model.layer_tensors(index):
             parameter = description.module_name(description.split_layer_name(name)[1])
-            if parameter in routers:
-                value = model.source.read(name).float()
-                found[name] = Tunable(index, parameter, value, options.router_step * _size(value))
-            elif parameter in norms:
-                value = model.source.read(name).float()
-                norm = layer.get_submodule(parameter.rpartition(".")[0])
-                found[name] = Tunable(index, parameter, value, options.norm_step * _norm_size(norm, value))
+            if parameter in norms:
+                found[name] = _tunable(model, name, index, parameter, norms[parameter], options)
     name = description.outer_name(f"{TEXT_MODULE}{description.family.final_norm}.weight")
-    value = model.source.read(name).float()
-    found[name] = Tunable(None, "weight", value, options.norm_step * _norm_size(model.final_norm, value))
+    found[name] = _tunable(model, name, None, "weight", model.final_norm, options)
     return found
 
 
-def _size(value: torch.Tensor) -> float:
-    return float(value.square().mean().sqrt())
+def _norms(layer: nn.Module) -> dict[str, nn.Module]:
+    """Name of the scale -> norm, of those that normalise their input alone; a gate makes one part of what it is in."""
+    return {
+        f"{name}.weight": module
+        for name, module in layer.named_modules()
+        if "Norm" in type(module).__name__
+        and "Gated" not in type(module).__name__
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
 
 
-def _norm_size(module: nn.Module, scale: torch.Tensor) -> float:
+def _tunable(
+    model: LayerwiseModel, name: str, layer: int | None, parameter: str, norm: nn.Module, options: TuningOptions
+) -> Tunable:
+    value = model.source.read(name).float()
+    return Tunable(layer, parameter, value, options.step_size * _multiplier(norm, value))
+
+
+def _multiplier(norm: nn.Module, scale: torch.Tensor) -> float:
     """Root mean square of what a norm multiplies by, which in some families is 1 + its weight."""
     probe = torch.ones(len(scale))
     probe[::2] = -1  # of mean 0 and variance 1: normalised already, whatever the norm
-    parameters = {name: torch.zeros_like(scale) for name, _ in module.named_parameters()} | {"weight": scale}
-    return _size(functional_call(module, parameters, (probe,)))
+    parameters = {name: torch.zeros_like(scale) for name, _ in norm.named_parameters()} | {"weight": scale}
+    return float(functional_call(norm, parameters, (probe,)).square().mean().sqrt())
 
 
 class TunedWeights:

@@ -1,4 +1,4 @@
-"""Tuning what stays in 16 bits, so that a quantised model predicts again what its original does.
+"""Tuning norms, which stay in 16 bits, so that a quantised model predicts again what its original does.
 
     report = tune(model, checkpoint, out, tokens, options, work, store)
 
@@ -123,7 +123,7 @@ class _Tuning:
         if before is None:
             before = self._held_out_kl(original)
             self.work.save(_BEFORE, before)
-        for step in progress(range(done, len(schedule)), "Tuning routers and norms", show=self.show_progress):
+        for step in progress(range(done, len(schedule)), "Tuning norms", show=self.show_progress):
             size = math.sqrt(before) * (1 + math.cos(math.pi * step / len(schedule))) / 2
             self._step(schedule[step], size, original)
             self._save(step + 1)

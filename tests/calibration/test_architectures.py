@@ -231,9 +231,9 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
-def test_routers_and_norms_are_tuned_and_written(kind, quantized, tokens, tmp_path):
-    """One step: every router of the model and its norms, the final one too, have a gradient. What is written of the
-    values that it leads to is what it was computed with, and nothing else."""
+def test_norms_are_tuned_and_written(kind, quantized, tokens, tmp_path):
+    """One step: norms of every layer and the final one have a gradient. What is written of the values that it leads to
+    is what it was computed with, and nothing else."""
     description, checkpoint = quantized(kind).description, quantized(kind).checkpoint
     weights, store = CheckpointWeights(describe_model(checkpoint)), ActivationStore()
     tunables = find_tunables(LayerwiseModel(weights), TuningOptions())
@@ -241,15 +241,9 @@ def test_routers_and_norms_are_tuned_and_written(kind, quantized, tokens, tmp_pa
     tuned = LayerwiseModel(TunedWeights(weights, values))
     original = final_states(layerwise(quantized(kind).model), tokens, store, "original").rows.view(*tokens.shape, -1)
     _, gradients = kl_gradients(tuned, tokens, iter(original), tunables, store)
-    for index in description.moe_layers:
-        names = [
-            name for name, tunable in tunables.items() if tunable.layer == index and gradients.get(name) is not None
-        ]
-        path = ".".join(part for part in (description.family.moe_module, description.family.router) if part)
-        assert any(tunables[n].parameter.startswith(f"{path}.") and gradients[n].abs().max() > 0 for n in names)
-        assert any("norm" in tunables[n].parameter and gradients[n].abs().max() > 0 for n in names)
+    moved = {tunables[name].layer for name, gradient in gradients.items() if gradient.abs().max() > 0}
+    assert moved == {None, *range(description.num_layers)}
     (final,) = (name for name, tunable in tunables.items() if tunable.layer is None)
-    assert gradients[final].abs().max() > 0
 
     for name, gradient in gradients.items():
         values[name] -= tunables[name].step * gradient.sign()
@@ -266,7 +260,6 @@ def test_routers_and_norms_are_tuned_and_written(kind, quantized, tokens, tmp_pa
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert final in changed and all(name in tunables for name in changed)
-    assert not any(name.endswith(("correction_bias", "expert_bias")) for name in changed)
     read_back = final_states(LayerwiseModel(open_weights(out)), tokens, store, "written").rows
     assert torch.equal(read_back, final_states(tuned, tokens, store, "tuned").rows)
 

@@ -173,9 +173,9 @@ Tune = Annotated[
     bool,
     typer.Option(
         "--tune/--no-tune",
-        help="After quantising, adjust routers and norms, which stay in 16 bits, so that the model predicts again what "
-        "the original does. Takes as long as four more passes of 65,536 tokens of the calibration text; changes no "
-        "size. Recipes paper-code and uniform, and effort fast, do without.",
+        help="After quantising, adjust the norms, which stay in 16 bits, so that the model predicts again what the "
+        "original does. Takes as long as four more passes of 65,536 tokens of the calibration text; changes no size. "
+        "Recipes paper-code and uniform, and effort fast, do without.",
     ),
 ]
 LinearBits = Annotated[
