@@ -6,6 +6,7 @@ calibration tokens, whose (possibly weighted) second moment H = sum_t x_t x_t^T 
 H belongs to the inputs, not to a width: build its factor once, then quantise to as many widths as needed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,14 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor
                 return inverse.flip(0, 1), damping
         damping = max(damping * DAMPING_ESCALATION, 1e-6)
     raise ValueError("the Hessian is not positive semidefinite: Cholesky fails at any damping")
+
+
+def second_moment_of(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """sum_t x_t x_t^T over batches x, float32 [tokens, in] -> float32 [in, in]."""
+    moment = None
+    for x in inputs:
+        moment = x.t() @ x if moment is None else moment.addmm_(x.t(), x)
+    return moment
 
 
 def proxy_loss(weight: torch.Tensor, quantized: QuantizedMatrix, factor: HessianFactor) -> torch.Tensor:
