@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
+from vllm_mcmoe.calibration.matrix.linears import PACKED, linear_widths
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
@@ -31,12 +32,16 @@ GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros."""
+    """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros.
+
+    linears   on-disk name -> width, of the linears that are packed and, where plan.json decided them, of those left
+    """
 
     config: CheckpointConfig
     bytes_by_kind: dict[str, int]
     expert_parameters: int
     expert_bits: float
+    linears: dict[str, int]
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -51,6 +56,7 @@ class CheckpointSummary:
             "total_bytes": self.total_bytes,
             "expert_parameters": self.expert_parameters,
             "expert_bits": self.expert_bits,
+            "linears": self.linears,
             "warnings": self.warnings,
         }
 
@@ -131,8 +137,25 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
         bytes_by_kind={kind: by_kind[kind] for kind, _ in KINDS if by_kind[kind]},
         expert_parameters=parameters,
         expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
+        linears=_linears(config, headers),
         warnings=warnings,
     )
+
+
+def _linears(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> dict[str, int]:
+    """Of the packed ones their widths; 16 of those that the config leaves by their full names."""
+    if config.linear is None:
+        return {}
+    width = linear_widths(config.linear)
+    packed = [name.removesuffix(f".{PACKED}") for name in headers if name.endswith(f".{PACKED}")]
+    found = {name: width(name) for name in packed}
+    left = [name for name in config.linear.get("ignore", ()) if f"{name}.weight" in headers]
+    return dict(sorted({**found, **dict.fromkeys(left, 16)}.items(), key=_by_number))
+
+
+def _by_number(item: tuple[str, int]) -> list[int | str]:
+    """Layer 2 before layer 10, and the head last."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
 
 
 def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> tuple[int, list[str]]:

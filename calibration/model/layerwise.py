@@ -96,6 +96,10 @@ class DecoderLayer:
         interleaved = self.model.family.experts_interleaved
         return Expert(self.model.function, interleaved, self.gate_up[number], self.down[number], *biases)
 
+    def linear(self, name: str) -> nn.Linear | None:
+        """The linear that is called so on disk, relative to the layer, where this layer has it."""
+        return find_linear(self.module, self.model.module_name(name))
+
     @contextmanager
     def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
         """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
@@ -319,13 +323,21 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
-        self._load_outer(HEAD_MODULE, self.module.lm_head)
-        norm = getattr(self.module.model, self.description.family.final_norm)
-        logits = self.module.lm_head(norm(hidden.to(self.device)))
+        logits = self.head()(self.head_inputs(hidden))
         logits = logits / self._config_factor(self.description.family.logits_divisor)
         softcap = self.description.family.logits_softcap
         limit = None if softcap is None else getattr(self.description.config, softcap)
         return logits if limit is None else torch.tanh(logits / limit) * limit
+
+    def head(self) -> nn.Linear:
+        """lm_head with its weights, which stay in memory until release_head."""
+        self._load_outer(HEAD_MODULE, self.module.lm_head)
+        return self.module.lm_head
+
+    def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What lm_head is called with where the last layer's output is hidden: [..., hidden] -> same shape, on the
+        model's device."""
+        return getattr(self.module.model, self.description.family.final_norm)(hidden.to(self.device))
 
     def _config_factor(self, key: str | None) -> float:
         return 1.0 if key is None else getattr(self.description.config, key)
@@ -340,6 +352,16 @@ class LayerwiseModel:
         self._load_outer(self._embedding, self.module.get_input_embeddings())
         self._load_outer(HEAD_MODULE, self.module.lm_head)
         return self.module
+
+
+def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:
+    """The linear of that name in transformers' module tree where this decoder layer has it (dense layers have other
+    ones than MoE layers)."""
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None
 
 
 def stack_name(model: MoeModel, part: str) -> str:
