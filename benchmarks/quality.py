@@ -1,6 +1,7 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
+    python benchmarks/quality.py --whole [--half 1]                  # the whole checkpoint under one budget
     python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
 Every method quantises the same model from the same calibration text; all are evaluated on the same other text with
@@ -10,6 +11,10 @@ mcmoe then gets what the thriftier of uniform and paper-code really used, never 
 counts (1.54 bits with 8 experts per layer) go without paper-code; so do those it cannot spend, having no width above
 3. With --work, measurements, checkpoints and finished rows are kept, and the same command goes on from there.
 Attention stays in 16 bits unless --linear-bits says otherwise, so that differences are the experts'.
+
+With --whole, what is compared at equal bytes is the whole checkpoint: mcmoe at --bits with linears at 4 bits and the
+output head at 16, against `--size` of as many bytes, which decides them all, or all but the head. --half 1 or 2 takes
+one half of every evaluation text, so that one can be looked at while choosing and the other for the result.
 """
 
 import argparse
@@ -33,6 +38,7 @@ from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, load_calibration_data
+from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, needs_gradients
@@ -56,6 +62,7 @@ class Row:
     requested_bits: float | None
     expert_bits: float
     expert_bytes: int
+    total_bytes: int
     perplexity: float
     mean_kl: float | None
     top1_agreement: float | None
@@ -72,6 +79,8 @@ def main() -> None:
         working_on((options.work or Path(temporary)) / "table", _identity(options), log=print) as work,
     ):
         work.save("begun", {})  # so that the measurements in directories of their own are those of a run to continue
+        if options.half is not None:
+            options.evaluation = half_of(options.evaluation, options.half, work.path / f"half-{options.half}")
         _Table(options, model, sequences, work).make()
 
 
@@ -90,7 +99,28 @@ class _Table:
         self.options, self.model, self.sequences, self.work = options, model, sequences, work
         self.rows: list[Row] = []
 
+    def _make_whole(self) -> None:
+        calibration = self._measured(RECIPE_OF["mcmoe"])
+        factors = calibration.factors
+        for bits in self.options.bits:
+            experts_alone = self._add(
+                "experts alone, linears 4, head 16",
+                bits,
+                partial(self._quantise_and_evaluate, "experts", allocate(factors, bits=bits), bits, calibration, 4),
+            )
+            size = experts_alone.total_bytes + header_bytes(self.work.path / f"experts-{bits}")
+            for method, plan in (
+                ("--size", allocate(factors, size=size)),
+                ("--size, head 16", without_head(factors, size)),
+            ):
+                make = partial(self._quantise_and_evaluate, method.replace(" ", ""), plan, bits, calibration, None)
+                self._add(f"{method}: {plan.describe_linears()}", bits, make)
+
     def make(self) -> None:
+        if self.options.whole:
+            self._add("16 bits", None, lambda: _evaluate(self.options, "16 bits", None, self.options.model))
+            self._make_whole()
+            return
         measured = {
             method: self._measured(recipe) for method, recipe in RECIPE_OF.items() if recipe.objective != "uniform"
         }
@@ -101,7 +131,13 @@ class _Table:
         for bits in self.options.bits:
             for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
                 if method in self.options.methods:
-                    self._add(method, bits, partial(self._quantise_and_evaluate, method, plan, bits, measured[method]))
+                    self._add(
+                        method,
+                        bits,
+                        partial(
+                            self._quantise_and_evaluate, method, plan, bits, measured[method], self.options.linear_bits
+                        ),
+                    )
 
     def _measured(self, recipe: Recipe) -> Calibration:
         with working_on(self.work.path / f"measured-{recipe.name}", {}, log=print) as work:
@@ -110,22 +146,33 @@ class _Table:
             gradients = needs_gradients(recipe)
             store = choose_store(storage, self.model, tokens, gradients, work.activations, print)
             calibration = measure(
-                self.model, self.sequences, recipe=recipe, store=store, work=work, log=print, show_progress=False
+                self.model,
+                self.sequences,
+                recipe=recipe,
+                store=store,
+                work=work,
+                with_linears=True,
+                log=print,
+                show_progress=False,
             )
         calibration.factors.save(self.work.path / f"factors-{recipe.name}.json")
         return calibration
 
-    def _add(self, method: str, bits: float | None, make: Callable[[], Row]) -> None:
-        unit = f"row-{method}-{bits}".replace(" ", "-")
+    def _add(self, method: str, bits: float | None, make: Callable[[], Row]) -> Row:
+        half = "" if self.options.half is None else f"-half-{self.options.half}"
+        unit = f"row-{method}-{bits}{half}".replace(" ", "-")
         document = self.work.load(unit)
-        row = Row(**document) if document else make()
+        row = Row(**document) if document else replace(make(), method=method)
         self.work.save(unit, asdict(row))
         _show(row, header=not self.rows)
         self.rows.append(row)
         if self.options.json:
             self.options.json.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")
+        return row
 
-    def _quantise_and_evaluate(self, method: str, plan: Plan, bits: float, calibration: Calibration) -> Row:
+    def _quantise_and_evaluate(
+        self, method: str, plan: Plan, bits: float, calibration: Calibration, linear_bits: int | None
+    ) -> Row:
         out = self.work.path / f"{method}-{bits}".replace(" ", "-")
         if not out.exists():
             quantize_model(
@@ -133,8 +180,8 @@ class _Table:
                 out,
                 plan=plan,
                 sequences=self.sequences,
-                recipe=RECIPE_OF[method],
-                linear_bits=self.options.linear_bits,
+                recipe=RECIPE_OF.get(method, RECIPE_OF["mcmoe"]),
+                linear_bits=linear_bits,
                 gradient_norms=calibration.gradient_norms,
                 output_gradients=calibration.output_gradients,
                 show_progress=False,
@@ -158,6 +205,33 @@ def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
     return result
 
 
+def without_head(factors: Factors, size: int) -> Plan:
+    """A plan of that size that decides everything but the output head."""
+    table = factors.linears
+    (head,) = (module for module in table.modules if module.names[0] == table.head)
+    others = [module for module in table.modules if module is not head]
+    held = replace(table, modules=others, other_bytes=table.other_bytes + head.nbytes[16])
+    plan = allocate(replace(factors, linears=held), size=size)
+    plan.linears[table.head] = 16
+    return plan
+
+
+def header_bytes(checkpoint: Path) -> int:
+    """What its safetensors files are larger than their tensors."""
+    info = TensorFiles(checkpoint).info.values()
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) - sum(i.nbytes for i in info)
+
+
+def half_of(files: list[Path], half: int, directory: Path) -> list[Path]:
+    """The first or second half of every text, in files of the same names."""
+    directory.mkdir(exist_ok=True)
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        middle = text.index("\n", len(text) // 2)
+        (directory / file.name).write_text(text[:middle] if half == 1 else text[middle:], encoding="utf-8")
+    return [directory / file.name for file in files]
+
+
 def _evaluate(options: argparse.Namespace, method: str, bits: float | None, path: Path) -> Row:
     result = evaluate(
         path,
@@ -172,6 +246,7 @@ def _evaluate(options: argparse.Namespace, method: str, bits: float | None, path
         bits,
         result.average_bits["experts"],
         result.expert_bytes,
+        result.total_bytes,
         result.geometric_mean_perplexity,
         result.mean_kl,
         result.top1_agreement,
@@ -181,11 +256,12 @@ def _evaluate(options: argparse.Namespace, method: str, bits: float | None, path
 def _show(row: Row, header: bool = False) -> None:
     """Print a line of the markdown table at once: a long benchmark's first results are of use before its last."""
     if header:
-        print("| method | written expert bits | expert bytes | perplexity | KL | top-1 agreement |")
-        print("|---|---|---|---|---|---|")
+        print("| method | written expert bits | expert bytes | all bytes | perplexity | KL | top-1 agreement |")
+        print("|---|---|---|---|---|---|---|")
     distance = "- | -" if row.mean_kl is None else f"{row.mean_kl:.4f} | {row.top1_agreement:.1%}"
     print(
-        f"| {row.method} | {row.expert_bits:.3f} | {row.expert_bytes:,} | {row.perplexity:.2f} | {distance} |",
+        f"| {row.method} | {row.expert_bits:.3f} | {row.expert_bytes:,} | {row.total_bytes:,} | {row.perplexity:.2f} | "
+        f"{distance} |",
         flush=True,
     )
 
@@ -196,6 +272,10 @@ def _arguments() -> argparse.Namespace:
         "--bits", type=float, nargs="+", default=[1.55, 2.0, 2.5], help="written bits per expert weight"
     )
     parser.add_argument("--methods", nargs="+", choices=RECIPE_OF, default=list(RECIPE_OF))
+    parser.add_argument(
+        "--whole", action="store_true", help="compare whole checkpoints; --linear-bits and --methods do not count"
+    )
+    parser.add_argument("--half", type=int, choices=(1, 2), help="of every evaluation text; all of it without")
     parser.add_argument("--model", type=Path, default=REFERENCE / "tiny-mixtral")
     parser.add_argument("--calibration", type=Path, nargs="+", default=_corpus("calibration"))
     parser.add_argument("--evaluation", type=Path, nargs="+", default=_corpus("evaluation"))

@@ -28,7 +28,7 @@ from vllm_mcmoe.calibration.allocate.bits import written_bits
 from vllm_mcmoe.calibration.checkpoint.writer import Shard, shard_name, write_document, write_index
 from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.matrix.grids import scale_ranges, storable_scales
-from vllm_mcmoe.calibration.quantize.linears import PACKED, SCALE, SHAPE, linear_config
+from vllm_mcmoe.calibration.matrix.linears import PACKED, SCALE, SHAPE, linear_config
 from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits
 from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
 from vllm_mcmoe.pruning import PruningRules

@@ -110,7 +110,8 @@ class _Table:
         """On both halves of the evaluation text."""
         model = LayerwiseModel(CheckpointWeights(describe_model(checkpoint)))
         return [
-            mean_kl(model, self.evaluated[half::2], iter(self.expected[half::2]), ActivationStore()) for half in (0, 1)
+            mean_kl(model, self.model, self.evaluated[half::2], iter(self.expected[half::2]), ActivationStore())
+            for half in (0, 1)
         ]
 
 

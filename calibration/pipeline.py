@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from vllm_mcmoe.calibration.checkpoint.identity import (
     identity_of_tensors,
 )
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.checkpoint.size import decided_bytes
 from vllm_mcmoe.calibration.checkpoint.workdir import COMPLETE, WorkDirectory, check_output, working_on
 from vllm_mcmoe.calibration.checkpoint.writer import (
     MODEL_CARD,
@@ -40,7 +42,9 @@ from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
-from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.matrix.linears import check_linear_bits
+from vllm_mcmoe.calibration.measure.factors import Factors, LinearTable
+from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
@@ -57,7 +61,6 @@ from vllm_mcmoe.calibration.model.text import (
 )
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.quantize.checkpoint_run import CheckpointRun
-from vllm_mcmoe.calibration.quantize.linears import check_linear_bits
 from vllm_mcmoe.calibration.recipes import (
     Effort,
     Recipe,
@@ -122,7 +125,7 @@ def calibrate(
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
         options = {"store": store, "work": work, "log": log, "show_progress": show_progress}
         factors = measure(
-            model, tokens, recipe=recipe, widths=widths, seed=seed, for_quantizing=False, **options
+            model, tokens, recipe=recipe, widths=widths, seed=seed, for_quantizing=False, with_linears=True, **options
         ).factors
         factors.save(target)
         work.remove()
@@ -139,6 +142,7 @@ def quantize(
     factors: Factors | None = None,
     bits: float | None = None,
     bits_per_layer: float | None = None,
+    size: str | int | None = None,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
     widths: Sequence[int] | None = None,
@@ -157,11 +161,13 @@ def quantize(
     """The whole path: measure, allocate, quantise, write. What is given is not computed again.
 
     data             calibration text, as load_sequences takes it; None takes the built-in text
-    plan             bit-widths; None allocates them for `bits` or `bits_per_layer` (one of the two, see allocate)
+    plan             bit-widths; None allocates them for `bits`, `bits_per_layer` or `size` (one of the three, see
+                     allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
     widths           bit-widths an expert may get; None takes the recipe's
-    linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's
+    linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's, with `size` and for plans that
+                     have them widths of their own
     tuned            whether norms are tuned in the end, if the recipe does that (tune/tuning.py)
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
     activations      where hidden states and gradients of the calibration tokens are kept while the run needs them:
@@ -179,14 +185,15 @@ def quantize(
     started = time.monotonic()
     device = choose_device(device, log)
     recipe = find_recipe(recipe, effort, tune=tuned)
-    if (plan is not None) + (bits is not None) + (bits_per_layer is not None) != 1:
-        raise PlanError("give exactly one of plan, bits and bits_per_layer.")
+    if sum(given is not None for given in (plan, bits, bits_per_layer, size)) != 1:
+        raise PlanError("give exactly one of plan, bits, bits_per_layer and size.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
     description = describe_model(model_dir)
     if plan is not None:
         plan.check_against(description.experts_per_layer())
-    else:
+        _check_plans_linears(plan, linear_bits)
+    elif size is None:
         check_budget(description, recipe, bits, bits_per_layer, widths)
     if factors is not None:
         factors.check_against(description.experts_per_layer(), description.part_shapes())
@@ -194,12 +201,21 @@ def quantize(
         find_data_files(evaluation_data)
     source = WeightFiles(description)
     tokens = load_calibration_data(description, data, sequences, length, log)
+    model = LayerwiseModel(source, device)
+    if size is not None:
+        linears = _table_of_linears(model, factors)
+        check_budget(
+            description, recipe, bits, bits_per_layer, widths, size=size, linear_bits=linear_bits, linears=linears
+        )
+    elif plan is not None:
+        plan.check_linears([group.names for group in decided_bytes(model).groups])
     identity = {
         **identity_of_run(device, description, source.files, tokens, recipe),
         **identity_of_document("plan", plan),
         **identity_of_document("factors", factors),
         "bits": bits,
         "bits_per_layer": bits_per_layer,
+        **({} if size is None else {"size": size}),
         "widths": None if widths is None else list(widths),
         "linear_bits": linear_bits,
         "seed": seed,
@@ -211,7 +227,6 @@ def quantize(
     with working_on(out_dir, identity, restart=restart, log=log) as work:
         if (report := _finished(work)) is not None:
             return report
-        model = LayerwiseModel(source, device)
         check_weights(model, work, show_progress)
         with_gradients = measures and needs_gradients(recipe)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
@@ -228,14 +243,20 @@ def quantize(
                     seed=seed,
                     store=store,
                     work=work,
+                    with_linears=needs_factors and size is not None,
                     log=log,
                     show_progress=show_progress,
                 )
             gradient_norms, output_gradients = measured.gradient_norms, measured.output_gradients
             factors = measured.factors if needs_factors else factors
         if plan is None:
-            plan = _allocated_plan(work, factors, recipe, bits, bits_per_layer, widths)
+            request = {"bits": bits, "bits_per_layer": bits_per_layer, "size": size, "widths": widths}
+            if size is not None:
+                request["linear_bits"], linear_bits = linear_bits, None  # the plan has them
+            plan = _allocated_plan(work, factors, recipe, request)
             log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
+            if plan.linears is not None:
+                log(f"Other linears: {plan.describe_linears()}.")
         options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
         report = _write_checkpoint(model, work, store, tokens.tokens, *options)
         card = model_card(description, report, tokens)
@@ -269,7 +290,7 @@ def quantize_model(
     """Write a checkpoint of the model at the plan's bit-widths.
 
     model                 LayerwiseModel(WeightFiles(describe_model(path)), device)
-    linear_bits           4, 8 or 16; None takes the recipe's
+    linear_bits           4, 8 or 16; None takes the recipe's, or the plan's of each
     gradient_norms        layer name -> float32 [tokens] of the same sequences, as measure returns them; needed by
                           recipes whose hessian_weighting is "gradient"
     output_gradients      layer name -> gradients at the same sequences, from the same; needed by recipes with
@@ -285,6 +306,8 @@ def quantize_model(
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
     plan.check_against(model.description.experts_per_layer())
+    _check_plans_linears(plan, linear_bits)
+    plan.check_linears([group.names for group in decided_bytes(model).groups])
     if recipe.hessian_weighting == "gradient" and gradient_norms is None:
         raise PlanError(f"recipe {recipe.name} weights Hessians by loss gradients: pass measure's gradient_norms.")
     if needs_output_gradients(recipe) and output_gradients is None:
@@ -378,18 +401,24 @@ def _publish(
     return report
 
 
-def _allocated_plan(
-    work: WorkDirectory,
-    factors: Factors,
-    recipe: Recipe,
-    bits: float | None,
-    bits_per_layer: float | None,
-    widths: Sequence[int] | None,
-) -> Plan:
+def _table_of_linears(model: LayerwiseModel, factors: Factors | None) -> LinearTable:
+    """Of these factors, which must be this model's; without factors, what will be measured."""
+    table = table_of(decided_bytes(model))
+    if factors is not None:
+        factors.check_linears(table)
+    return table
+
+
+def _check_plans_linears(plan: Plan, linear_bits: int | None) -> None:
+    if plan.linears is not None and linear_bits is not None:
+        raise PlanError("the plan gives every linear a width of its own: leave linear bits out, or take them out of it")
+
+
+def _allocated_plan(work: WorkDirectory, factors: Factors, recipe: Recipe, request: Mapping[str, Any]) -> Plan:
     """The plan is a unit of work, too: the integer program of a model with many experts takes minutes."""
     path = work.path / f"allocated-{PLAN_FILE}"
     if work.load(ALLOCATED) is None:
-        plan = allocate(factors, recipe=recipe, bits=bits, bits_per_layer=bits_per_layer, widths=widths)
+        plan = allocate(factors, recipe=recipe, **request)
         plan.save(path)
         work.save(ALLOCATED, {}, [path])
     return Plan.load(path)

@@ -41,9 +41,18 @@ CONTRACT_VERSION = "2"
 # know to the parameter of that very name.
 BY_EXACT_NAMES = ("GraniteMoeHybridForCausalLM", "GptOssForCausalLM")
 
+# What vLLM makes of linears that share their input, in all models; not every model's own mapping names all of its own.
+FUSED_LINEARS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+    "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
+}
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -148,12 +157,35 @@ class McmoeConfig(QuantizationConfig):
             version, pruning = self.checkpoint.format_version, self._layer_pruning(name, layer)
             return McmoeMoEMethod(layer.moe_config, bits, version, pruning, widths, self.exact_names)
         if self.linear is not None:
-            self.linear.packed_modules_mapping = self.packed_modules_mapping
+            self.linear.packed_modules_mapping = self._fused_linears(prefix)
             method = self.linear.get_quant_method(layer, prefix)
+            if isinstance(layer, LinearBase):
+                self._check_named(layer, prefix)
             _choose_cpu_scheme(layer)
             return method
         # LinearBase insists on a method; embeddings, lm_head and attention take None as "unquantised".
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _fused_linears(self, prefix: str) -> dict[str, list[str]]:
+        """Name of a fused linear -> those that it is made of; at prefix without those that the config, which names
+        others beside them, does not: Gemma 4 has layers whose values are their keys."""
+        mapping, (parent, _, fused) = FUSED_LINEARS | self.packed_modules_mapping, prefix.rpartition(".")
+        known = {*self.linear.target_scheme_map, *self.linear.ignore}
+        named = [name for name in mapping.get(fused, ()) if f"{parent}.{name}" in known]
+        return {**mapping, fused: named} if named else mapping
+
+    def _check_named(self, layer: "LinearBase", prefix: str) -> None:
+        """vLLM leaves linears that no group of the config matches in 16 bits, whatever the checkpoint has."""
+        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+        ignored = should_ignore_layer(
+            prefix, ignore=self.linear.ignore, fused_mapping=self.linear.packed_modules_mapping
+        )
+        if getattr(layer, "scheme", None) is None and not ignored:
+            raise FormatError(
+                f"config.json: quantization_config.linear says neither how many bits {prefix} has nor that it stays in "
+                "16. The checkpoint and the model do not match."
+            )
 
     def _find_layer(self, prefix: str) -> str:
         """The name in `experts` of the MoE layer that vLLM calls `prefix`.

@@ -1,5 +1,6 @@
 """Tables and heat maps of the command line, for people; programs read `--json`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from vllm_mcmoe.calibration.prune.prune import PrunedPoint
 console = Console()
 
 # cold to hot, so that a layer's important experts stand out
-WIDTH_STYLES = {1: "white on blue", 2: "black on cyan", 3: "black on green", 4: "black on yellow", 8: "white on red"}
+WIDTH_STYLES = {
+    1: "white on blue",
+    2: "black on cyan",
+    3: "black on green",
+    4: "black on yellow",
+    8: "white on red",
+    16: "bold",
+}
 WIDTHS_PER_LINE = 32  # 128 experts in four lines, beside the layer's name on an 80-column terminal
 
 
@@ -35,6 +43,35 @@ def print_widths(layers: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> N
     console.print(table)
 
 
+def print_linears(linears: Mapping[str, int]) -> None:
+    """On-disk name -> width: one row per decoder layer, or for neighbours that are alike."""
+    table = Table(title="Bit-width of other linears", box=None, pad_edge=False)
+    table.add_column("where", style="bold")
+    table.add_column("linears")
+    rows: list[tuple[str, str, dict[str, int]]] = []
+    for where, widths in _by_layer(linears).items():
+        if rows and rows[-1][2] == widths:
+            rows[-1] = (rows[-1][0], where, widths)
+        else:
+            rows.append((where, where, widths))
+    for first, last, widths in rows:
+        row = Text()
+        for position, (name, width) in enumerate(widths.items()):
+            row.append(f"{', ' if position else ''}{name} ").append(str(width), style=WIDTH_STYLES[width])
+        table.add_row(first if first == last else f"{first} to {last.rpartition('.')[2]}", row)
+    console.print(table)
+
+
+def _by_layer(linears: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """ "model.layers.3.self_attn.q_proj" is self_attn.q_proj in model.layers.3; the head is in nothing."""
+    found: dict[str, dict[str, int]] = {}
+    for name, width in linears.items():
+        match = re.match(r"(.*\.\d+)\.(.*)", name)
+        where, relative = match.groups() if match else ("", name)
+        found.setdefault(where, {})[relative] = width
+    return found
+
+
 def _width_map(widths: Sequence[int]) -> Text:
     text = Text()
     for position, width in enumerate(widths):
@@ -46,6 +83,8 @@ def _width_map(widths: Sequence[int]) -> Text:
 
 def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
     print_widths({name: (bits.gate_up, bits.down) for name, bits in summary.config.experts.items()})
+    if summary.linears:
+        print_linears(summary.linears)
     table = Table(title=f"{checkpoint}: bytes by kind of tensor", box=None, pad_edge=False)
     table.add_column("kind")
     table.add_column("bytes", justify="right")
@@ -121,12 +160,18 @@ def print_pruning(points: Sequence[PrunedPoint]) -> None:
 def print_resources(plan: ResourcePlan, flops: float) -> None:
     """flops: float32 operations per second of this machine."""
     weights, quantization, serving = plan.parameters, plan.quantization, plan.serving
-    table = Table(title=f"{plan.architecture} at {plan.bits:g} bits", box=None, pad_edge=False, show_header=False)
+    at = f"{plan.bits:g} bits" if plan.size is None else _gigabytes(plan.size.requested_bytes)
+    table = Table(title=f"{plan.architecture} at {at}", box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("parameters", f"{weights.total / 1e9:.1f} B", f"{weights.experts / weights.total:.1%} in experts")
     table.add_row("active per token", f"{weights.active / 1e9:.1f} B")
+    if plan.size is not None:
+        range_ = f"possible: {_gigabytes(plan.size.least_bytes)} to {_gigabytes(plan.size.largest_bytes)}"
+        table.add_row("size asked for", _gigabytes(plan.size.requested_bytes), range_)
+        bits = f"{plan.size.least_expert_bits:.2f} to {plan.size.most_expert_bits:.2f}"
+        table.add_row("bits of an expert weight", bits, "with linears and output head at 16 bits, and at 4")
     table.add_section()
     table.add_row("the model's files", _gigabytes(quantization.model_bytes), "read layer by layer")
     table.add_row("memory to quantise", _gigabytes(quantization.memory_bytes), "two layers in float32, and 2 GiB")
@@ -151,4 +196,6 @@ def print_resources(plan: ResourcePlan, flops: float) -> None:
 
 
 def _gigabytes(size: int) -> str:
+    if size < 1e8:
+        return f"{size / 1e6:.3g} MB"
     return f"{size / 1e9:.3g} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"

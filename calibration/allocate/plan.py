@@ -1,11 +1,13 @@
 """plan.json: the bit-width of every expert, as `allocate` decided it or as a user wrote it."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from vllm_mcmoe.calibration.common.documents import FORMAT_VERSION, Reader, read_document, save_document, some_of
+from vllm_mcmoe.calibration.matrix.linears import LINEAR_BITS
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS
 from vllm_mcmoe.errors import PlanError
 
@@ -16,6 +18,8 @@ class Plan:
 
     layers           layer -> {"gate_up": [E widths], "down": [E widths]}
     recipe           name of the recipe that made it
+    linears          on-disk name -> width, 4, 8 or 16, of every linear that the plan decides; None where all have the
+                     width that quantising is told
     requested_bits   average written expert bits asked for, scales and zeros included; None if bits_per_layer was
     average_bits     the same average as this plan will be written
     objective        value of the minimised objective; None where nothing was minimised
@@ -25,6 +29,7 @@ class Plan:
 
     layers: dict[str, dict[str, list[int]]]
     recipe: str = "custom"
+    linears: dict[str, int] | None = None
     requested_bits: float | None = None
     average_bits: float | None = None
     objective: float | None = None
@@ -43,6 +48,7 @@ class Plan:
             "forced_experts": self.forced_experts,
             **self.extra,
             "layers": self.layers,
+            **({} if self.linears is None else {"linears": self.linears}),
         }
         parse_plan(document, str(path))
         save_document(document, path)
@@ -69,6 +75,30 @@ class Plan:
                     f"the plan's layer {name!r} is not a MoE layer of the model; it has {some_of(num_experts)}"
                 )
 
+    def describe_linears(self) -> str:
+        """For people, of a plan that has them: how many have which width."""
+        counts = sorted(Counter(self.linears.values()).items())
+        return ", ".join(f"{count} at {bits} bits" for bits, count in counts)
+
+    def check_linears(self, groups: Sequence[Sequence[str]]) -> None:
+        """groups: on-disk names of the model's linears that can be packed, those together that must share a width.
+
+        Raises PlanError for linears that are missing, unknown, or of one group and different widths.
+        """
+        if self.linears is None:
+            return
+        known = {name for group in groups for name in group}
+        for name in self.linears:
+            if name not in known:
+                raise PlanError(f"the plan's linear {name!r} is none of the model's that can be packed")
+        for group in groups:
+            missing = [name for name in group if name not in self.linears]
+            if missing:
+                raise PlanError(f"the plan's linears lack {missing[0]!r}; give it 16 to leave it as it is")
+            if len({self.linears[name] for name in group}) > 1:
+                widths = ", ".join(f"{name} {self.linears[name]}" for name in group)
+                raise PlanError(f"the plan's linears: vLLM makes one of these, which must have one width: {widths}")
+
 
 def parse_plan(document: Any, source: str = "plan") -> Plan:
     """Validate decoded JSON. source: what errors call it. Raises FormatError."""
@@ -92,8 +122,15 @@ def parse_plan(document: Any, source: str = "plan") -> Plan:
         if name not in layers:
             reader.fail("forced_experts", f"layer {name!r}", "a layer of the plan")
         reader.expert_ids(ids, f"forced_experts of {name!r}", len(layers[name]["gate_up"]))
+    linears = top.pop("linears", None)
+    if linears is not None:
+        linears = reader.mapping(linears, "linears")
+        for name, width in linears.items():
+            if width not in LINEAR_BITS or isinstance(width, bool):
+                reader.fail(f"linears[{name!r}]", repr(width), f"one of {LINEAR_BITS}")
     return Plan(
         layers=layers,
+        linears=linears,
         recipe=reader.instance(top.pop("recipe", "custom"), str, "recipe"),
         forced_experts=forced,
         extra=top,

@@ -21,15 +21,20 @@ from vllm_mcmoe.calibration.allocate.bits import average_bits
 from vllm_mcmoe.calibration.allocate.core import reduce_to_core
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.problem import (
+    BYTE,
     Item,
     Problem,
+    Request,
     check_feasible,
     constraints,
+    extreme_size,
     forced_experts,
     kinds,
     problems_of,
 )
-from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
+from vllm_mcmoe.calibration.allocate.size import parse_size, size_in_bytes
+from vllm_mcmoe.calibration.matrix.linears import PACKED_BITS, check_linear_bits
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors, LinearTable
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.recipes import Budget, Granularity, Objective, Recipe, Scope, find_recipe
 from vllm_mcmoe.errors import PlanError
@@ -50,6 +55,8 @@ def allocate(
     recipe: str | Recipe = "mcmoe",
     bits: float | None = None,
     bits_per_layer: float | None = None,
+    size: str | int | None = None,
+    linear_bits: int | None = None,
     widths: Sequence[int] | None = None,
     objective: Objective | None = None,
     scope: Scope | None = None,
@@ -65,6 +72,9 @@ def allocate(
     bits            average bits per expert weight as written, scales and zeros included: of recipe "mcmoe" a weight
                     costs a sixteenth of a bit more than its code; matrices count by their size (factors' "shapes")
     bits_per_layer  sum of an expert's plain width over a layer's experts, as the authors count
+    size            of the whole checkpoint, its safetensors files: bytes, or text like "13.5GB", "12.5GiB" or "45%" (of
+                    the model in 16 bits). The widths of the other linears and of the output head are then chosen in
+                    the same program, unless linear_bits holds the linears at 4, 8 or 16 (and the head at 16)
 
     Everything else overrides the recipe's choice of the same name (Recipe documents them). objective: a recipe that
     wants "loss_increase" refuses factors that lack it; say objective="weighted_error" to allocate by activation
@@ -84,11 +94,11 @@ def allocate(
         "budget": budget,
     }
     chosen = replace(find_recipe(recipe), **{k: v for k, v in overrides.items() if v is not None})
-    _check_request(chosen, bits, bits_per_layer)
+    request = _request(chosen, factors, bits, bits_per_layer, size, linear_bits)
     items: list[Item] = []
     selection: list[int] = []
     value, gap = None if chosen.objective == "uniform" else 0.0, 0.0
-    for problem in problems_of(factors, chosen, bits, bits_per_layer):
+    for problem in problems_of(factors, chosen, request):
         check_feasible(problem)
         if value is None:
             indices = _fill_in_index_order(problem)
@@ -99,6 +109,8 @@ def allocate(
         items += problem.items
         selection += indices
     plan = _plan(factors, chosen, items, selection)
+    if request.size is not None:
+        _add_linears(plan, factors, request, items, selection)
     plan.requested_bits = bits
     plan.objective = value
     plan.extra["relative_gap"] = gap  # 0: proven optimal
@@ -113,27 +125,93 @@ def check_budget(
     bits: float | None,
     bits_per_layer: float | None,
     widths: Sequence[int] | None = None,
+    *,
+    size: str | int | None = None,
+    linear_bits: int | None = None,
+    linears: LinearTable | None = None,
 ) -> None:
-    """Whether any plan has this budget, before anything is measured. Raises PlanError as allocate would."""
+    """Whether any plan has this budget, before anything is measured. Raises PlanError as allocate would.
+
+    linears: with size, of the model's linears; what they cost is not looked at
+    """
+    factors = _without_costs(model, recipe, widths, linears)
     recipe = recipe if widths is None else replace(recipe, widths=tuple(sorted(set(widths))))
+    request = _request(recipe, factors, bits, bits_per_layer, size, linear_bits)
+    for problem in problems_of(factors, recipe, request):
+        check_feasible(problem)
+
+
+def size_range(
+    model: MoeModel, recipe: Recipe, linears: LinearTable, linear_bits: int | None = None
+) -> tuple[int, int]:
+    """Bytes of the smallest and of the largest checkpoint that a size may ask for."""
+    factors = _without_costs(model, recipe, None, linears)
+    extremes = []
+    for extreme in (min, max):
+        problems = problems_of(factors, recipe, Request(size=0, linear_bits=linear_bits))
+        size = sum(extreme_size(problem, extreme) - problem.budget for problem in problems)
+        extremes.append(-(-size // BYTE))
+    return extremes[0], extremes[1]
+
+
+def _without_costs(
+    model: MoeModel, recipe: Recipe, widths: Sequence[int] | None, linears: LinearTable | None
+) -> Factors:
+    """What is known of a model that was not measured."""
+    widths = recipe.widths if widths is None else widths
     nothing = [0.0] * model.num_experts
     layer = LayerFactors(
         activation_count=nothing,
         routing_weight_sum=nothing,
-        quantization_error=dict.fromkeys(recipe.widths, nothing),
+        quantization_error=dict.fromkeys(widths, nothing),
         shapes=model.part_shapes(),
-        loss_increase={part: dict.fromkeys(recipe.widths, nothing) for part in PROJECTIONS},
+        loss_increase={part: dict.fromkeys(widths, nothing) for part in PROJECTIONS},
     )
-    factors = Factors(str(model.path), 0, model.top_k, dict.fromkeys(model.moe_layers.values(), layer))
-    _check_request(recipe, bits, bits_per_layer)
-    for problem in problems_of(factors, recipe, bits, bits_per_layer):
-        check_feasible(problem)
+    if linears is not None:
+        modules = [replace(module, loss_increase=dict.fromkeys(PACKED_BITS, 0.0)) for module in linears.modules]
+        linears = replace(linears, modules=modules)
+    layers = dict.fromkeys(model.moe_layers.values(), layer)
+    return Factors(str(model.path), 0, model.top_k, layers, linears)
 
 
-def _check_request(recipe: Recipe, bits: float | None, bits_per_layer: float | None) -> None:
-    if (bits is None) == (bits_per_layer is None):
-        raise PlanError("give either bits (average as written) or bits_per_layer (plain widths per layer)")
-    amount = bits if bits is not None else bits_per_layer
+def _request(
+    recipe: Recipe,
+    factors: Factors,
+    bits: float | None,
+    bits_per_layer: float | None,
+    size: str | int | None,
+    linear_bits: int | None,
+) -> Request:
+    _check_request(recipe, bits, bits_per_layer, size, linear_bits)
+    if size is not None:
+        original = 0 if factors.linears is None else factors.linears.original_bytes
+        size = size_in_bytes(size, original)
+    return Request(bits, bits_per_layer, size, linear_bits)
+
+
+def _check_request(
+    recipe: Recipe,
+    bits: float | None,
+    bits_per_layer: float | None,
+    size: str | int | None,
+    linear_bits: int | None,
+) -> None:
+    given = [amount for amount in (bits, bits_per_layer, size) if amount is not None]
+    if len(given) != 1:
+        raise PlanError(
+            "give either bits (average as written) or bits_per_layer (plain widths per layer) or size (of the whole "
+            "checkpoint)"
+        )
+    if linear_bits is not None:
+        if size is None:
+            raise PlanError("linear_bits holds linears at a width under a size; bits leaves them out of the plan")
+        check_linear_bits(linear_bits)
+    if size is not None and recipe.budget == "=":
+        raise PlanError("a size is an upper bound; a budget of '=' goes with bits")
+    (amount,) = given
+    if isinstance(amount, str):
+        parse_size(amount)
+        amount = 1
     if not math.isfinite(amount) or amount <= 0:
         raise PlanError(f"a budget of {amount} bits is not a positive number")
     unknown = [w for w in recipe.widths if w not in WIDTHS]
@@ -159,13 +237,12 @@ def _fill_in_index_order(problem: Problem) -> list[int]:
 
 def _solve(problem: Problem) -> tuple[list[int], float]:
     """The integer program. Returns the width index of every item, and the relative gap proven."""
-    costs = np.stack([item.costs for item in problem.items])
+    costs, sizes, allowed = _tables(problem)
     # HiGHS' tolerances are absolute: bring the objective to a mean of 1. What an item costs at its cheapest is lost
     # whatever is chosen, so it is left out, which makes the relative gap the stricter.
     costs = costs - costs.min(axis=1, keepdims=True)
     costs /= costs.mean() or 1.0
-    sizes = np.stack([item.sizes for item in problem.items])
-    allowed, bound = _allowed(problem), None
+    bound = None
     large = costs.size > EXACT_VARIABLES
     if large and problem.recipe.budget == "<=" and not problem.recipe.minimum_counts:
         allowed, bound = reduce_to_core(costs, sizes.astype(np.float64), allowed, problem.budget)
@@ -173,7 +250,7 @@ def _solve(problem: Problem) -> tuple[list[int], float]:
         costs.ravel(),
         integrality=np.ones(costs.size),
         bounds=Bounds(0, allowed.ravel()),
-        constraints=[_one_width_each(*costs.shape), _budget_row(problem), *_least_counts(problem)],
+        constraints=[_one_width_each(*costs.shape), _budget_row(problem, sizes), *_least_counts(problem, costs.shape)],
         options={"mip_rel_gap": LARGE_GAP if large else 0.0},
     )
     if result.x is None or result.status != 0:
@@ -200,8 +277,7 @@ def _one_width_each(items: int, widths: int) -> LinearConstraint:
     return LinearConstraint(matrix.tocsr(), 1, 1)
 
 
-def _budget_row(problem: Problem) -> LinearConstraint:
-    sizes = np.stack([item.sizes for item in problem.items])
+def _budget_row(problem: Problem, sizes: np.ndarray) -> LinearConstraint:
     unit = int(np.gcd.reduce(sizes.ravel()))
     if problem.recipe.budget == "=" and problem.budget % unit:
         below = problem.budget // unit * unit
@@ -213,31 +289,43 @@ def _budget_row(problem: Problem) -> LinearConstraint:
     return LinearConstraint((sizes // unit).reshape(1, -1), upper if problem.recipe.budget == "=" else -np.inf, upper)
 
 
-def _least_counts(problem: Problem) -> list[LinearConstraint]:
-    """One row per layer, kind of item and constrained width."""
+def _least_counts(problem: Problem, shape: tuple[int, int]) -> list[LinearConstraint]:
+    """One row per layer, kind of item and constrained width. shape: [items, columns]."""
     rows = []
     for kind in kinds(problem):
+        if not kind[1]:
+            continue
         inside = np.array([(item.layer, item.projections) == kind for item in problem.items], dtype=np.float64)
         for width, least in problem.recipe.minimum_counts.items():
-            is_width = np.array(problem.recipe.widths) == width
+            is_width = np.arange(shape[1]) == problem.recipe.widths.index(width)
             rows.append(LinearConstraint(np.outer(inside, is_width).reshape(1, -1), least, np.inf))
     return rows
 
 
-def _allowed(problem: Problem) -> np.ndarray:
-    """Widths each item may have, bool [items, widths]: all, or the top one for forced experts."""
-    allowed = np.ones((len(problem.items), len(problem.recipe.widths)), dtype=bool)
+def _tables(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """costs, float64, sizes, int64, and whether an item may have the width, bool; all [items, columns].
+
+    Column j is an item's j-th width; where it has fewer, its last one is repeated and not allowed. Of forced experts
+    the top width alone is.
+    """
+    columns = max(len(item.widths) for item in problem.items)
+    costs, sizes = (
+        np.stack([np.pad(values, (0, columns - len(values)), mode="edge") for values in of_items])
+        for of_items in ([i.costs for i in problem.items], [i.sizes for i in problem.items])
+    )
+    allowed = np.zeros(costs.shape, dtype=bool)
     for row, item in zip(allowed, problem.items, strict=True):
-        if item.expert in problem.forced.get(item.layer, ()):
-            row[:-1] = False
-    return allowed
+        row[: len(item.widths)] = True
+        if item.projections and item.expert in problem.forced.get(item.layer, ()):
+            row[: len(item.widths) - 1] = False
+    return costs, sizes, allowed
 
 
 def _plan(factors: Factors, recipe: Recipe, items: Sequence[Item], selection: Sequence[int]) -> Plan:
     layers = {n: {p: [0] * f.num_experts for p in PROJECTIONS} for n, f in factors.layers.items()}
     for item, index in zip(items, selection, strict=True):
         for projection in item.projections:
-            layers[item.layer][projection][item.expert] = recipe.widths[index]
+            layers[item.layer][projection][item.expert] = item.widths[index]
     return Plan(
         layers=layers,
         recipe=recipe.name,
@@ -252,3 +340,22 @@ def _plan(factors: Factors, recipe: Recipe, items: Sequence[Item], selection: Se
             "budget": recipe.budget,
         },
     )
+
+
+def _add_linears(
+    plan: Plan, factors: Factors, request: Request, items: Sequence[Item], selection: Sequence[int]
+) -> None:
+    """What a plan for a size of the whole checkpoint says of its linears, and of its bytes."""
+    table = factors.linears
+    chosen = {i.layer: i.widths[j] for i, j in zip(items, selection, strict=True) if not i.projections}
+    widths = [
+        table.held_at(module, request.linear_bits) if request.linear_bits is not None else chosen[module.names[0]]
+        for module in table.modules
+    ]
+    pairs = list(zip(table.modules, widths, strict=True))
+    plan.linears = {name: width for module, width in pairs for name in module.names}
+    expert_bits = sum(int(i.sizes[j]) for i, j in zip(items, selection, strict=True) if i.projections)
+    planned = table.other_bytes + sum(module.nbytes[width] for module, width in pairs) + -(-expert_bits // BYTE)
+    plan.extra["requested_bytes"] = request.size
+    plan.extra["planned_bytes"] = planned  # of the safetensors files, at most
+    plan.extra["linear_bits"] = request.linear_bits

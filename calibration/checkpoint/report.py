@@ -45,6 +45,8 @@ class TuningReport:
 class QuantizationReport:
     """One checkpoint.
 
+    linear_bits           of all linears that could be packed; None where `linears` has a width of each
+    linears               on-disk name of a linear, or of the output head -> width, where a plan decides them
     layers                layer name -> one ExpertReport per expert
     super_experts         layer name -> ids, from the factors the plan was made with
     unquantized_linears   linear layers left in 16 bits though fewer were asked for -> the reason
@@ -56,8 +58,9 @@ class QuantizationReport:
     """
 
     recipe: str
-    linear_bits: int
+    linear_bits: int | None
     calibration_tokens: int
+    linears: dict[str, int] = field(default_factory=dict)
     layers: dict[str, list[ExpertReport]] = field(default_factory=dict)
     super_experts: dict[str, list[int]] = field(default_factory=dict)
     unquantized_linears: dict[str, str] = field(default_factory=dict)

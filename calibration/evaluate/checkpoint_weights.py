@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from vllm_mcmoe.calibration.matrix.linears import PACKED, SUFFIXES, dequantize_linear, linear_widths
 from vllm_mcmoe.calibration.model.description import FLOAT_DTYPES, MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import load_full_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles, WeightSource
-from vllm_mcmoe.calibration.quantize.linears import PACKED, SUFFIXES, dequantize_linear, linear_bits
 from vllm_mcmoe.checkpoint import (
     BIAS,
     EXPONENTS,
@@ -42,7 +42,7 @@ class CheckpointWeights:
         self.model = model
         self.config: CheckpointConfig = read_checkpoint_config(model.path)
         self.files = TensorFiles(model.path)
-        self.linear_bits = linear_bits(self.config.linear) if self.config.linear else 16
+        self._linear_bits = linear_widths(self.config.linear) if self.config.linear else _none_is_packed
         _check_layers(model, self.config)
         for layer_name in model.moe_layers.values():
             for expert in range(model.num_experts):
@@ -101,7 +101,7 @@ class CheckpointWeights:
         if f"{base}.{PACKED}" in self.files.info:
             tensors = {suffix: self.files.read(f"{base}.{suffix}") for suffix in SUFFIXES}
             try:
-                return dequantize_linear(tensors, self.linear_bits)
+                return dequantize_linear(tensors, self._linear_bits(base))
             except (ValueError, RuntimeError, ArithmeticError) as error:  # of compressed-tensors, or of torch
                 file = self.files.info[f"{base}.{PACKED}"].file
                 raise FormatError(f"{file}: {base}.{PACKED} cannot be unpacked: {error}") from error
@@ -118,7 +118,11 @@ class CheckpointWeights:
         if self.model.is_expert_tensor(name):
             return math.prod(self.model.tensor_shape(name))
         packed = self.files.info.get(f"{base}.{PACKED}")
-        return self.files.info[name].numel if packed is None else packed.numel * 32 // self.linear_bits
+        return self.files.info[name].numel if packed is None else packed.numel * 32 // self._linear_bits(base)
+
+
+def _none_is_packed(name: str) -> int:
+    raise FormatError(f"{name} is packed, but quantization_config has no entry linear that says how.")
 
 
 def _check_layers(model: MoeModel, config: CheckpointConfig) -> None:

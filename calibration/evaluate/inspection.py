@@ -14,6 +14,7 @@ from typing import Any
 from vllm_mcmoe.calibration.checkpoint.report import TuningReport
 from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
+from vllm_mcmoe.calibration.matrix.linears import PACKED, linear_widths
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
@@ -37,6 +38,7 @@ GATES = ("w1", "gate_proj")  # projections that experts without a gate lack
 class CheckpointSummary:
     """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros.
 
+    linears   on-disk name -> width, of the linears that are packed and, where plan.json decided them, of those left
     tuning   of norms, by quantization_report.json; None without
     """
 
@@ -44,6 +46,7 @@ class CheckpointSummary:
     bytes_by_kind: dict[str, int]
     expert_parameters: int
     expert_bits: float
+    linears: dict[str, int]
     warnings: list[str] = field(default_factory=list)
     tuning: TuningReport | None = None
 
@@ -59,6 +62,7 @@ class CheckpointSummary:
             "total_bytes": self.total_bytes,
             "expert_parameters": self.expert_parameters,
             "expert_bits": self.expert_bits,
+            "linears": self.linears,
             "warnings": self.warnings,
             "tuning": None if self.tuning is None else vars(self.tuning),
         }
@@ -140,6 +144,7 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
         bytes_by_kind={kind: by_kind[kind] for kind, _ in KINDS if by_kind[kind]},
         expert_parameters=parameters,
         expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
+        linears=_linears(config, headers),
         warnings=warnings,
         tuning=_tuning(Path(checkpoint) / REPORT_FILE),
     )
@@ -154,6 +159,22 @@ def _tuning(report: Path) -> TuningReport | None:
         return tuning and TuningReport(**tuning)
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{report}: not a report of `mcmoe quantize`: {error}") from None
+
+
+def _linears(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> dict[str, int]:
+    """Of the packed ones their widths; 16 of those that the config leaves by their full names."""
+    if config.linear is None:
+        return {}
+    width = linear_widths(config.linear)
+    packed = [name.removesuffix(f".{PACKED}") for name in headers if name.endswith(f".{PACKED}")]
+    found = {name: width(name) for name in packed}
+    left = [name for name in config.linear.get("ignore", ()) if f"{name}.weight" in headers]
+    return dict(sorted({**found, **dict.fromkeys(left, 16)}.items(), key=_by_number))
+
+
+def _by_number(item: tuple[str, int]) -> list[int | str]:
+    """Layer 2 before layer 10, and the head last."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
 
 
 def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> tuple[int, list[str]]:

@@ -27,20 +27,28 @@ def model_card(
         "transformers loads it dequantised, in the memory of the 16-bit model, after `import vllm_mcmoe.hf`:",
         "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_DIRECTORY", dtype="bfloat16")\n```',
-        _quantization(report, calibration, gate_up_matrices=len(description.projections("gate_up"))),
+        _quantization(description, report, calibration),
         _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _quantization(report: QuantizationReport, calibration: TokenSequences, gate_up_matrices: int) -> str:
+def _quantization(description: MoeModel, report: QuantizationReport, calibration: TokenSequences) -> str:
+    gate_up_matrices = len(description.projections("gate_up"))
     widths: Counter[int] = Counter()
     for experts in report.layers.values():
         for expert in experts:
             widths.update((*[expert.gate_up] * gate_up_matrices, expert.down))  # all have the same size
     share = ", ".join(f"{bits} bit: {count / widths.total():.0%}" for bits, count in sorted(widths.items()))
-    linears = "16 bits" if report.linear_bits == 16 else f"{report.linear_bits} bits (compressed-tensors)"
+    head = None
+    if report.linear_bits is None:
+        in_layers = {name: bits for name, bits in report.linears.items() if name != description.family.head}
+        head = report.linears.get(description.family.head)
+        counts = sorted(Counter(in_layers.values()).items())
+        linears = ", ".join(f"{count} at {bits} bits" for bits, count in counts) + " (compressed-tensors)"
+    else:
+        linears = "16 bits" if report.linear_bits == 16 else f"{report.linear_bits} bits (compressed-tensors)"
     if report.linear_bits != 16 and report.unquantized_linears:
         linears += f", {len(report.unquantized_linears)} of them left at 16"
     rows = [
@@ -54,6 +62,8 @@ def _quantization(report: QuantizationReport, calibration: TokenSequences, gate_
         ("share of expert weights by code width", share),
         ("attention and dense linears", linears),
     ]
+    if head is not None:
+        rows.append(("output head", f"{head} bits" + ("" if head == 16 else " (compressed-tensors)")))
     if report.super_experts:
         listed = "; ".join(f"{layer}: {ids}" for layer, ids in report.super_experts.items())
         rows.append(("super experts (rare extreme activations)", listed))

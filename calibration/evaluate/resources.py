@@ -8,6 +8,7 @@ Sizes are exact, of transformers' own modules on the meta device. Memory is what
 (docs/design.md, Memory and resuming). Work is counted in multiply-adds of matrix products, which are nearly all of it.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,17 +18,29 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from vllm_mcmoe.calibration.allocate.bits import written_bits
+from vllm_mcmoe.calibration.allocate.program import check_budget, size_range
+from vllm_mcmoe.calibration.allocate.size import size_in_bytes
+from vllm_mcmoe.calibration.checkpoint.size import DecidedBytes, Weight
 from vllm_mcmoe.calibration.evaluate.work import Work, count_work
+from vllm_mcmoe.calibration.matrix.linears import (
+    LINEAR_BITS,
+    SCALE_BITS,
+    LinearShape,
+    choose_group_size,
+    tensor_parallel_sizes,
+)
+from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
-from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
-from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
-from vllm_mcmoe.calibration.quantize.layer import find_linear
-from vllm_mcmoe.calibration.quantize.linears import SCALE_BITS, LinearShape, choose_group_size, tensor_parallel_sizes
+from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel, describe_model
+from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, find_linear, skeleton
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
+from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import group_count
 
 BITS_16 = 2  # bytes
+DEFAULT_BITS = 2.5
 
 MEMORY_SIZES = {"24 GB GPU": 24, "48 GB GPU": 48, "80 GB GPU": 80, "141 GB GPU": 141}
 # vLLM's default for --gpu-memory-utilization: the rest is for activations, graphs and what else runs there.
@@ -118,9 +131,28 @@ class ServingNeeds:
 
 
 @dataclass(frozen=True)
+class SizeNeeds:
+    """A size of the whole checkpoint, before anything is measured.
+
+    requested_bytes, least_bytes, largest_bytes   of the files: what was asked for, and what is possible
+    least_expert_bits, most_expert_bits   what is left to an expert's weight, on average as written, where all linears
+                                          and the output head stay in 16 bits, and where all get 4
+    """
+
+    requested_bytes: int
+    least_bytes: int
+    largest_bytes: int
+    least_expert_bits: float
+    most_expert_bits: float
+
+
+@dataclass(frozen=True)
 class ResourcePlan:
+    """bits: of an expert's weight; with a size, the most there can be. size: None where bits were asked for."""
+
     architecture: str
     bits: float
+    size: SizeNeeds | None
     parameters: Parameters
     quantization: QuantizationNeeds
     serving: ServingNeeds
@@ -133,7 +165,8 @@ class ResourcePlan:
 def plan_resources(
     model_dir: str | Path,
     *,
-    bits: float = 2.5,
+    bits: float | None = None,
+    size: str | int | None = None,
     linear_bits: int | None = None,
     sequences: int = 128,
     length: int = 2048,
@@ -142,20 +175,31 @@ def plan_resources(
     tuned: bool = True,
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
-    """bits: of expert weights, scales and zeros included. sequences x length calibration tokens.
+    """bits: of expert weights, scales and zeros included, DEFAULT_BITS if neither they nor a size are given. size: of
+    the whole checkpoint, as allocate takes it. sequences x length calibration tokens.
+
     tuned: as pipeline.quantize takes it. kv_tokens: of all requests that are served at once.
 
-    Raises UnsupportedModelError as describe_model does.
+    Raises UnsupportedModelError as describe_model does, PlanError for a size that no checkpoint of this model can have.
     """
     description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned)
-    linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
+    if bits is not None and size is not None:
+        raise PlanError("give either bits or size.")
     model = skeleton(description)
+    size_needs = None if size is None else _size_needs(description, model, recipe, size, linear_bits)
+    linear_bits = recipe.linear_bits if linear_bits is None else linear_bits
+    if size_needs is not None:
+        bits = size_needs.most_expert_bits
+    elif bits is None:
+        bits = DEFAULT_BITS
     linears = _linears(description, model)
     parameters = _parameters(description, model, linears)
     layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
     checkpoint_bytes = round(
         parameters.experts * bits / 8 + _bytes_of_linears(linears, linear_bits) + parameters.rest * BITS_16
     )
+    if size_needs is not None:
+        checkpoint_bytes = min(size_needs.requested_bytes, size_needs.largest_bytes)
     tokens = sequences * length
     with_gradients = needs_gradients(recipe)
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
@@ -190,7 +234,45 @@ def plan_resources(
             for name, size in MEMORY_SIZES.items()
         ],
     )
-    return ResourcePlan(description.architecture, bits, parameters, quantization, serving)
+    return ResourcePlan(description.architecture, bits, size_needs, parameters, quantization, serving)
+
+
+def _size_needs(
+    description: MoeModel, model: torch.nn.Module, recipe: Recipe, size: str | int, linear_bits: int | None
+) -> SizeNeeds:
+    linears = table_of(DecidedBytes.of(description, planned_weights(description, model)))
+    requested = size_in_bytes(size, linears.original_bytes)
+    asked = {"size": requested, "linear_bits": linear_bits, "linears": linears}
+    check_budget(description, recipe, None, None, **asked)
+    least, largest = size_range(description, recipe, linears, linear_bits)
+    experts = sum(map(math.prod, description.part_shapes().values()))
+    experts *= description.num_experts * len(description.moe_layers)
+
+    def expert_bits(width: int) -> float:
+        others = sum(
+            m.nbytes[width if linear_bits is None else linears.held_at(m, linear_bits)] for m in linears.modules
+        )
+        left = 8 * (requested - linears.other_bytes - others) / experts
+        least, most = (written_bits(width, recipe.format_version) for width in (recipe.widths[0], recipe.widths[-1]))
+        return min(max(left, least), most)
+
+    return SizeNeeds(requested, least, largest, expert_bits(LINEAR_BITS[-1]), expert_bits(LINEAR_BITS[0]))
+
+
+def planned_weights(description: MoeModel, model: torch.nn.Module) -> dict[str, Weight]:
+    """Of all tensors but the routed experts', by the names they have on disk, from the model without weights."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(f"{TEXT_MODULE}{LAYERS}."):
+            number, _, relative = name.removeprefix(f"{TEXT_MODULE}{LAYERS}.").partition(".")
+            on_disk = f"{description.layer_prefix}{number}.{description.on_disk_name(relative)}"
+        elif name == f"{HEAD_MODULE}.weight" and description.config.tie_word_embeddings:
+            continue
+        else:
+            on_disk = description.outer_name(name)
+        if not description.is_expert_tensor(on_disk):
+            weights[on_disk] = Weight(tuple(tensor.shape), BITS_16)
+    return weights
 
 
 def flops_per_second(size: int = 2048, seconds: float = 1.0) -> float:

@@ -2,5 +2,6 @@
 error.
 
 Read grids.py first: what a width can represent. gptq.py chooses codes in order, refinement.py improves them,
-two_sided.py does so knowing which outputs the loss feels; row_loops.py has the inner loops, compiled.
+two_sided.py does so knowing which outputs the loss feels; row_loops.py has the inner loops, compiled. linears.py has
+the packed linears of compressed-tensors.
 """

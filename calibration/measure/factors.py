@@ -5,6 +5,7 @@ so a newer tool's remarks survive an older one's edit. A MoE layer is named by i
 "model.layers.0.block_sparse_moe.experts".
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm_mcmoe.calibration.common.documents import FORMAT_VERSION, PerWidth, Reader, read_document, save_document
+from vllm_mcmoe.calibration.matrix.linears import LINEAR_BITS, PACKED_BITS
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import padded
 
 PROJECTIONS = ("gate_up", "down")
+LINEARS_VERSION = 1  # of the table of linears in it
 
 
 @dataclass
@@ -76,13 +79,79 @@ class LayerFactors:
 
 
 @dataclass
+class LinearFactors:
+    """What calibration measured of linears that get one width: of one decoder layer those that share an input, or the
+    output head.
+
+    names          on disk
+    nbytes         width -> bytes in the checkpoint, of all of them
+    loss_increase  width -> predicted increase of the loss, nats per token, when these alone are quantised; empty where
+                   it was not measured
+    """
+
+    names: list[str]
+    nbytes: dict[int, int]
+    loss_increase: dict[int, float]
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON, as in factors.json; from_document reads it."""
+        per_width = {"bytes": self.nbytes, "loss_increase": self.loss_increase}
+        return {
+            "names": self.names,
+            **{key: {str(w): values[w] for w in sorted(values)} for key, values in per_width.items()},
+        }
+
+    @classmethod
+    def from_document(cls, document: Any, source: str) -> Self:
+        """source: what errors call it. Raises FormatError."""
+        return _parse_linear_factors(Reader(source), document)
+
+
+@dataclass
+class LinearTable:
+    """What `--size` needs beside the experts.
+
+    modules         the linears whose widths are to be decided
+    group_size      of their packed forms
+    head            on-disk name of the output head, where it is one of them
+    other_bytes     of the checkpoint's files, what neither experts nor these linears take
+    original_bytes  of all weights in 16 bits
+    """
+
+    modules: list[LinearFactors]
+    head: str | None
+    group_size: int
+    other_bytes: int
+    original_bytes: int
+
+    def held_at(self, module: LinearFactors, linear_bits: int) -> int:
+        """The width of a module where all linears in decoder layers are to have one: the head keeps 16 bits."""
+        return 16 if module.names[0] == self.head else linear_bits
+
+    def to_document(self) -> dict[str, Any]:
+        return {
+            "version": LINEARS_VERSION,
+            "head": self.head,
+            "group_size": self.group_size,
+            "other_bytes": self.other_bytes,
+            "original_bytes": self.original_bytes,
+            "modules": [module.to_document() for module in self.modules],
+        }
+
+
+@dataclass
 class Factors:
-    """factors.json: what calibration measured, one entry of `layers` per MoE layer in model order."""
+    """factors.json: what calibration measured, one entry of `layers` per MoE layer in model order.
+
+    linears   of the other linears and of the checkpoint as a whole; None in files of earlier versions and of recipes
+              that measure no loss increase
+    """
 
     model: str
     tokens: int
     top_k: int
     layers: dict[str, LayerFactors]
+    linears: LinearTable | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -95,6 +164,7 @@ class Factors:
             "top_k": self.top_k,
             **self.extra,
             "layers": {name: _layer_document(layer) for name, layer in self.layers.items()},
+            **({} if self.linears is None else {"linears": self.linears.to_document()}),
         }
         parse_factors(document, str(path))  # never write what load would refuse
         save_document(document, path)
@@ -122,6 +192,29 @@ class Factors:
                     f"there, and {dict(shapes)} in this one."
                 )
 
+    def check_linears(self, expected: LinearTable) -> None:
+        """expected: of the model these are to be used for, by its files.
+
+        Raises PlanError where there is no table, or one of another model.
+        """
+        if self.linears is None:
+            raise PlanError(self.without_linears())
+        another = f"the factors are of another model, {self.model}"
+        for found, module in itertools.zip_longest(self.linears.modules, expected.modules):
+            if found is None or module is None or (found.names, found.nbytes) != (module.names, module.nbytes):
+                raise PlanError(f"{another}: its linears differ in {(module or found).names[0]}")
+        for key in ("group_size", "other_bytes", "original_bytes"):
+            here, there = getattr(expected, key), getattr(self.linears, key)
+            if here != there:
+                raise PlanError(f"{another}: {key} is {there} there, and {here} in this one")
+
+    def without_linears(self) -> str:
+        """What to say where there is no table."""
+        return (
+            f"the factors of {self.model} have no table of linears, which a size of the whole checkpoint needs: they "
+            "are of an earlier version. Calibrate again, or give bits"
+        )
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Raises FormatError for a file that is not valid factors, OSError for one that cannot be read."""
@@ -138,13 +231,45 @@ def parse_factors(document: Any, source: str = "factors") -> Factors:
     }
     if not layers:
         reader.fail("layers", "no layer", "at least one MoE layer")
+    linears = top.pop("linears", None)
     return Factors(
         model=reader.instance(top.pop("model", None), str, "model"),
         tokens=reader.integer(top.pop("tokens", None), "tokens", minimum=0),
         top_k=reader.integer(top.pop("top_k", None), "top_k", minimum=1),
         layers=layers,
+        linears=None if linears is None else _parse_linears(reader.within("linears"), linears),
         extra=top,
     )
+
+
+def _parse_linears(reader: Reader, document: Any) -> LinearTable:
+    table = reader.mapping(document, "table")
+    if table.get("version") != LINEARS_VERSION:
+        reader.fail("version", repr(table.get("version")), str(LINEARS_VERSION))
+    modules = reader.instance(table.get("modules"), list, "modules")
+    head = table.get("head")
+    return LinearTable(
+        [_parse_linear_factors(reader.within(f"modules[{i}]"), module) for i, module in enumerate(modules)],
+        head if head is None else reader.instance(head, str, "head"),
+        *(reader.integer(table.get(key), key, 1) for key in ("group_size", "other_bytes", "original_bytes")),
+    )
+
+
+def _parse_linear_factors(reader: Reader, document: Any) -> LinearFactors:
+    module = reader.mapping(document, "linears")
+    names = [reader.instance(name, str, "names") for name in reader.instance(module.get("names"), list, "names")]
+    if not names:
+        reader.fail("names", "an empty list", "at least one linear")
+    per_width: dict[str, dict[int, Any]] = {}
+    for key, check, expected in (
+        ("bytes", lambda value, at: reader.integer(value, at, 1), LINEAR_BITS),
+        ("loss_increase", reader.number, PACKED_BITS),
+    ):
+        values = reader.mapping(module.get(key), key)
+        if sorted(values) != sorted(map(str, expected)) and (values or key == "bytes"):
+            reader.fail(key, f"widths {', '.join(values) or 'none'}", f"{', '.join(map(str, expected))}")
+        per_width[key] = {w: check(values[str(w)], f"{key}[{w}]") for w in expected if str(w) in values}
+    return LinearFactors(names, per_width["bytes"], per_width["loss_increase"])
 
 
 def _parse_layer_factors(reader: "Reader", document: Any) -> LayerFactors:

@@ -12,8 +12,10 @@ memory or on disk. From disk a later run takes up the sweeps where an earlier on
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -38,6 +40,23 @@ FLOAT_BYTES = 4  # activations are float32
 
 # Elements of the logits computed at once (256 MB; softmax, its sums and the gradient take as much again each).
 LOGITS_AT_ONCE = 1 << 26
+
+
+class LayerWatcher(Protocol):
+    """Who measures something else than experts in the same sweep."""
+
+    def wants(self, layer: int) -> bool:
+        """Whether it is to see all tokens go through this decoder layer."""
+
+    def watching(self, number: int, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """Holds while they do, forwards and backwards."""
+
+    @property
+    def wants_outputs(self) -> bool:
+        """Whether it is to see the last layer's."""
+
+    def see_outputs(self, hidden: Activations) -> None:
+        """hidden: the last layer's output, before any layer is watched."""
 
 
 @dataclass(frozen=True)
@@ -184,29 +203,38 @@ def backward_traces(
     seed: int = 0,
     store: ActivationStore | None = None,
     measured: Collection[str] = (),
+    watcher: LayerWatcher | None = None,
     show_progress: bool = True,
 ) -> Iterator[MoeTrace]:
     """Traces with gradients, last layer first. tokens: int64 [sequences, length]; seed: of the sampled labels.
 
     store     where activations are kept; memory if not given
     measured  names of layers whose traces are not asked for
+    watcher   sees the layers that it wants, whether or not their traces are asked for
     """
     store = store or ActivationStore()
-    if all(name in measured for name in model.description.moe_layers.values()):
+    moe_layers = model.description.moe_layers
+    watched = {index for index in range(model.num_layers) if watcher is not None and watcher.wants(index)}
+    needed = watched | {index for index, name in moe_layers.items() if name not in measured}
+    outputs_needed = watcher is not None and watcher.wants_outputs
+    if not needed and not outputs_needed:
         return
     model.note_layer_arguments(tokens.shape[1])
-    end, gradients = _found_gradients(model, store, measured)
+    end, gradients = (model.num_layers, None) if outputs_needed else _found_gradients(model, store, needed)
     inputs = _layer_inputs(model, tokens, store, end, show_progress)
     if gradients is None:
+        if outputs_needed:
+            watcher.see_outputs(inputs[-1])
         batches = _output_gradients(model, inputs.pop(), seed)
         gradients = store.collect(_gradients(end), batches, tokens.numel())
     for index in progress(range(end)[::-1], "Measuring layers", show=show_progress):
         with model.loaded_layer(index) as layer:
-            name = model.description.moe_layers.get(index)
+            name = moe_layers.get(index)
             wanted = name is not None and name not in measured
             recording = _Recording(store, tokens.numel(), layer.device) if wanted else None
             batches = _backward(layer, inputs.pop(), gradients, recording)
-            gradients = store.collect(_gradients(index), batches, tokens.numel())
+            with watcher.watching(index, layer) if index in watched else nullcontext():
+                gradients = store.collect(_gradients(index), batches, tokens.numel())
             if recording is not None:
                 yield recording.trace(name, layer)
             # Only now are they not needed to do this layer again.
@@ -226,14 +254,13 @@ def _gradients(index: int) -> str:
 
 
 def _found_gradients(
-    model: LayerwiseModel, store: ActivationStore, measured: Collection[str]
+    model: LayerwiseModel, store: ActivationStore, needed: Collection[int]
 ) -> tuple[int, Activations | None]:
-    """The lowest layer whose input gradient an earlier run has left, all layers from it on being measured; without
-    one, the number of layers."""
+    """The lowest layer whose input gradient an earlier run has left, no layer from it on being needed; without one, the
+    number of layers."""
     end, found = model.num_layers, None
     for index in range(model.num_layers)[::-1]:
-        name = model.description.moe_layers.get(index)
-        if name is not None and name not in measured:
+        if index in needed:
             break
         gradients = store.find(_gradients(index))
         if gradients is not None:

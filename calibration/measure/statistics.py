@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vllm_mcmoe.calibration.checkpoint.size import decided_bytes
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
 from vllm_mcmoe.calibration.common.files import write_atomically
 from vllm_mcmoe.calibration.common.progress import Log
@@ -22,6 +23,7 @@ from vllm_mcmoe.calibration.common.threads import side_by_side
 from vllm_mcmoe.calibration.measure.expert_errors import ExpertMeasurement, measure_expert
 from vllm_mcmoe.calibration.measure.expert_tokens import evenly_spaced, experts_at_once
 from vllm_mcmoe.calibration.measure.factors import Factors, LayerFactors
+from vllm_mcmoe.calibration.measure.linear_errors import LinearMeasurer, table_of
 from vllm_mcmoe.calibration.measure.output_gradients import KeptGradients, OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace, backward_traces, forward_traces
 from vllm_mcmoe.calibration.measure.super_experts import MASSIVE_RATIO, flag_super_experts
@@ -55,6 +57,7 @@ def measure(
     store: ActivationStore | None = None,
     work: WorkDirectory | None = None,
     for_quantizing: bool = True,
+    with_linears: bool = False,
     log: Log = lambda message: None,
     show_progress: bool = True,
 ) -> Calibration:
@@ -63,6 +66,8 @@ def measure(
     store  where activations are kept; memory if not given
     work   where measured layers are kept, so that the next run goes on from there
     for_quantizing  keep the gradients that the recipe quantises with, too, gigabytes for a large model
+    with_linears    for a budget of the whole checkpoint: list the other linears and the output head, too, with what
+                    their widths would cost where the recipe measures loss increases
 
     Recipes that use no gradient are measured without one, and their factors have no loss_increase; the uniform
     recipe's have no errors either, unless widths are given.
@@ -77,11 +82,14 @@ def measure(
     if measured:
         log(f"{len(measured)} of {len(names)} layers are measured already.")
     options = {"store": store, "measured": frozenset(measured), "show_progress": show_progress}
+    linears = table = None
     if needs_gradients(recipe):
-        traces = backward_traces(model, tokens, seed=seed, **options)
+        if with_linears and recipe.objective == "loss_increase":
+            linears = LinearMeasurer(model, tokens.numel(), work)
+        traces = backward_traces(model, tokens, seed=seed, watcher=linears, **options)
     else:
         traces = forward_traces(model, tokens, **options)
-    complete = len(measured) == len(names)
+    complete = len(measured) == len(names) and (linears is None or linears.complete)
     keep_gradients = for_quantizing and needs_output_gradients(recipe)
     length = tokens.shape[1]
     positions = (chosen[:, None] * length + torch.arange(length)).flatten() if keep_gradients else None
@@ -94,12 +102,15 @@ def measure(
         measured[trace.name] = layer
     if not complete:  # else what is there belongs to the work that comes after measuring
         store.drop_all()
+    if with_linears:
+        table = table_of(decided_bytes(model)) if linears is None else linears.table()
     measured = {name: measured[name] for name in names}  # a backward sweep measures the last layer first
     factors = Factors(
         model=str(model.description.path),
         tokens=tokens.numel(),
         top_k=model.description.top_k,
         layers={name: layer.factors for name, layer in measured.items()},
+        linears=table,
         extra={
             "recipe": recipe.name,
             "error_quantizer": recipe.error_quantizer,

@@ -116,6 +116,13 @@ class MoeModel:
                 return module + tensor_name.removeprefix(on_disk)
         return tensor_name
 
+    def on_disk_name(self, module_name: str) -> str:
+        """The other way round."""
+        for on_disk, module in self.family.module_names.items():
+            if module_name.startswith(module):
+                return on_disk + module_name.removeprefix(module)
+        return module_name
+
     @property
     def layer_prefix(self) -> str:
         """On disk; a decoder layer's number follows."""
@@ -134,6 +141,11 @@ class MoeModel:
         if module_name.startswith(f"{HEAD_MODULE}."):
             return self.family.head + module_name.removeprefix(HEAD_MODULE)
         return self.family.text_prefix + module_name.removeprefix(TEXT_MODULE)
+
+    @property
+    def packs_head(self) -> bool:
+        """Whether the output head can be packed: one of its own, which vLLM's model serves quantised."""
+        return self.family.head_packed and not self.config.tie_word_embeddings
 
     def passes_through(self, name: str) -> bool:
         """Whether an on-disk tensor belongs to a part of a wrapper that is copied as it is."""

@@ -96,6 +96,10 @@ class DecoderLayer:
         interleaved = self.model.family.experts_interleaved
         return Expert(self.model.function, interleaved, self.gate_up[number], self.down[number], *biases)
 
+    def linear(self, name: str) -> nn.Linear | None:
+        """The linear that is called so on disk, relative to the layer, where this layer has it."""
+        return find_linear(self.module, self.model.module_name(name))
+
     @contextmanager
     def experts_forward(self, forward: ExpertsForward) -> Iterator[None]:
         """Within the block the layer's experts are computed by forward(x [N, H], topk_ids [N, k],
@@ -319,27 +323,35 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
-        return self.head(self.final_norm(hidden.to(self.device)))
+        return self.head_logits(self.head_inputs(hidden))
+
+    def head_logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What logits does with head_inputs."""
+        logits = self.head()(inputs.to(self.device))
+        logits = logits / self._config_factor(self.description.family.logits_divisor)
+        softcap = self.description.family.logits_softcap
+        limit = None if softcap is None else getattr(self.description.config, softcap)
+        return logits if limit is None else torch.tanh(logits / limit) * limit
+
+    def head(self) -> nn.Linear:
+        """lm_head with its weights, which stay in memory until release_head."""
+        self._load_outer(HEAD_MODULE, self.module.lm_head)
+        return self.module.lm_head
+
+    def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What lm_head is called with where the last layer's output is hidden: [..., hidden] -> same shape, on the
+        model's device."""
+        return self.final_norm(hidden.to(self.device))
 
     @property
     def final_norm(self) -> nn.Module:
         """Of the last layer's output."""
         return getattr(self.module.model, self.description.family.final_norm)
 
-    def reload_final_norm(self) -> nn.Module:
-        """The same, read again from a source that has other values by now."""
+    def reload_final_norm(self) -> None:
+        """Read it again from a source that has other values by now."""
         norm = self.final_norm.to("meta")
         self._load_outer(TEXT_MODULE + self.description.family.final_norm, norm)
-        return norm
-
-    def head(self, normalised: torch.Tensor) -> torch.Tensor:
-        """What logits does after the final norm."""
-        self._load_outer(HEAD_MODULE, self.module.lm_head)
-        logits = self.module.lm_head(normalised.to(self.device))
-        logits = logits / self._config_factor(self.description.family.logits_divisor)
-        softcap = self.description.family.logits_softcap
-        limit = None if softcap is None else getattr(self.description.config, softcap)
-        return logits if limit is None else torch.tanh(logits / limit) * limit
 
     def _config_factor(self, key: str | None) -> float:
         return 1.0 if key is None else getattr(self.description.config, key)
@@ -354,6 +366,16 @@ class LayerwiseModel:
         self._load_outer(self._embedding, self.module.get_input_embeddings())
         self._load_outer(HEAD_MODULE, self.module.lm_head)
         return self.module
+
+
+def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:
+    """The linear of that name in transformers' module tree where this decoder layer has it (dense layers have other
+    ones than MoE layers)."""
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None
 
 
 def stack_name(model: MoeModel, part: str) -> str:

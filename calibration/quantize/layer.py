@@ -20,6 +20,13 @@ from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.common.threads import side_by_side
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
+from vllm_mcmoe.calibration.matrix.linears import (
+    SUFFIXES,
+    LinearShape,
+    dequantize_linear,
+    quantize_linear,
+    tensor_parallel_sizes,
+)
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import (
     MoeInputs,
@@ -34,13 +41,6 @@ from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients, out
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
-from vllm_mcmoe.calibration.quantize.linears import (
-    SUFFIXES,
-    LinearShape,
-    dequantize_linear,
-    quantize_linear,
-    tensor_parallel_sizes,
-)
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import matrix_of
 from vllm_mcmoe.kernels.packing import PackedMatrix
@@ -53,7 +53,7 @@ class LayerOptions:
     """How one layer is quantised.
 
     bits            part -> width of each expert; None for a layer without experts
-    linear_bits     4, 8 or 16
+    linear_bits     width asked for of every linear: on-disk name -> 4, 8 or 16
     linear_group    inputs that share a scale in linears of 4 and 8 bits
     gradient_norms  float32 [tokens], for recipes that weight Hessians by them
     gradients       for recipes that look at the Hessians of outputs
@@ -61,7 +61,7 @@ class LayerOptions:
 
     recipe: Recipe
     bits: dict[str, list[int]] | None
-    linear_bits: int
+    linear_bits: Mapping[str, int]
     linear_group: int
     gradient_norms: torch.Tensor | None
     gradients: OutputGradients | None
@@ -103,8 +103,7 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Quantise a loaded layer on its inputs and write all its tensors to the shard."""
     job = _LayerJob(model, index, layer, hidden, options, log)
-    if options.linear_bits != 16:
-        job.quantize_linears()
+    job.quantize_linears()
     if options.bits is not None:
         job.quantize_experts(moe_inputs(layer, hidden, store))
     job.add_unquantized()
@@ -149,9 +148,9 @@ class _LayerJob:
         for stage in self.description.family.linears:
             modules = {}
             for name in stage:
-                module = find_linear(self.layer.module, self.description.module_name(name))
-                if module is not None:
-                    modules[f"{self.description.layer_prefix}{self.index}.{name}"] = module
+                module, on_disk = self.layer.linear(name), f"{self.description.layer_prefix}{self.index}.{name}"
+                if module is not None and self.options.linear_bits.get(on_disk, 16) != 16:
+                    modules[on_disk] = module
             if not modules:
                 continue
             in_features, group_size = next(iter(modules.values())).in_features, self.options.linear_group
@@ -171,7 +170,7 @@ class _LayerJob:
 
     def _quantize_linear(self, name: str, module: nn.Linear, factor: HessianFactor) -> None:
         stored_dtype = self.model.source.read(f"{name}.weight").dtype
-        bits, group_size = self.options.linear_bits, self.options.linear_group
+        bits, group_size = self.options.linear_bits[name], self.options.linear_group
         weight, tensors = quantize_linear(module.weight, factor, bits, group_size, stored_dtype)
         module.weight.data.copy_(weight)
         for suffix, tensor in tensors.items():
@@ -239,17 +238,18 @@ def restore(
     index: int,
     layer: DecoderLayer,
     quantized: QuantizedLayer,
-    linear_bits: int,
+    linear_bits: Mapping[str, int],
     version: int,
     shard: Path,
 ) -> None:
-    """Give a loaded layer the weights its shard has, exactly those quantize_layer left it with."""
+    """Give a loaded layer the weights its shard has, exactly those quantize_layer left it with. linear_bits: as in
+    LayerOptions."""
     description = model.description
     with safe_open(shard, framework="pt") as file:
         for name in quantized.linears:
-            module_name = description.module_name(name.removeprefix(f"{description.layer_prefix}{index}."))
+            module = layer.linear(name.removeprefix(f"{description.layer_prefix}{index}."))
             tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES}
-            find_linear(layer.module, module_name).weight.data.copy_(dequantize_linear(tensors, linear_bits))
+            module.weight.data.copy_(dequantize_linear(tensors, linear_bits[name]))
         for expert, report in enumerate(quantized.experts):
             for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
                 all_rows = description.projection_rows(part)
@@ -258,15 +258,6 @@ def restore(
                     bits = getattr(report, part)
                     matrix = matrix_of(bits, version, lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}"))
                     stack[expert, rows] = matrix.dequantize(in_features=stack.shape[2])
-
-
-def find_linear(layer: nn.Module, name: str) -> nn.Linear | None:
-    """The linear of that name where this decoder layer has it (dense layers have other ones than MoE layers)."""
-    try:
-        module = layer.get_submodule(name)
-    except AttributeError:
-        return None
-    return module if isinstance(module, nn.Linear) else None
 
 
 def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activations) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vllm_mcmoe.calibration.tune.tunables import Tunable
 def final_states(model: LayerwiseModel, tokens: torch.Tensor, store: ActivationStore, name: str) -> Activations:
     """float32 [tokens, hidden], what the output head is given, kept in the store under that name. tokens: int64
     [sequences, length]."""
-    norm = model.reload_final_norm()
+    model.reload_final_norm()
     model.note_layer_arguments(tokens.shape[1])
     hidden = store.collect(_inputs(0), model.embedded_batches(tokens), tokens.numel())
     with torch.no_grad():
@@ -28,7 +28,7 @@ def final_states(model: LayerwiseModel, tokens: torch.Tensor, store: ActivationS
             with model.loaded_layer(index) as layer:
                 outputs = map(layer, hidden)
                 if last:
-                    hidden = store.collect(name, map(norm, outputs), tokens.numel())
+                    hidden = store.collect(name, map(model.head_inputs, outputs), tokens.numel())
                 else:
                     hidden = store.collect(_inputs(index + 1), outputs, tokens.numel())
             store.drop(_inputs(index))
@@ -36,7 +36,11 @@ def final_states(model: LayerwiseModel, tokens: torch.Tensor, store: ActivationS
 
 
 def mean_kl(
-    model: LayerwiseModel, tokens: torch.Tensor, expected: Iterator[torch.Tensor], store: ActivationStore
+    model: LayerwiseModel,
+    original: LayerwiseModel,
+    tokens: torch.Tensor,
+    expected: Iterator[torch.Tensor],
+    store: ActivationStore,
 ) -> float:
     """KL(original || model), nats per token. tokens: int64 [sequences, length]; expected: the original's final states
     of every sequence, float32 [length, hidden]."""
@@ -45,14 +49,15 @@ def mean_kl(
         for batch in final_states(model, tokens, store, name):
             for rows in batch:
                 for found, wanted in _paired(model, rows, next(expected)):
-                    total += float(_kl(model, found, wanted).double().sum())
+                    total += float(_kl(model, original, found, wanted).double().sum())
     store.drop(name)
-    model.release_head()
+    _release_heads(model, original)
     return total / tokens.numel()
 
 
 def kl_gradients(
     model: LayerwiseModel,
+    original: LayerwiseModel,
     tokens: torch.Tensor,
     expected: Iterator[torch.Tensor],
     tunables: Mapping[str, Tunable],
@@ -72,7 +77,7 @@ def kl_gradients(
                 inputs.append(store.collect(_inputs(index + 1), map(layer, inputs[-1]), count))
     kl: list[float] = []
     found: dict[str, torch.Tensor] = {}
-    batches = _output_gradients(model, _of_layer(tunables, None), inputs.pop(), expected, found, kl)
+    batches = _output_gradients(model, original, _of_layer(tunables, None), inputs.pop(), expected, found, kl)
     gradients = store.collect(_gradients(model.num_layers), batches, count)
     store.drop(_inputs(model.num_layers))
     for index in range(model.num_layers)[::-1]:
@@ -109,6 +114,7 @@ def _with_gradients(
 
 def _output_gradients(
     model: LayerwiseModel,
+    original: LayerwiseModel,
     tunables: Mapping[str, Tunable],
     hidden: Activations,
     expected: Iterator[torch.Tensor],
@@ -122,14 +128,14 @@ def _output_gradients(
             parts = []
             for rows in batch:
                 for states, wanted in _paired(model, rows, next(expected)):
-                    states = states.detach().to(model.device).requires_grad_()
+                    states = states.detach().requires_grad_()
                     with torch.enable_grad():
-                        loss = _kl(model, model.final_norm(states), wanted).sum()
+                        loss = _kl(model, original, model.head_inputs(states), wanted).sum()
                     loss.backward()
                     kl.append(float(loss.detach()))
                     parts.append(states.grad)
             yield torch.cat(parts).view(batch.shape)
-    model.release_head()
+    _release_heads(model, original)
 
 
 def _backward(
@@ -158,11 +164,16 @@ def _paired(
     return zip(rows.split(at_once), expected.split(at_once), strict=True)
 
 
-def _kl(model: LayerwiseModel, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """token_kl of two final states [n, hidden] under the model's head, which is the original's -> [n]."""
+def _kl(model: LayerwiseModel, original: LayerwiseModel, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """token_kl of final states [n, hidden], each under its own model's head -> [n]."""
     with torch.no_grad():
-        wanted = model.head(expected).log_softmax(-1)
-    return token_kl(wanted, model.head(found).log_softmax(-1))
+        wanted = original.head_logits(expected).log_softmax(-1)
+    return token_kl(wanted, model.head_logits(found).log_softmax(-1))
+
+
+def _release_heads(*models: LayerwiseModel) -> None:
+    for model in models:
+        model.release_head()
 
 
 def _inputs(index: int) -> str:

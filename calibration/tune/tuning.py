@@ -151,7 +151,8 @@ class _Tuning:
         return found
 
     def _held_out_kl(self, original: Activations) -> float:
-        return mean_kl(self.quantized, self.tokens[self.held_out], self._of(original, self.held_out), self.store)
+        expected = self._of(original, self.held_out)
+        return mean_kl(self.quantized, self.model, self.tokens[self.held_out], expected, self.store)
 
     def _of(self, original: Activations, chosen: torch.Tensor) -> Iterator[torch.Tensor]:
         """The sequences' states one by one."""
@@ -161,7 +162,8 @@ class _Tuning:
     def _step(self, chosen: torch.Tensor, size: float, original: Activations) -> None:
         """One of Adam, on these sequences; its size is relative to the tunables' own."""
         expected = self._of(original, chosen)
-        _, gradients = kl_gradients(self.quantized, self.tokens[chosen], expected, self.tunables, self.store)
+        tokens = self.tokens[chosen]
+        _, gradients = kl_gradients(self.quantized, self.model, tokens, expected, self.tunables, self.store)
         for name, value in self.values.items():
             value.grad = gradients.get(name)
         for group, tunable in zip(self.optimizer.param_groups, self.tunables.values(), strict=True):

@@ -239,8 +239,9 @@ def test_norms_are_tuned_and_written(kind, quantized, tokens, tmp_path):
     tunables = find_tunables(LayerwiseModel(weights), TuningOptions())
     values = {name: tunable.value for name, tunable in tunables.items()}
     tuned = LayerwiseModel(TunedWeights(weights, values))
-    original = final_states(layerwise(quantized(kind).model), tokens, store, "original").rows.view(*tokens.shape, -1)
-    _, gradients = kl_gradients(tuned, tokens, iter(original), tunables, store)
+    original = layerwise(quantized(kind).model)
+    states = final_states(original, tokens, store, "original").rows.view(*tokens.shape, -1)
+    _, gradients = kl_gradients(tuned, original, tokens, iter(states), tunables, store)
     moved = {tunables[name].layer for name, gradient in gradients.items() if gradient.abs().max() > 0}
     assert moved == {None, *range(description.num_layers)}
     (final,) = (name for name, tunable in tunables.items() if tunable.layer is None)

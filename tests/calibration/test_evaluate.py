@@ -11,11 +11,11 @@ from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
 from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, round_activations
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix.linears import linear_widths
 from vllm_mcmoe.calibration.measure.expert_tokens import moe_inputs
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import load_sequences
-from vllm_mcmoe.calibration.quantize.linears import linear_bits
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import PackedMatrix
 from vllm_mcmoe.kernels.reference import fused_experts
@@ -148,7 +148,7 @@ def test_int8_activations_cost_little(mixed_checkpoint, quantised, evaluation_fi
 def test_dequantised_linears_are_those_of_the_library(mixed_checkpoint, reference_model):
     weights = open_weights(mixed_checkpoint)
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert linear_bits(weights.config.linear) == 4
+    assert linear_widths(weights.config.linear)(name) == 4
     original = open_weights(reference_model).read(name).float()
     dequantised = weights.read(name)
     assert (dequantised - original).norm() < 0.25 * original.norm()  # 4 bits, compensated: 0.1 to 0.2

@@ -3,13 +3,13 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
-from vllm_mcmoe.calibration.quantize.linears import (
+from vllm_mcmoe.calibration.matrix.linears import (
     GROUP_SIZES,
     LinearShape,
     choose_group_size,
     dequantize_linear,
-    linear_bits,
     linear_config,
+    linear_widths,
     quantize_linear,
     tensor_parallel_sizes,
 )
@@ -72,7 +72,7 @@ def test_the_config_is_one_that_compressed_tensors_reads():
     assert parsed.format == "pack-quantized"
     assert parsed.ignore == ["lm_head", r"re:.*\.gate$"]
     assert (group.weights.num_bits, group.weights.group_size, group.weights.symmetric) == (4, 128, True)
-    assert linear_bits(config) == 4
+    assert linear_widths(config)("model.layers.0.self_attn.q_proj") == 4
 
 
 # attention heads, [out, in] of what compressed-tensors packs, in released models
@@ -104,7 +104,7 @@ def test_the_group_size_makes_the_fewest_bytes_and_lets_ranks_share(name):
 
 def test_a_config_that_is_none_is_refused():
     with pytest.raises(FormatError, match="linear is not a compressed-tensors config"):
-        linear_bits({"config_groups": {}})
+        linear_widths({"config_groups": {}})
 
 
 def test_vllm_chooses_its_weight_only_scheme_for_every_fused_linear():

@@ -262,7 +262,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path, reference_model, qwen3_mod
 
 
 def test_exactly_one_of_plan_and_bits_is_needed(tmp_path, reference_model, calibration_files):
-    with pytest.raises(PlanError, match="exactly one of plan, bits and bits_per_layer"):
+    with pytest.raises(PlanError, match="exactly one of plan, bits, bits_per_layer and size"):
         quantize(reference_model, tmp_path / "out", calibration_files, bits=2.0, bits_per_layer=16)
 
 

@@ -91,9 +91,10 @@ def test_the_gradient_is_that_of_the_whole_model_in_memory(kind, made):
     weights = CheckpointWeights(describe_model(checkpoint))
     tunables = find_tunables(LayerwiseModel(weights), FEW)
     streamed = LayerwiseModel(TunedWeights(weights, {name: t.value for name, t in tunables.items()}))
-    original = final_states(layerwise(model), tokens, store, "original").rows.view(*tokens.shape, -1)
-    kl, found = kl_gradients(streamed, tokens, iter(original), tunables, store)
-    assert kl == pytest.approx(mean_kl(streamed, tokens, iter(original), store), rel=1e-5)
+    original = layerwise(model)
+    states = final_states(original, tokens, store, "original").rows.view(*tokens.shape, -1)
+    kl, found = kl_gradients(streamed, original, tokens, iter(states), tunables, store)
+    assert kl == pytest.approx(mean_kl(streamed, original, tokens, iter(states), store), rel=1e-5)
 
     whole = load_dequantized(checkpoint)
     expected = load_dequantized(model)(tokens).logits.log_softmax(-1).detach()

@@ -12,9 +12,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules, round_activations
+from vllm_mcmoe.calibration.matrix.linears import SCALE
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
-from vllm_mcmoe.calibration.quantize.linears import SCALE
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.kernels.reference import quantize_activations
 from vllm_mcmoe.pruning import LayerPruning, PruningRules
@@ -68,8 +68,11 @@ def with_int8_linears(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
         base, _, suffix = name.rpartition(".")
         if suffix != SCALE:
             continue
-        layer, relative = description.split_layer_name(base)
-        linear = model.model.layers[layer].get_submodule(description.module_name(f"{relative}.").rstrip("."))
+        if base == description.family.head:
+            linear = model.lm_head
+        else:
+            layer, relative = description.split_layer_name(base)
+            linear = model.model.layers[layer].get_submodule(description.module_name(f"{relative}.").rstrip("."))
         group_size = linear.in_features // files.info[name].shape[1]
 
         def round_inputs(module: torch.nn.Module, inputs: tuple[torch.Tensor], group_size: int = group_size):

@@ -18,9 +18,12 @@ from tests.vllm_mcmoe.serving import (
     with_int8_linears,
 )
 from vllm_mcmoe.calibration.allocate.plan import Plan
+from vllm_mcmoe.calibration.checkpoint.size import decided_bytes
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.recipes import RECIPES
 
@@ -42,12 +45,16 @@ RELEASED_IN = {"gpt-oss": in_mxfp4}  # the others are made as they are released,
 IN_BFLOAT16 = [kind for kind in SERVED if TINY_MODELS[kind].bfloat16]
 
 
+# Every width of linears, and the output head at 8 bits where vLLM's model serves it packed.
+MIXED, MIXED_BITS, HEAD_BITS = "mixed", (4, 8, 16), 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A model with linears of 4 or 8 bits, and how to serve it."""
+    """A model with linears of 4 or 8 bits, or MIXED, and how to serve it."""
 
     kind: str
-    bits: int = 4
+    bits: int | str = 4
     dtype: str = "float32"
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -64,6 +71,12 @@ PACKED = {
     "qwen3-next 4-bit": Packed("qwen3-next", dtype="bfloat16"),
     "qwen3.5-vision 4-bit": Packed("qwen3.5-vision", dtype="bfloat16"),
     "gpt-oss 4-bit": Packed("gpt-oss"),
+    "qwen2 mixed": Packed("qwen2", bits=MIXED),
+    "deepseek-v3 mixed": Packed("deepseek-v3", bits=MIXED),
+    "hy3 mixed": Packed("hy3", bits=MIXED),
+    "gemma4 mixed": Packed("gemma4", bits=MIXED),
+    "gpt-oss mixed": Packed("gpt-oss", bits=MIXED),
+    "qwen3.5-vision mixed": Packed("qwen3.5-vision", bits=MIXED, dtype="bfloat16"),
     "gemma4 4-bit": Packed("gemma4"),
     "mixtral-odd 4-bit": Packed(ODD),
     "qwen2 4-bit, portable": Packed("qwen2", environment={"VLLM_MCMOE_CPU_ISA": "portable"}),
@@ -82,23 +95,30 @@ OPTIONS = {kind: {"attention_backend": "CPU_MLA"} for kind in ("deepseek-v2", "d
 OPTIONS |= {kind: {"language_model_only": True} for kind, tiny in TINY_MODELS.items() if tiny.around is not None}
 
 
-def cycled_plan(model: MoeModel) -> Plan:
-    """Every width, gate_up and down apart."""
+def cycled_plan(model: MoeModel, linear_bits: int | str = 4) -> Plan:
+    """Every width, gate_up and down apart; of linears, too, where they are MIXED."""
     widths = {"gate_up": GATE_UP_BITS[: model.num_experts], "down": DOWN_BITS[: model.num_experts]}
-    return Plan(layers={name: widths for name in model.moe_layers.values()})
+    plan = Plan(layers={name: widths for name in model.moe_layers.values()})
+    if linear_bits == MIXED:
+        groups = decided_bytes(LayerwiseModel(WeightFiles(model))).groups
+        bits = [HEAD_BITS if g.layer is None else MIXED_BITS[i % len(MIXED_BITS)] for i, g in enumerate(groups)]
+        plan.linears = {name: width for group, width in zip(groups, bits, strict=True) for name in group.names}
+    return plan
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, reference_model, calibration_files) -> dict[tuple[str, int], Path]:
+def checkpoints(tmp_path_factory, reference_model, calibration_files) -> dict[tuple[str, int | str], Path]:
     """(kind, bits of linears) -> checkpoint: of every tiny model with linears in 16 bits, and those of PACKED."""
     directory = tmp_path_factory.mktemp("architectures")
     made = {}
     for kind, (tiny, changes) in KINDS.items():
         model = RELEASED_IN.get(kind, Path)(make_tiny(tiny, directory / kind, reference_model, **changes))
-        for linear_bits in sorted({16} | {packed.bits for packed in PACKED.values() if packed.kind == kind}):
+        for linear_bits in {16, *(packed.bits for packed in PACKED.values() if packed.kind == kind)}:
             out = made[kind, linear_bits] = directory / f"{kind}-{linear_bits}"
-            options = {"recipe": QUICK, "linear_bits": linear_bits, "sequences": 8, "length": 64}
-            quantize(model, out, calibration_files, plan=cycled_plan(describe_model(model)), **options)
+            options = {"recipe": QUICK, "sequences": 8, "length": 64}
+            options["linear_bits"] = None if linear_bits == MIXED else linear_bits
+            plan = cycled_plan(describe_model(model), linear_bits)
+            quantize(model, out, calibration_files, plan=plan, **options)
     return made
 
 

@@ -18,7 +18,9 @@ from vllm_mcmoe.cli.options import (
     Recipe,
     RecipeName,
     Sequences,
+    Size,
     Tune,
+    parse_size,
 )
 
 
@@ -163,7 +165,11 @@ def plan_resources(
             metavar="MODEL", help="A directory with the model's config.json, as released.", show_default=False
         ),
     ],
-    bits: Annotated[float, typer.Option(help="Average bits of an expert weight, scales and zeros included.")] = 2.5,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Average bits of an expert weight, scales and zeros included.", show_default="2.5"),
+    ] = None,
+    size: Size = None,
     linear_bits: LinearBits = None,
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
@@ -177,8 +183,13 @@ def plan_resources(
 ) -> None:
     """Say what quantising and serving a model take: memory, disk, time, GPUs, vLLM's options. Reads only config.json.
 
+    With --size, what experts can get in it, and the least and largest checkpoint there can be.
+
     Example: `mcmoe plan-resources deepseek-v3/ --bits 2.5`
     """
+    if bits is not None and size is not None:
+        raise typer.BadParameter("give one of --bits and --size")
+    size = parse_size(size)
     from vllm_mcmoe.calibration.evaluate.resources import flops_per_second
     from vllm_mcmoe.calibration.evaluate.resources import plan_resources as plan
     from vllm_mcmoe.reporting import print_resources
@@ -186,6 +197,7 @@ def plan_resources(
     result = plan(
         model,
         bits=bits,
+        size=size,
         linear_bits=linear_bits,
         recipe=recipe.value,
         effort=effort.value,

@@ -19,14 +19,17 @@ from vllm_mcmoe.cli.options import (
     EffortName,
     Granularity,
     Length,
+    LinearBits,
     Model,
     Recipe,
     RecipeName,
     Restart,
     Scope,
     Sequences,
+    Size,
     Storage,
     Widths,
+    parse_size,
     parse_widths,
 )
 
@@ -75,6 +78,8 @@ def allocate(
     ],
     bits: Bits = None,
     bits_per_layer: BitsPerLayer = None,
+    size: Size = None,
+    linear_bits: LinearBits = None,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     recipe: Recipe = RecipeName.mcmoe,
     widths: Widths = None,
@@ -93,22 +98,28 @@ def allocate(
     gamma: Annotated[float | None, typer.Option(help="Exponent of the error.", show_default="by recipe")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give every expert its bit-width by an exact integer program, and write plan.json.
+    """Give every expert its bit-width by an exact integer program, and write plan.json; with --size, the other linears
+    and the output head, too.
 
     Example: `mcmoe allocate factors.json --bits 2.5 --out plan.json`
     """
-    if (bits is None) == (bits_per_layer is None):
-        raise typer.BadParameter("give one of --bits and --bits-per-layer")
+    if sum(option is not None for option in (bits, bits_per_layer, size)) != 1:
+        raise typer.BadParameter("give one of --bits, --bits-per-layer and --size")
+    if linear_bits is not None and size is None:
+        raise typer.BadParameter("--linear-bits goes with --size here; with --bits, give it to `mcmoe quantize`")
+    size = parse_size(size)
     allowed_widths = parse_widths(widths)
     from vllm_mcmoe.calibration.allocate.program import allocate as solve
     from vllm_mcmoe.calibration.measure.factors import Factors
-    from vllm_mcmoe.reporting import print_widths
+    from vllm_mcmoe.reporting import print_linears, print_widths
 
     plan = solve(
         Factors.load(factors),
         recipe=recipe.value,
         bits=bits,
         bits_per_layer=bits_per_layer,
+        size=size,
+        linear_bits=linear_bits,
         widths=allowed_widths,
         scope=scope and scope.value,
         granularity=granularity and granularity.value,
@@ -122,4 +133,6 @@ def allocate(
         print_json(json.loads(out.read_text()))
     else:
         print_widths({name: (layer["gate_up"], layer["down"]) for name, layer in plan.layers.items()})
+        if plan.linears is not None:
+            print_linears(plan.linears)
         log(f"Wrote {out}: {plan.average_bits:.3f} bits per expert weight. Next: mcmoe quantize MODEL OUT --plan {out}")

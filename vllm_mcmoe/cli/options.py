@@ -114,6 +114,19 @@ BitsPerLayer = Annotated[
     ),
 ]
 
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Instead of --bits: what the whole checkpoint may take, its safetensors files: `13.5GB` (GB, MB: powers "
+        "of ten, as disks are sold), `12.5GiB` (powers of two), or `45%` of the model in 16 bits. Attention, shared "
+        "experts, dense layers and the output head then get 4, 8 or 16 bits by the same integer program as the "
+        "experts get theirs; with --linear-bits they keep that width, the head 16 bits, and experts get the rest. "
+        "Embeddings stay in 16 bits.",
+        show_default=False,
+    ),
+]
+
 Effort = Annotated[
     EffortName,
     typer.Option(
@@ -179,8 +192,25 @@ Tune = Annotated[
     ),
 ]
 LinearBits = Annotated[
-    int | None, typer.Option(help="Bits of attention and shared experts: 4, 8 or 16.", show_default="by recipe")
+    int | None,
+    typer.Option(
+        help="Bits of attention, shared experts and dense layers: 4, 8 or 16.",
+        show_default="by recipe; with --size each its own",
+    ),
 ]
+
+
+def parse_size(size: str | None) -> str | None:
+    """As it was given. Raises typer.BadParameter for what is no size."""
+    if size is not None:
+        from vllm_mcmoe.calibration.allocate.size import parse_size as parse
+        from vllm_mcmoe.errors import PlanError
+
+        try:
+            parse(size)
+        except PlanError as error:
+            raise typer.BadParameter(str(error), param_hint="--size") from None
+    return size
 
 
 def parse_widths(widths: str | None) -> tuple[int, ...] | None:

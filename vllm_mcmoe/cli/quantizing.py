@@ -26,9 +26,11 @@ from vllm_mcmoe.cli.options import (
     RecipeName,
     Restart,
     Sequences,
+    Size,
     Storage,
     Tune,
     Widths,
+    parse_size,
     parse_widths,
 )
 
@@ -39,6 +41,7 @@ def quantize(
     data: CalibrationData = None,
     bits: Bits = None,
     bits_per_layer: BitsPerLayer = None,
+    size: Size = None,
     plan: Annotated[
         Path | None, typer.Option(help="Use this plan.json instead of measuring and allocating.", show_default=False)
     ] = None,
@@ -68,10 +71,11 @@ def quantize(
     Needs memory for two decoder layers, not for the model. Finished layers are kept in OUT.partial until OUT is
     complete; the same command continues a run that was interrupted or killed.
 
-    Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5`
+    Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5`, or `--size 15GB` instead of the bits
     """
-    if sum(option is not None for option in (bits, bits_per_layer, plan)) != 1:
-        raise typer.BadParameter("give one of --bits, --bits-per-layer and --plan")
+    if sum(option is not None for option in (bits, bits_per_layer, size, plan)) != 1:
+        raise typer.BadParameter("give one of --bits, --bits-per-layer, --size and --plan")
+    size = parse_size(size)
     from vllm_mcmoe.calibration.allocate.plan import Plan
     from vllm_mcmoe.calibration.common.device import choose_device
     from vllm_mcmoe.calibration.measure.factors import Factors
@@ -92,6 +96,7 @@ def quantize(
         factors=Factors.load(factors) if factors else None,
         bits=bits,
         bits_per_layer=bits_per_layer,
+        size=size,
         recipe=recipe.value,
         effort=effort.value,
         widths=parse_widths(widths),

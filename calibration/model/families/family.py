@@ -56,6 +56,7 @@ class ModelFamily:
                         has no class for a wrapper's text model alone
     text_prefix         on-disk prefix of what transformers' text model calls "model."; of a wrapper another one
     head                on-disk name of the output head
+    head_packed         whether vLLM's model asks the quantization config how its output head is served
     passed_through      on-disk prefixes of what a wrapper has beside its text model, towers for images and sound; they
                         are copied as they are
     embedding, final_norm, rotary   what transformers' text model calls its embedding, its last norm and its rotary
@@ -99,6 +100,7 @@ class ModelFamily:
     expert_hidden: Callable[[PretrainedConfig], int] = _hidden_size
     text_prefix: str = "model."
     head: str = "lm_head"
+    head_packed: bool = True
     passed_through: tuple[str, ...] = ()
     embedding: str = "embed_tokens"
     final_norm: str = "norm"

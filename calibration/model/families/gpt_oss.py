@@ -37,6 +37,7 @@ GPT_OSS = ModelFamily(
     experts_interleaved=True,
     linears=ATTENTION,
     linear_ignore=("lm_head", r"re:.*\.mlp\.router$"),
+    head_packed=False,
     router="router",
     refuse=_refuse,
     notes=("Attention with sinks is calibrated by its definition, which takes memory for all pairs of tokens.",),

@@ -52,5 +52,6 @@ HUNYUAN_A13B = ModelFamily(
     top_k="moe_topk",
     linears=ATTENTION + dense_mlp("mlp.shared_mlp"),
     linear_ignore=("lm_head", r"re:.*\.mlp\.gate\.wg$"),
+    head_packed=False,
     refuse=_refuse_a13b,
 )

@@ -55,6 +55,7 @@ MIXTRAL = ModelFamily(
 PHI = replace(
     MIXTRAL,
     module_names={"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.": "mlp."},
+    head_packed=False,
     router="router",
     refuse=_refuse_phi,
     notes=(

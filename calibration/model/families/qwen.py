@@ -79,6 +79,7 @@ QWEN3_NEXT = replace(
     QWEN2,
     linears=(("linear_attn.in_proj_qkvz",), ("linear_attn.out_proj",), *QWEN2.linears),
     linear_ignore=(*QWEN2.linear_ignore, r"re:.*\.linear_attn\.(conv1d|in_proj_ba)$"),
+    head_packed=False,
     layer_kinds=("linear_attention", "full_attention"),
     refuse=_refuse_qwen3_next,
     notes=(DELTA_NET_NOTE,),
@@ -87,6 +88,7 @@ QWEN3_NEXT = replace(
 
 QWEN3_5 = replace(
     QWEN3_NEXT,
+    head_packed=True,
     is_moe_layer=every_layer,
     fused_experts={"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
     linears=(("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), ("linear_attn.out_proj",), *QWEN2.linears),

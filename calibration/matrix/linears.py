@@ -6,7 +6,8 @@ whose linears have inputs that 128 does not divide, as a whole or among tensor p
 unpacked by the compressed-tensors library itself.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +28,20 @@ from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 LINEAR_BITS = (4, 8, 16)
+PACKED_BITS = LINEAR_BITS[:-1]
 GROUP_SIZES = (GROUP_SIZE, 64, 32)  # that vLLM's kernels for GPUs and CPUs and ours for CPUs all have
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SUFFIXES = (PACKED, SCALE, SHAPE)
+ALL_LINEARS = "Linear"  # compressed-tensors' target that every linear matches which no other names
 
 SCALE_BITS = 16
+SHAPE_BYTES = 16  # two int64
 # names' ends: tensor parallel ranks share their inputs, of others the outputs
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", ".w2")
 TENSOR_PARALLEL = (2, 4, 8)
 THINNEST_SLICE = 128  # inputs of a rank; thinner ones are of models that nobody shares out
+
+ROWS_AT_ONCE = 32768
 
 # Share of the group's range a symmetric grid may span; 11 steps lie within 0.2% of a search over 80.
 _RANGE_SHARES = tuple(1 - 0.04 * i for i in range(11))
@@ -89,7 +95,15 @@ def choose_group_size(linears: Collection[LinearShape], bits: int) -> int:
     return min(GROUP_SIZES, key=nbytes)  # the largest of equal ones
 
 
-def _scheme(bits: int, group_size: int) -> QuantizationScheme:
+def linear_bytes(out_features: int, in_features: int, bits: int, group_size: int, element_bytes: int) -> int:
+    """Of one linear in the checkpoint, its bias left out. element_bytes: of the dtype of the model, and of scales."""
+    weights = out_features * in_features
+    if bits not in PACKED_BITS:
+        return weights * element_bytes
+    return weights * bits // 8 + weights // group_size * element_bytes + SHAPE_BYTES
+
+
+def _scheme(bits: int, group_size: int, targets: Collection[str] = (ALL_LINEARS,)) -> QuantizationScheme:
     weights = QuantizationArgs(
         num_bits=bits,
         type=QuantizationType.INT,
@@ -97,16 +111,39 @@ def _scheme(bits: int, group_size: int) -> QuantizationScheme:
         strategy=QuantizationStrategy.GROUP,
         group_size=group_size,
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    return QuantizationScheme(targets=list(targets), weights=weights)
 
 
 def linear_config(bits: int, group_size: int, ignore: list[str]) -> dict[str, Any]:
-    """The `linear` entry of quantization_config, as vLLM's CompressedTensorsConfig.from_config reads it.
+    """The `linear` entry of quantization_config, as vLLM's CompressedTensorsConfig.from_config reads it, where all have
+    one width.
 
     ignore: names or "re:" patterns of linear layers that keep 16 bits.
     """
+    return _config([_scheme(bits, group_size)], ignore)
+
+
+def mixed_linear_config(
+    widths: Mapping[str, int], group_size: int, ignore: Collection[str], head: str
+) -> dict[str, Any]:
+    """The same where every packed linear has a width of its own: a group of the config per width, which names its
+    linears.
+
+    widths: on-disk name -> width, of the packed ones alone. head: on-disk name of the output head, which vLLM calls
+    otherwise in a wrapper, so that its target is a pattern.
+    """
+    targets: dict[int, list[str]] = {}
+    for name, bits in widths.items():
+        target = rf"re:(.*\.)?{re.escape(name.rpartition('.')[2])}$" if name == head else name
+        targets.setdefault(bits, []).append(target)
+    schemes = [_scheme(bits, group_size, targets[bits]) for bits in sorted(targets)]
+    left_out = {head, head.rpartition(".")[2]} if head in widths else set()
+    return _config(schemes, [name for name in ignore if name not in left_out])
+
+
+def _config(schemes: list[QuantizationScheme], ignore: list[str]) -> dict[str, Any]:
     config = QuantizationConfig(
-        config_groups={"group_0": _scheme(bits, group_size)},
+        config_groups={f"group_{number}": scheme for number, scheme in enumerate(schemes)},
         format=CompressionFormat.pack_quantized.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
@@ -114,14 +151,28 @@ def linear_config(bits: int, group_size: int, ignore: list[str]) -> dict[str, An
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def linear_bits(config: dict[str, Any]) -> int:
-    """Width of a `linear` config. Raises FormatError for one that linear_config did not write."""
+def linear_widths(config: dict[str, Any]) -> Callable[[str], int]:
+    """On-disk name of a packed linear -> its width, of a `linear` config; a name that no group has is a FormatError.
+
+    Raises FormatError for one that neither linear_config nor mixed_linear_config wrote.
+    """
     try:
-        (group,) = QuantizationConfig.model_validate(config).config_groups.values()
-        bits = group.weights.num_bits
-    except (ValueError, AttributeError, TypeError) as error:
+        groups = QuantizationConfig.model_validate(config).config_groups.values()
+        by_target = {target: group.weights.num_bits for group in groups for target in group.targets}
+        patterns = {re.compile(t.removeprefix("re:")): by_target[t] for t in by_target if t.startswith("re:")}
+    except (ValueError, AttributeError, TypeError, re.error) as error:
         raise FormatError(f"quantization_config: linear is not a compressed-tensors config: {error}") from None
-    return bits
+    if not by_target:
+        raise FormatError("quantization_config: linear is not a compressed-tensors config: it has no groups.")
+
+    def width(name: str) -> int:
+        matched = [bits for pattern, bits in patterns.items() if pattern.match(name)]
+        bits = by_target.get(name, matched[0] if matched else by_target.get(ALL_LINEARS))
+        if bits is None:
+            raise FormatError(f"quantization_config: no group of linear names {name}, which is packed.")
+        return bits
+
+    return width
 
 
 def quantize_linear(
@@ -134,8 +185,18 @@ def quantize_linear(
     scale_dtype  what scales are stored as: the model's dtype, since vLLM loads them so
 
     Returns the weight as it will be served, float32 [out, in], and the tensors to write, suffix -> tensor, which are in
-    host memory.
+    host memory. Rows do not depend on each other, and no more than ROWS_AT_ONCE are worked on at once: an output head
+    has a hundred thousand.
     """
+    parts = [_quantize_rows(rows, factor, bits, group_size, scale_dtype) for rows in weight.split(ROWS_AT_ONCE)]
+    tensors = {name: torch.cat([packed[name] for _, packed in parts]) for name in (SCALE, PACKED)}
+    tensors[SHAPE] = torch.tensor(weight.shape).to(parts[0][1][SHAPE])
+    return torch.cat([rows for rows, _ in parts]), tensors
+
+
+def _quantize_rows(
+    weight: torch.Tensor, factor: HessianFactor, bits: int, group_size: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     # Columns as rows of a transposed copy: every step reads and writes contiguous memory.
     remaining = weight.float().t().contiguous()
     quantized = torch.empty_like(remaining)
