@@ -41,14 +41,16 @@ TUNED = dataclasses.replace(QUICK, tuning=FEW)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, reference_model, calibration_files):
-    """made(kind): a tiny model and its checkpoint at 3 bits, attention in 16."""
+    """made(kind): a tiny model and its checkpoint at 3 bits, attention in 16; "sized" is Mixtral with packed linears and
+    output head."""
     done: dict[str, tuple[Path, Path]] = {}
 
     def made(kind: str) -> tuple[Path, Path]:
         if kind not in done:
             folder = tmp_path_factory.mktemp(kind)
-            model = make_tiny(kind, folder / "model", reference_model)
-            quantize(model, folder / "checkpoint", calibration_files, bits=3.0, recipe=QUICK, linear_bits=16, **TEXT)
+            model = reference_model if kind == "sized" else make_tiny(kind, folder / "model", reference_model)
+            options = {"size": 9_500_000} if kind == "sized" else {"bits": 3.0, "linear_bits": 16}
+            quantize(model, folder / "checkpoint", calibration_files, recipe=QUICK, **options, **TEXT)
             done[kind] = model, folder / "checkpoint"
         return done[kind]
 
@@ -84,11 +86,12 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek-v3", "sized"])
 def test_the_gradient_is_that_of_the_whole_model_in_memory(kind, made):
     model, checkpoint = made(kind)
     tokens, store = some_tokens(3), ActivationStore()
     weights = CheckpointWeights(describe_model(checkpoint))
+    assert ("lm_head.weight_packed" in weights.files.info) == (kind == "sized")
     tunables = find_tunables(LayerwiseModel(weights), FEW)
     streamed = LayerwiseModel(TunedWeights(weights, {name: t.value for name, t in tunables.items()}))
     original = layerwise(model)
