@@ -41,8 +41,8 @@ TUNED = dataclasses.replace(QUICK, tuning=FEW)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, reference_model, calibration_files):
-    """made(kind): a tiny model and its checkpoint at 3 bits, attention in 16; "sized" is Mixtral with packed linears and
-    output head."""
+    """made(kind): a tiny model and its checkpoint at 3 bits, attention in 16; "sized" is Mixtral with its linears and
+    output head packed."""
     done: dict[str, tuple[Path, Path]] = {}
 
     def made(kind: str) -> tuple[Path, Path]:
