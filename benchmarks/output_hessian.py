@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     description = describe_model(REFERENCE / "tiny-mixtral")
     model = LayerwiseModel(WeightFiles(description))
-    default = RECIPES["mcmoe"]
+    default = replace(RECIPES["mcmoe"], tuning=None)  # which is another matter
     for count in options.sequences:
         sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients

@@ -229,7 +229,7 @@ def main() -> None:
             if bits != 16:
                 path = Path(directory) / f"{bits}-bit"
                 text = {"sequences": options.sequences, "length": options.length}
-                quantize(options.model, path, options.calibration, bits=bits, linear_bits=16, **text)
+                quantize(options.model, path, options.calibration, bits=bits, linear_bits=16, tuned=False, **text)
             rows += quality(path, bits, options)
     if options.plot and rows:
         plot(rows, options.plot)

@@ -25,13 +25,13 @@ from streaming_memory import REFERENCE, write_random_mixtral
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
+from vllm_mcmoe.calibration import pipeline
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.evaluate.work import Work
 from vllm_mcmoe.calibration.matrix import gptq
 from vllm_mcmoe.calibration.measure import expert_errors, expert_tokens, statistics
 from vllm_mcmoe.calibration.model.experts import Expert
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer
-from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.quantize import layer as quantize_layer
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -91,7 +91,12 @@ def _watched(steps: Steps) -> ExitStack:
         return lambda around, args, kwargs: step
 
     def forward(around: str, args: tuple, kwargs: dict) -> str:
+        if around == "tuning":
+            return around
         return "backward" if torch.is_grad_enabled() else "forward"
+
+    def backward(around: str, args: tuple, kwargs: dict) -> str:
+        return around if around == "tuning" else "backward"
 
     def expert(around: str, args: tuple, kwargs: dict) -> str:
         return "intermediates" if around == "hessians" else around
@@ -99,7 +104,8 @@ def _watched(steps: Steps) -> ExitStack:
     stack = ExitStack()
     for owner, name, step in (
         (DecoderLayer, "__call__", forward),
-        (torch.Tensor, "backward", always("backward")),
+        (torch.Tensor, "backward", backward),
+        (pipeline, "tune", always("tuning")),
         (statistics, "measure_expert", always("measuring")),
         (expert_errors, "_down_output_max", always("intermediates")),
         (Expert, "intermediate", expert),
@@ -161,7 +167,7 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             steps = Steps(counter)
             with _watched(steps):
-                quantize(
+                pipeline.quantize(
                     model, Path(directory) / "out", data, bits=2.25, linear_bits=16, show_progress=False, **calibration
                 )
     print()

@@ -9,6 +9,7 @@ Every step is a room, a package beside this file, in the order of docs/design.md
 directory beside the output (checkpoint/workdir.py), from which a run that was killed is continued.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -32,6 +33,8 @@ from vllm_mcmoe.calibration.checkpoint.workdir import COMPLETE, WorkDirectory, c
 from vllm_mcmoe.calibration.checkpoint.writer import (
     MODEL_CARD,
     PLAN_FILE,
+    REPORT_FILE,
+    write_document,
     write_text,
 )
 from vllm_mcmoe.calibration.common.device import bfloat16_products, choose_device, multiplies_in_bfloat16
@@ -46,7 +49,7 @@ from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
-from vllm_mcmoe.calibration.model.activations import Storage
+from vllm_mcmoe.calibration.model.activations import ActivationStore, Storage
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import (
@@ -66,6 +69,7 @@ from vllm_mcmoe.calibration.recipes import (
     needs_gradients_to_quantize,
     needs_output_gradients,
 )
+from vllm_mcmoe.calibration.tune.tuning import tune
 from vllm_mcmoe.errors import PlanError
 
 ALLOCATED = "allocated"  # the unit of work between measuring and quantising
@@ -143,6 +147,7 @@ def quantize(
     effort: Effort = "normal",
     widths: Sequence[int] | None = None,
     linear_bits: int | None = None,
+    tuned: bool = True,
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
@@ -163,6 +168,7 @@ def quantize(
     widths           bit-widths an expert may get; None takes the recipe's
     linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's, with `size` and for plans that
                      have them widths of their own
+    tuned            whether norms are tuned in the end, if the recipe does that (tune/tuning.py)
     evaluation_data  text to score original and checkpoint on; the scores go into the model card
     activations      where hidden states and gradients of the calibration tokens are kept while the run needs them:
                      "memory", "disk" (beside the output), or "auto", memory if they fit; the result is the same
@@ -178,7 +184,7 @@ def quantize(
     """
     started = time.monotonic()
     device = choose_device(device, log)
-    recipe = find_recipe(recipe, effort)
+    recipe = find_recipe(recipe, effort, tune=tuned)
     if sum(given is not None for given in (plan, bits, bits_per_layer, size)) != 1:
         raise PlanError("give exactly one of plan, bits, bits_per_layer and size.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
@@ -251,11 +257,8 @@ def quantize(
             log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
             if plan.linears is not None:
                 log(f"Other linears: {plan.describe_linears()}.")
-        job = CheckpointRun(
-            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
-        )
-        with _products(device, description, recipe):
-            report = job.write_checkpoint(tokens.tokens, show_progress)
+        options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
+        report = _write_checkpoint(model, work, store, tokens.tokens, *options)
         card = model_card(description, report, tokens)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
@@ -322,12 +325,49 @@ def quantize_model(
             return report
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
-        job = CheckpointRun(
-            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
-        )
-        with _products(model.device, model.description, recipe):
-            report = job.write_checkpoint(sequences.tokens, show_progress)
+        options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
+        report = _write_checkpoint(model, work, store, sequences.tokens, *options)
         return _publish(work, report, model_card(model.description, report, sequences), started, log)
+
+
+def _write_checkpoint(
+    model: LayerwiseModel,
+    work: WorkDirectory,
+    store: ActivationStore,
+    tokens: torch.Tensor,
+    plan: Plan,
+    recipe: Recipe,
+    linear_bits: int | None,
+    gradient_norms: Mapping[str, torch.Tensor] | None,
+    output_gradients: Mapping[str, OutputGradients] | None,
+    factors: Factors | None,
+    log: Log,
+    show_progress: bool,
+) -> QuantizationReport:
+    """All files of it but the model card. One that is to be tuned is complete before that."""
+    directory = work.checkpoint if recipe.tuning is None else work.untuned
+    job = CheckpointRun(
+        model, work, directory, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
+    )
+    with _products(model.device, model.description, recipe):
+        report = job.write_checkpoint(tokens, show_progress)
+    if recipe.tuning is not None:
+        report.tuning = tune(
+            model,
+            directory,
+            work.checkpoint,
+            tokens,
+            recipe.tuning,
+            work,
+            store,
+            log=log,
+            show_progress=show_progress,
+        )
+        write_document(directory / REPORT_FILE, report.to_dict())
+        for path in directory.iterdir():
+            if path.suffix != ".safetensors":
+                shutil.copy2(path, work.checkpoint / path.name)
+    return report
 
 
 def _products(device: torch.device, description: MoeModel, recipe: Recipe) -> AbstractContextManager[None]:

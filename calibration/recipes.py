@@ -22,6 +22,23 @@ Effort = Literal["fast", "normal", "best"]
 
 
 @dataclass(frozen=True)
+class TuningOptions:
+    """How norms are tuned after quantisation (tune/tuning.py).
+
+    tokens     of calibration that are used, at most, whole sequences
+    steps      of Adam in one pass over them, each on as many of the sequences
+    passes     over them
+    step_size  of the first step, as a share of the root mean square of what a norm multiplies by, at a KL of 1 nat per
+               token: what it takes to make up for an error grows with its square root
+    """
+
+    tokens: int = 65536
+    steps: int = 16
+    passes: int = 1
+    step_size: float = 0.05
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is quantised.
 
@@ -47,6 +64,7 @@ class Recipe:
                        layer's output
     bfloat16_products  let matrix products round their operands to bfloat16 where that is faster
     linear_bits        width of attention and shared-expert linears: 4, 8 or 16
+    tuning             of norms, after everything is quantised; None leaves them as they are
     """
 
     name: str
@@ -68,6 +86,7 @@ class Recipe:
     hessian_weighting: HessianWeighting = "none"
     bfloat16_products: bool = False
     linear_bits: int = 4
+    tuning: TuningOptions | None = None
 
     @property
     def format_version(self) -> int:
@@ -96,6 +115,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8, metadata="float8"),
             # KL and perplexity at 1.965 bits: 0.0355 and 28.64; "gradient" 0.0381 and 28.74, "none" 0.0352 and 28.83.
             hessian_weighting="routing",
+            tuning=TuningOptions(),
         ),
         "paper-code": Recipe(  # docs/method.md, section 2: reproduces the authors' published allocations
             name="paper-code",
@@ -117,13 +137,13 @@ MEASURED_TOKENS: Mapping[Effort, int | None] = MappingProxyType({"fast": 16384, 
 FAST_SWEEPS = 2
 
 
-def find_recipe(recipe: str | Recipe, effort: Effort = "normal") -> Recipe:
-    """The recipe of that name, with as much effort, or the given one as it is.
+def find_recipe(recipe: str | Recipe, effort: Effort = "normal", *, tune: bool = True) -> Recipe:
+    """The recipe of that name, with as much effort, or the given one as it is; without its tuning unless `tune`.
 
     Raises ValueError naming the known recipes or efforts.
     """
     if isinstance(recipe, Recipe):
-        return recipe
+        return recipe if tune else replace(recipe, tuning=None)
     for kind, name, known in (("recipe", recipe, RECIPES), ("effort", effort, MEASURED_ROWS)):
         if name not in known:
             raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
@@ -138,8 +158,8 @@ def find_recipe(recipe: str | Recipe, effort: Effort = "normal") -> Recipe:
     if effort == "fast":
         gptq = found.gptq
         fewer = {name: min(getattr(gptq, name), FAST_SWEEPS) for name in ("refinement_sweeps", "output_sweeps")}
-        found = replace(found, gptq=replace(gptq, **fewer))
-    return found
+        found = replace(found, gptq=replace(gptq, **fewer), tuning=None)
+    return found if tune else replace(found, tuning=None)
 
 
 def needs_gradients(recipe: Recipe) -> bool:

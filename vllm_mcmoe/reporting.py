@@ -94,6 +94,10 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
     table.add_row("total", f"{summary.total_bytes:,}", "", style="bold")
     console.print(table)
     console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
+    if summary.tuning is not None:
+        tuning = summary.tuning
+        found = f"KL on held-out calibration text {tuning.before:.4f} before, {tuning.after:.4f} after"
+        console.print(f"{'Tuned' if tuning.kept else 'Tuning was tried and not kept'}: {found}.")
     if summary.config.pruning is not None:
         rule = summary.config.pruning
         console.print(f"Online pruning: {rule.method}, {rule.target:.0%} of the expert activations when served.")

@@ -24,6 +24,23 @@ class ExpertReport:
     pooled_hessian: bool
 
 
+@dataclass(frozen=True)
+class TuningReport:
+    """What tuning did after quantisation (tune/tuning.py).
+
+    tokens         of calibration that it was done on, in so many
+    steps
+    before, after  KL to the 16-bit model on other calibration tokens, nats per token
+    kept           whether the tuned values were written
+    """
+
+    tokens: int
+    steps: int
+    before: float
+    after: float
+    kept: bool
+
+
 @dataclass
 class QuantizationReport:
     """One checkpoint.
@@ -35,6 +52,7 @@ class QuantizationReport:
     unquantized_linears   linear layers left in 16 bits though fewer were asked for -> the reason
     expert_bytes, total_bytes   of the tensors written; original_...: of the model they were made from
     average_bits          {"experts", "model"}: bits per weight as written, scales and zeros included
+    tuning                of norms, afterwards; None without
     seconds, peak_memory  of the process that finished the checkpoint; not in its files, which depend on the arguments
                           alone. peak_memory: the most bytes it had resident
     """
@@ -51,6 +69,7 @@ class QuantizationReport:
     original_expert_bytes: int = 0
     original_total_bytes: int = 0
     average_bits: dict[str, float] = field(default_factory=dict)
+    tuning: TuningReport | None = None
     seconds: float = 0.0
     peak_memory: int = 0
 
@@ -58,6 +77,7 @@ class QuantizationReport:
         """For JSON."""
         layers = {name: [vars(expert) for expert in experts] for name, experts in self.layers.items()}
         document = {"format_version": FORMAT_VERSION, **vars(self), "layers": layers}
+        document["tuning"] = None if self.tuning is None else vars(self.tuning)
         del document["seconds"], document["peak_memory"]
         return document
 
@@ -66,4 +86,5 @@ class QuantizationReport:
         """The report of to_dict's document."""
         fields = {key: value for key, value in document.items() if key != "format_version"}
         layers = {name: [ExpertReport(**e) for e in experts] for name, experts in fields["layers"].items()}
-        return cls(**{**fields, "layers": layers})
+        tuning = fields.get("tuning")
+        return cls(**{**fields, "layers": layers, "tuning": tuning and TuningReport(**tuning)})

@@ -5,6 +5,7 @@ Work on OUT lives in OUT.partial until OUT is complete:
     arguments.json     what the run is of; another run's work is refused
     UNIT.json          one finished unit of work: its document and the checksums of its files
     checkpoint/        becomes OUT, in one rename, when nothing is missing
+    untuned/           the checkpoint before norms are tuned, where that is done
     activations/       hidden states and gradients, where they are kept on disk
 
 A unit is finished when its UNIT.json is there, which is written last and atomically. So a process killed at any moment
@@ -32,7 +33,8 @@ from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
 SUFFIX = ".partial"
-ARGUMENTS, LOCK, CHECKPOINT, ACTIVATIONS = "arguments.json", "lock", "checkpoint", "activations"
+ARGUMENTS, LOCK = "arguments.json", "lock"
+CHECKPOINT, UNTUNED, ACTIVATIONS = "checkpoint", "untuned", "activations"
 COMPLETE = "complete"  # the unit saved when the checkpoint has everything and only lacks its name
 
 
@@ -41,6 +43,7 @@ class WorkDirectory:
 
     path         OUT.partial
     checkpoint   what will be OUT, where that is a directory
+    untuned      what it is made from, where it is tuned
     activations  for an ActivationStore on disk
     """
 
@@ -48,6 +51,7 @@ class WorkDirectory:
         self.out = out
         self.path = work_path(out)
         self.checkpoint = self.path / CHECKPOINT
+        self.untuned = self.path / UNTUNED
         self.activations = self.path / ACTIVATIONS
         self._log = log
 

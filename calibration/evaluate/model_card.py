@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, name_files
@@ -67,7 +67,16 @@ def _quantization(description: MoeModel, report: QuantizationReport, calibration
     if report.super_experts:
         listed = "; ".join(f"{layer}: {ids}" for layer, ids in report.super_experts.items())
         rows.append(("super experts (rare extreme activations)", listed))
+    if report.tuning is not None:
+        rows.append(("tuned afterwards", _tuning(report.tuning)))
     return _table("quantisation", "", rows)
+
+
+def _tuning(tuning: TuningReport) -> str:
+    found = f"KL on held-out calibration text {tuning.before:.4f} before, {tuning.after:.4f} after"
+    if not tuning.kept:
+        return f"nothing: {found}"
+    return f"norms, on {tuning.tokens:,} of the tokens: {found}"
 
 
 def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -> str:

@@ -172,15 +172,17 @@ def plan_resources(
     length: int = 2048,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
+    tuned: bool = True,
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
     """bits: of expert weights, scales and zeros included, DEFAULT_BITS if neither they nor a size are given. size: of
     the whole checkpoint, as allocate takes it. sequences x length calibration tokens.
 
-    kv_tokens: of all requests that are served at once. Raises UnsupportedModelError as describe_model does, PlanError
-    for a size that no checkpoint of this model can have.
+    tuned: as pipeline.quantize takes it. kv_tokens: of all requests that are served at once.
+
+    Raises UnsupportedModelError as describe_model does, PlanError for a size that no checkpoint of this model can have.
     """
-    description, recipe = describe_model(model_dir), find_recipe(recipe, effort)
+    description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned)
     if bits is not None and size is not None:
         raise PlanError("give either bits or size.")
     model = skeleton(description)
@@ -210,9 +212,10 @@ def plan_resources(
         layer_bytes=layer_bytes,
         activation_bytes=kept_bytes,
         memory_bytes=2 * layer_bytes + OTHER_BYTES + _attention_bytes(model, length),
-        disk_bytes=checkpoint_bytes + kept_bytes,
+        # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
+        disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
         expert_products=work.of_experts,
-        forward_products=work.forward + work.backward,
+        forward_products=work.forward + work.backward + work.tuning,
         work=work,
     )
     step_bytes = checkpoint_bytes - round(

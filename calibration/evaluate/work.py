@@ -31,6 +31,7 @@ class Work:
     sweeps           its refinement, and
     output_sweeps    that under the Hessian of outputs, which
     output_hessians  is made here
+    tuning           passes through the original and, forward and backward, through what is quantised
     """
 
     forward: float
@@ -43,11 +44,12 @@ class Work:
     sweeps: float
     output_sweeps: float
     output_hessians: float
+    tuning: float
 
     @property
     def of_experts(self) -> float:
         """All but the passes through layers."""
-        return self.total - self.forward - self.backward
+        return self.total - self.forward - self.backward - self.tuning
 
     @property
     def total(self) -> float:
@@ -108,7 +110,11 @@ def count_work(
             of_width += _refinement_products(recipe.gptq.refinement_sweeps, quantised, columns)
             measuring += len(recipe.widths) * (of_width + sampled * quantised * columns)
     of_experts = (intermediates, hessians, factors, measuring, gptq, sweeps, output_sweeps, output_hessians)
-    return Work(forward, backward, *(products * experts * layers for products in of_experts))
+    tuning = 0.0
+    if recipe.tuning is not None:
+        # No gradients of weights, as in the loss gradients. What is held out is run twice forward instead.
+        tuning = min(tokens, recipe.tuning.tokens) * (inner + 3 * active * recipe.tuning.passes)
+    return Work(forward, backward, *(products * experts * layers for products in of_experts), tuning)
 
 
 def _upper_triangle(columns: int) -> float:

@@ -323,7 +323,11 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last layer's output [..., hidden], on any device -> float32 logits [..., vocabulary], on the model's. lm_head
         stays in memory until release_head."""
-        logits = self.head()(self.head_inputs(hidden))
+        return self.head_logits(self.head_inputs(hidden))
+
+    def head_logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What logits does with head_inputs."""
+        logits = self.head()(inputs.to(self.device))
         logits = logits / self._config_factor(self.description.family.logits_divisor)
         softcap = self.description.family.logits_softcap
         limit = None if softcap is None else getattr(self.description.config, softcap)
@@ -337,7 +341,17 @@ class LayerwiseModel:
     def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """What lm_head is called with where the last layer's output is hidden: [..., hidden] -> same shape, on the
         model's device."""
-        return getattr(self.module.model, self.description.family.final_norm)(hidden.to(self.device))
+        return self.final_norm(hidden.to(self.device))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Of the last layer's output."""
+        return getattr(self.module.model, self.description.family.final_norm)
+
+    def reload_final_norm(self) -> None:
+        """Read it again from a source that has other values by now."""
+        norm = self.final_norm.to("meta")
+        self._load_outer(TEXT_MODULE + self.description.family.final_norm, norm)
 
     def _config_factor(self, key: str | None) -> float:
         return 1.0 if key is None else getattr(self.description.config, key)

@@ -49,12 +49,16 @@ def _super_experts(factors: Factors | None) -> dict[str, list[int]]:
 
 
 class CheckpointRun:
-    """State of one quantisation."""
+    """State of one quantisation.
+
+    directory   inside the work directory, where the checkpoint is written
+    """
 
     def __init__(
         self,
         model: LayerwiseModel,
         work: WorkDirectory,
+        directory: Path,
         store: ActivationStore,
         plan: Plan,
         recipe: Recipe,
@@ -64,7 +68,8 @@ class CheckpointRun:
         factors: Factors | None,
         log: Log,
     ):
-        self.model, self.work, self.store, self.plan, self.recipe = model, work, store, plan, recipe
+        self.model, self.work, self.directory, self.store = model, work, directory, store
+        self.plan, self.recipe = plan, recipe
         self.linear_bits, self.linear_group = self._linear_widths(linear_bits)
         self._uniform = None if plan.linears is not None else recipe.linear_bits if linear_bits is None else linear_bits
         self.gradient_norms, self.output_gradients = gradient_norms or {}, output_gradients or {}
@@ -97,26 +102,26 @@ class CheckpointRun:
         return self.model.description
 
     def write_checkpoint(self, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
-        """Everything but the model card, into the work directory."""
-        self.work.checkpoint.mkdir(exist_ok=True)
+        """Everything but the model card."""
+        self.directory.mkdir(exist_ok=True)
         with torch.no_grad():
             layers, outputs = self._quantize_layers(tokens, show_progress)
             rest = self._write_rest(outputs)
-        self.store.drop_all()
+        for index in range(self.model.num_layers + 1):
+            self.store.drop(_hidden(index))
         shards = {self._shard(i).name: nbytes for i, nbytes in enumerate([*(layer.nbytes for layer in layers), rest])}
         report = self._report(layers, rest, tokens.numel())
-        directory = self.work.checkpoint
-        write_index(directory, shards)
-        write_document(directory / CONFIG_FILE, self._config(report))
-        write_document(directory / REPORT_FILE, report.to_dict())
-        self.plan.save(directory / PLAN_FILE)
+        write_index(self.directory, shards)
+        write_document(self.directory / CONFIG_FILE, self._config(report))
+        write_document(self.directory / REPORT_FILE, report.to_dict())
+        self.plan.save(self.directory / PLAN_FILE)
         if self.factors is not None:
-            self.factors.save(directory / FACTORS_FILE)
-        copy_side_files(self.description.path, directory)
+            self.factors.save(self.directory / FACTORS_FILE)
+        copy_side_files(self.description.path, self.directory)
         return report
 
     def _shard(self, number: int) -> Path:
-        return self.work.checkpoint / shard_name(number, self.model.num_layers + 1)
+        return self.directory / shard_name(number, self.model.num_layers + 1)
 
     def _quantize_layers(
         self, tokens: torch.Tensor, show_progress: bool

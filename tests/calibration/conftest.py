@@ -28,8 +28,10 @@ from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 
 SEQUENCES, LENGTH = 8, 128
 
-# The default recipe with a quantiser ten times faster: grids that span the range and no refinement.
-QUICK = dataclasses.replace(RECIPES["mcmoe"], name="quick", gptq=GPTQOptions(mse_search=False), widths=(2, 4))
+# The default recipe with a quantiser ten times faster: grids that span the range, no refinement, nothing tuned.
+QUICK = dataclasses.replace(
+    RECIPES["mcmoe"], name="quick", gptq=GPTQOptions(mse_search=False), widths=(2, 4), tuning=None
+)
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,20 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.calibration.conftest import QUICK, layer_by_layer_logits, layerwise, transformers_logits
 from tests.tiny_models import SIZES, TINY_MODELS, edit_config, make_tiny
-from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized, open_weights
+from vllm_mcmoe.calibration.checkpoint.workdir import working_on
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, load_dequantized, open_weights
 from vllm_mcmoe.calibration.evaluate.inspection import inspect_model
 from vllm_mcmoe.calibration.measure.factors import Factors
+from vllm_mcmoe.calibration.model.activations import ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.families import FAMILIES
-from vllm_mcmoe.calibration.model.layerwise import load_full_model
+from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel, load_full_model
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.calibration.recipes import TuningOptions
+from vllm_mcmoe.calibration.tune.streaming import final_states, kl_gradients
+from vllm_mcmoe.calibration.tune.tunables import TunedWeights, find_tunables
+from vllm_mcmoe.calibration.tune.tuning import write_shard
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 
@@ -222,6 +228,45 @@ def test_all_other_linears_are_packed_but_routers_gates_and_kv_b(kind, quantized
         "self_attn.kv_b_proj",
     }
     assert any(name.endswith((".o_proj.weight_packed", "self_attn.out_proj.weight_packed")) for name in names)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_norms_are_tuned_and_written(kind, quantized, tokens, tmp_path):
+    """One step: norms of every layer and the final one have a gradient. What is written of the values that it leads to
+    is what it was computed with, and nothing else."""
+    description, checkpoint = quantized(kind).description, quantized(kind).checkpoint
+    weights, store = CheckpointWeights(describe_model(checkpoint)), ActivationStore()
+    tunables = find_tunables(LayerwiseModel(weights), TuningOptions())
+    values = {name: tunable.value for name, tunable in tunables.items()}
+    tuned = LayerwiseModel(TunedWeights(weights, values))
+    original = layerwise(quantized(kind).model)
+    states = final_states(original, tokens, store, "original").rows.view(*tokens.shape, -1)
+    _, gradients = kl_gradients(tuned, original, tokens, iter(states), tunables, store)
+    moved = {tunables[name].layer for name, gradient in gradients.items() if gradient.abs().max() > 0}
+    assert moved == {None, *range(description.num_layers)}
+    (final,) = (name for name, tunable in tunables.items() if tunable.layer is None)
+
+    for name, gradient in gradients.items():
+        values[name] -= tunables[name].step * gradient.sign()
+    out = tmp_path / "out"
+    with working_on(out, {}) as work:
+        work.checkpoint.mkdir()
+        for path in checkpoint.iterdir():
+            if path.suffix == ".safetensors":
+                write_shard(path, work.checkpoint / path.name, TunedWeights(weights, values), work)
+            else:
+                shutil.copy(path, work.checkpoint)
+        work.publish()
+    before, after = stored_tensors(checkpoint), stored_tensors(out)
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert final in changed and all(name in tunables for name in changed)
+    read_back = final_states(LayerwiseModel(open_weights(out)), tokens, store, "written").rows
+    assert torch.equal(read_back, final_states(tuned, tokens, store, "tuned").rows)
+
+
+def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_routing_weights_are_sigmoid_scores_where_the_router_uses_them(make, tokens):

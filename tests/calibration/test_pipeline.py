@@ -59,7 +59,7 @@ def test_every_expert_has_the_plans_widths(mixed_checkpoint, reference_model, te
             assert f"{base}.weight" not in tensors
 
 
-def test_tensors_that_are_not_quantised_are_copied_bit_for_bit(tensors, original):
+def test_tensors_that_are_neither_quantised_nor_tuned_are_copied_bit_for_bit(tensors, original):
     kept = [name for name in original if name in tensors]
     assert len(kept) == 3 + 4 * 3  # embeddings, norm, lm_head; per layer two norms and the router
     assert all(torch.equal(tensors[name], original[name]) for name in kept)

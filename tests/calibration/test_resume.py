@@ -21,6 +21,7 @@ from vllm_mcmoe.calibration.measure import statistics
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.quantize import checkpoint_run
 from vllm_mcmoe.calibration.quantize import layer as layer_quantization
+from vllm_mcmoe.calibration.recipes import TuningOptions
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
 # Gradients for the Hessians, too, so that every kind of unit there is gets written and read.
@@ -29,6 +30,7 @@ RECIPE = dataclasses.replace(
     hessian_weighting="gradient",
     widths=(1, 2, 4),
     gptq=dataclasses.replace(QUICK.gptq, output_sweeps=1),
+    tuning=TuningOptions(steps=3),
 )
 
 
@@ -174,8 +176,8 @@ DAMAGED = [
     "measured-model.layers.1.mlp.experts.safetensors",
     "allocated-plan.json",
     "quantized-00000.json",
-    "checkpoint/model-00001-of-00004.safetensors",
-    "checkpoint/model-00002-of-00004.safetensors",
+    "untuned/model-00001-of-00004.safetensors",
+    "untuned/model-00002-of-00004.safetensors",
 ]
 
 
@@ -191,7 +193,7 @@ def test_a_damaged_unit_is_noticed_and_done_again(unfinished, qwen3_model, calib
 
 
 def test_a_missing_shard_is_noticed_and_written_again(unfinished, qwen3_model, calibration_files, uninterrupted):
-    (work_path(unfinished) / "checkpoint" / "model-00001-of-00004.safetensors").unlink()
+    (work_path(unfinished) / "untuned" / "model-00001-of-00004.safetensors").unlink()
     messages = child_process.result_of(run_logged, qwen3_model, unfinished, calibration_files)
     assert any("model-00001-of-00004.safetensors is gone" in message for message in messages)
     assert contents(unfinished) == uninterrupted

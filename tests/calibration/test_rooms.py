@@ -18,6 +18,7 @@ ROOMS = (
     "allocate",
     "quantize",
     "evaluate",
+    "tune",
     "prune",
     "pipeline",
 )

@@ -19,6 +19,7 @@ from vllm_mcmoe.cli.options import (
     RecipeName,
     Sequences,
     Size,
+    Tune,
     parse_size,
 )
 
@@ -172,6 +173,7 @@ def plan_resources(
     linear_bits: LinearBits = None,
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
+    tune: Tune = True,
     sequences: Sequences = 128,
     length: Length = 2048,
     kv_tokens: Annotated[
@@ -199,6 +201,7 @@ def plan_resources(
         linear_bits=linear_bits,
         recipe=recipe.value,
         effort=effort.value,
+        tuned=tune,
         sequences=sequences,
         length=length,
         kv_tokens=kv_tokens,
