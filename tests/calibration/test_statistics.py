@@ -246,7 +246,7 @@ def test_gradient_norms_have_mean_one_and_one_entry_per_token(rtn_calibration, s
 def test_calibration_is_deterministic(reference_model, calibration_files, rtn_calibration):
     options = {"recipe": RTN, "sequences": SEQUENCES, "length": LENGTH}
     again = calibrate(reference_model, calibration_files, **options)
-    assert again == rtn_calibration.factors
+    assert dataclasses.replace(again, linears=None) == rtn_calibration.factors  # which were measured without linears
 
 
 def test_another_seed_samples_other_labels(reference_model, calibration_files, rtn_calibration):
