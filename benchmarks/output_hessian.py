@@ -5,6 +5,7 @@ of both were chosen.
     python benchmarks/output_hessian.py --sequences 4 16 --damping 0.1 0.5 2     # few tokens of an expert
     python benchmarks/output_hessian.py --rows 128 256 512 1024 --sweeps 4 8 12
     python benchmarks/output_hessian.py --bits 1 2 3 4 --metadata float16 float8 --only-with
+    python benchmarks/output_hessian.py --bits 1 2 --metadata float8 --headroom 1.25 2 4 --only-with
 
 KL to the 16-bit reference model on its evaluation text, every expert at --bits, attention in 16 bits. The damping asked
 for is all of it: what is added for few tokens is left out where --damping is given.
@@ -22,7 +23,7 @@ import torch
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
-from vllm_mcmoe.calibration.matrix import two_sided
+from vllm_mcmoe.calibration.matrix import grids, two_sided
 from vllm_mcmoe.calibration.measure import output_gradients
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
@@ -47,13 +48,17 @@ def main() -> None:
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
         choices = list(itertools.product(options.sweeps, options.rows, options.damping))
         choices = choices if options.only_with else [(0, 0, None), *choices]
-        for bits, metadata, (sweeps, rows, damping) in itertools.product(options.bits, options.metadata, choices):
+        for bits, metadata, headroom, (sweeps, rows, damping) in itertools.product(
+            options.bits, options.metadata, options.headroom, choices
+        ):
             recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps, metadata=metadata))
             plan = _uniform(description, bits)
             with (
                 tempfile.TemporaryDirectory() as directory,
                 mock.patch.object(output_gradients, "COUPLED_ROWS", rows or two_sided.COUPLED_ROWS),
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
+                mock.patch.object(grids, "HEADROOM", headroom or grids.HEADROOM),
+                mock.patch.object(grids, "ONE_BIT_HEADROOM", headroom or grids.ONE_BIT_HEADROOM),
             ):
                 out = Path(directory) / "out"
                 report = quantize_model(
@@ -65,6 +70,7 @@ def main() -> None:
                     length=LENGTH, show_progress=False,
                 )  # fmt: skip
             shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
+            shown += f", room for {headroom:g} times" if headroom else ""
             stored = report.average_bits["experts"]
             print(
                 f"{bits} bits, {stored:.3f} with {metadata}, {count} sequences, {shown}: KL {scores.mean_kl:.4f}",
@@ -93,6 +99,9 @@ def _arguments() -> argparse.Namespace:
         "--metadata", nargs="+", choices=("float16", "float8"), default=[RECIPES["mcmoe"].gptq.metadata],
         help="scales and zeros of 16 bits, or scales of a byte",
     )  # fmt: skip
+    parser.add_argument(
+        "--headroom", type=float, nargs="+", default=[None], help="for a row's largest scale of a byte to grow"
+    )
     parser.add_argument("--only-with", action="store_true", help="leave out what it would be without sweeps")
     parser.add_argument("--sequences", type=int, nargs="+", default=[128], help="of 256 calibration tokens")
     parser.add_argument("--sweeps", type=int, nargs="+", default=[RECIPES["mcmoe"].gptq.output_sweeps])

@@ -32,6 +32,7 @@ from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory, working_on
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.matrix.linears import count_by_width
 from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
@@ -114,7 +115,7 @@ class _Table:
                 ("--size, head 16", without_head(factors, size)),
             ):
                 make = partial(self._quantise_and_evaluate, method.replace(" ", ""), plan, bits, calibration, None)
-                self._add(f"{method}: {plan.describe_linears()}", bits, make)
+                self._add(f"{method}: {count_by_width(plan.linears)}", bits, make)
 
     def make(self) -> None:
         if self.options.whole:

@@ -42,14 +42,14 @@ from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
-from vllm_mcmoe.calibration.matrix.linears import check_linear_bits
+from vllm_mcmoe.calibration.matrix.linears import check_linear_bits, count_by_width
 from vllm_mcmoe.calibration.measure.factors import Factors, LinearTable
 from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
-from vllm_mcmoe.calibration.model.activations import ActivationStore, Storage
+from vllm_mcmoe.calibration.model.activations import Storage
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import (
@@ -215,7 +215,7 @@ def quantize(
         **identity_of_document("factors", factors),
         "bits": bits,
         "bits_per_layer": bits_per_layer,
-        **({} if size is None else {"size": size}),
+        "size": size,
         "widths": None if widths is None else list(widths),
         "linear_bits": linear_bits,
         "seed": seed,
@@ -256,9 +256,11 @@ def quantize(
             plan = _allocated_plan(work, factors, recipe, request)
             log(f"Allocated {plan.average_bits:.3f} bits per expert weight, scales and zeros included.")
             if plan.linears is not None:
-                log(f"Other linears: {plan.describe_linears()}.")
-        options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
-        report = _write_checkpoint(model, work, store, tokens.tokens, *options)
+                log(f"Other linears: {count_by_width(plan.linears)}.")
+        job = CheckpointRun(
+            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
+        )
+        report = _write_checkpoint(job, tokens.tokens, show_progress)
         card = model_card(description, report, tokens)
         if evaluation_data is not None:
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
@@ -325,46 +327,25 @@ def quantize_model(
             return report
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
-        options = (plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log, show_progress)
-        report = _write_checkpoint(model, work, store, sequences.tokens, *options)
+        job = CheckpointRun(
+            model, work, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
+        )
+        report = _write_checkpoint(job, sequences.tokens, show_progress)
         return _publish(work, report, model_card(model.description, report, sequences), started, log)
 
 
-def _write_checkpoint(
-    model: LayerwiseModel,
-    work: WorkDirectory,
-    store: ActivationStore,
-    tokens: torch.Tensor,
-    plan: Plan,
-    recipe: Recipe,
-    linear_bits: int | None,
-    gradient_norms: Mapping[str, torch.Tensor] | None,
-    output_gradients: Mapping[str, OutputGradients] | None,
-    factors: Factors | None,
-    log: Log,
-    show_progress: bool,
-) -> QuantizationReport:
+def _write_checkpoint(job: CheckpointRun, tokens: torch.Tensor, show_progress: bool) -> QuantizationReport:
     """All files of it but the model card. One that is to be tuned is complete before that."""
-    directory = work.checkpoint if recipe.tuning is None else work.untuned
-    job = CheckpointRun(
-        model, work, directory, store, plan, recipe, linear_bits, gradient_norms, output_gradients, factors, log
-    )
-    with _products(model.device, model.description, recipe):
+    work, tuning = job.work, job.recipe.tuning
+    with _products(job.model.device, job.description, job.recipe):
         report = job.write_checkpoint(tokens, show_progress)
-    if recipe.tuning is not None:
+    if tuning is not None:
         report.tuning = tune(
-            model,
-            directory,
-            work.checkpoint,
-            tokens,
-            recipe.tuning,
-            work,
-            store,
-            log=log,
-            show_progress=show_progress,
-        )
-        write_document(directory / REPORT_FILE, report.to_dict())
-        for path in directory.iterdir():
+            job.model, job.directory, work.checkpoint, tokens, tuning, work, job.store,
+            log=job.log, show_progress=show_progress,
+        )  # fmt: skip
+        write_document(job.directory / REPORT_FILE, report.to_dict())
+        for path in job.directory.iterdir():
             if path.suffix != ".safetensors":
                 shutil.copy2(path, work.checkpoint / path.name)
     return report

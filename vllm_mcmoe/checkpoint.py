@@ -1,6 +1,6 @@
 """Checkpoint format, versions 1 and 2: what `config.json["quantization_config"]` says and how tensors are called.
 
-A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the model's names with three suffixes
+A checkpoint is an ordinary Hugging Face directory. Expert tensors keep the model's names with a suffix
 (`kernels/packing.py` describes their bytes):
 
     {layer}.{expert}.{projection}.qweight   uint8 [out, ceil(in/128), 16*bits]

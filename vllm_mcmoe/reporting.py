@@ -95,9 +95,8 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
     console.print(table)
     console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
     if summary.tuning is not None:
-        tuning = summary.tuning
-        found = f"KL on held-out calibration text {tuning.before:.4f} before, {tuning.after:.4f} after"
-        console.print(f"{'Tuned' if tuning.kept else 'Tuning was tried and not kept'}: {found}.")
+        done = "Tuned" if summary.tuning.kept else "Tuning was tried and not kept"
+        console.print(f"{done}: {summary.tuning.describe()}.")
     if summary.config.pruning is not None:
         rule = summary.config.pruning
         console.print(f"Online pruning: {rule.method}, {rule.target:.0%} of the expert activations when served.")

@@ -1,6 +1,5 @@
 """plan.json: the bit-width of every expert, as `allocate` decided it or as a user wrote it."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,11 +73,6 @@ class Plan:
                 raise PlanError(
                     f"the plan's layer {name!r} is not a MoE layer of the model; it has {some_of(num_experts)}"
                 )
-
-    def describe_linears(self) -> str:
-        """For people, of a plan that has them: how many have which width."""
-        counts = sorted(Counter(self.linears.values()).items())
-        return ", ".join(f"{count} at {bits} bits" for bits, count in counts)
 
     def check_linears(self, groups: Sequence[Sequence[str]]) -> None:
         """groups: on-disk names of the model's linears that can be packed, those together that must share a width.

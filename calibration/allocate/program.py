@@ -213,7 +213,7 @@ def _check_request(
         parse_size(amount)
         amount = 1
     if not math.isfinite(amount) or amount <= 0:
-        raise PlanError(f"a budget of {amount} bits is not a positive number")
+        raise PlanError(f"a budget of {amount} {'bits' if size is None else 'bytes'} is not a positive number")
     unknown = [w for w in recipe.widths if w not in WIDTHS]
     if unknown or not recipe.widths:
         raise PlanError(f"widths {list(recipe.widths)}: expected a choice of {WIDTHS}")

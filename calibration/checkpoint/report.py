@@ -40,6 +40,10 @@ class TuningReport:
     after: float
     kept: bool
 
+    def describe(self) -> str:
+        """For people."""
+        return f"KL on held-out calibration text {self.before:.4f} before, {self.after:.4f} after"
+
 
 @dataclass
 class QuantizationReport:

@@ -10,6 +10,7 @@ Counted are the safetensors files whole: tensors, and headers by an upper bound 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from vllm_mcmoe.calibration.matrix.linears import (
     PACKED_BITS,
@@ -122,7 +123,7 @@ class DecidedBytes:
     original: int
 
     @classmethod
-    def of(cls, description: MoeModel, weights: Weights) -> "DecidedBytes":
+    def of(cls, description: MoeModel, weights: Weights) -> Self:
         # One group size for all widths: that which makes 4 bits smallest. What a scale adds to 8 is half of that.
         group_size = choose_group_size(linear_shapes(description, weights), min(PACKED_BITS))
         groups = [g for g in linear_groups(description, weights) if can_be_packed(description, g, group_size)]

@@ -2,7 +2,7 @@
 
 A device holds one decoder layer, one batch of activations and one expert's Hessians, all in float32. Activations of all
 tokens, routing decisions and everything that is written stay in host memory or on the disk, and so do random draws. The
-loops of rowwise.py run on the CPU whatever the device.
+loops of matrix/row_loops.py run on the CPU whatever the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,8 +43,12 @@ SMALLEST_BFLOAT16 = 1024
 
 
 def multiplies_in_bfloat16(device: torch.device, hidden: int) -> bool:
-    """Whether bfloat16_products pay for a model of that hidden size: on CPUs with AMX, which do a product of
-    2048 x 4096 by 4096 x 4096 2.4 times as fast in bfloat16."""
+    """Whether bfloat16_products pay for a model of that hidden size: on CPUs with AMX, which do those of linears 2.4
+    times as fast. Timed with "ieee" and "bf16" by
+
+    python -m timeit -s "import torch; torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
+    a, b = torch.randn(2048, 4096), torch.randn(4096, 4096)" "a @ b.t()"
+    """
     return device.type == "cpu" and hidden >= SMALLEST_BFLOAT16 and torch.cpu._is_amx_tile_supported()
 
 

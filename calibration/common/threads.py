@@ -1,8 +1,8 @@
 """Independent pieces of work side by side.
 
-torch shares out the work of one operation among its threads, which pays where matrices are large: handing a product of
-256 x 512 to two threads takes longer than one thread takes for it. Several pieces at once, each on threads of its own,
-keep all of them busy whatever the sizes. Which thread works on what does not change a bit of the result.
+torch shares out the work of one operation among its threads, which pays only where matrices are large. Several pieces
+at once, each on threads of its own, keep all of them busy whatever the sizes. Which thread works on what does not
+change a bit of the result.
 """
 
 from collections.abc import Callable, Sequence

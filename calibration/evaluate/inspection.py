@@ -39,7 +39,7 @@ class CheckpointSummary:
     """bytes_by_kind sums to the safetensors' tensor bytes; average bits count scales and zeros.
 
     linears   on-disk name -> width, of the linears that are packed and, where plan.json decided them, of those left
-    tuning   of norms, by quantization_report.json; None without
+    tuning    of norms, by quantization_report.json; None without
     """
 
     config: CheckpointConfig

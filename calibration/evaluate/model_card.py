@@ -4,6 +4,7 @@ from collections import Counter
 
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
+from vllm_mcmoe.calibration.matrix.linears import count_by_width
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, name_files
 
@@ -45,8 +46,7 @@ def _quantization(description: MoeModel, report: QuantizationReport, calibration
     if report.linear_bits is None:
         in_layers = {name: bits for name, bits in report.linears.items() if name != description.family.head}
         head = report.linears.get(description.family.head)
-        counts = sorted(Counter(in_layers.values()).items())
-        linears = ", ".join(f"{count} at {bits} bits" for bits, count in counts) + " (compressed-tensors)"
+        linears = f"{count_by_width(in_layers)} (compressed-tensors)"
     else:
         linears = "16 bits" if report.linear_bits == 16 else f"{report.linear_bits} bits (compressed-tensors)"
     if report.linear_bits != 16 and report.unquantized_linears:
@@ -73,10 +73,8 @@ def _quantization(description: MoeModel, report: QuantizationReport, calibration
 
 
 def _tuning(tuning: TuningReport) -> str:
-    found = f"KL on held-out calibration text {tuning.before:.4f} before, {tuning.after:.4f} after"
-    if not tuning.kept:
-        return f"nothing: {found}"
-    return f"norms, on {tuning.tokens:,} of the tokens: {found}"
+    done = f"norms, on {tuning.tokens:,} of the tokens" if tuning.kept else "nothing"
+    return f"{done}: {tuning.describe()}"
 
 
 def _quality(evaluation: tuple[Evaluation, Evaluation] | None, held_out: bool) -> str:

@@ -121,11 +121,7 @@ def evaluate(
     weights = open_weights(model)
     pruners = pruners_of(weights, pruning)
     reference = None if against is None else open_weights(against)
-    if reference is not None and reference.model.config.vocab_size != weights.model.config.vocab_size:
-        raise UnsupportedModelError(
-            f"{against} has a vocabulary of {reference.model.config.vocab_size} tokens, {model} one of "
-            f"{weights.model.config.vocab_size}; only models of one vocabulary can be compared."
-        )
+    check_vocabularies({str(each.model.path): each.model.config.vocab_size for each in (weights, reference) if each})
     text = load_calibration_data(weights.model, data, sequences, length, log)
     subject = FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
     base = None if reference is None else FinalStates(reference, device, text.tokens, activations, show_progress)
@@ -164,24 +160,46 @@ def evaluate_pruning(
 def _evaluation(
     subject: "FinalStates", base: "FinalStates | None", text: TokenSequences, activations: Activations
 ) -> Evaluation:
-    weights = subject.weights
     losses, distance = _compare(subject, base, text.tokens)
-    loss_by_file = mean_loss_by_file(losses, text)
-    expert_bytes, total_bytes, average_bits = sizes_of(weights)
     return Evaluation(
-        model=weights.model.path,
+        model=subject.weights.model.path,
         against=None if base is None else base.weights.model.path,
-        activations=activations if isinstance(weights, CheckpointWeights) else "float",
-        tokens=losses.numel(),
-        perplexity_by_file={name: exp_or_inf(loss) for name, loss in loss_by_file.items()},
-        geometric_mean_perplexity=exp_or_inf(sum(loss_by_file.values()) / len(loss_by_file)),
-        token_perplexity=exp_or_inf(float(losses.mean())),
-        expert_bytes=expert_bytes,
-        total_bytes=total_bytes,
-        average_bits=average_bits,
-        pruned=pruned_fraction(subject.pruners.values()),
+        **perplexities(losses, text),
+        **about_directory(subject.weights, activations, subject.pruners),
         **distance,
     )
+
+
+def check_vocabularies(sizes: Mapping[str, int]) -> None:
+    """sizes: of the vocabularies of models that are to be compared. Raises UnsupportedModelError unless all are one."""
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} has a vocabulary of {size} tokens" for name, size in sizes.items())
+        raise UnsupportedModelError(f"{found}; only models of one vocabulary can be compared.")
+
+
+def perplexities(losses: torch.Tensor, text: TokenSequences) -> dict[str, Any]:
+    """What Evaluation says of losses alone. losses: float32 [sequences, length - 1], of the next tokens."""
+    by_file = _mean_loss_by_file(losses, text)
+    return {
+        "tokens": losses.numel(),
+        "perplexity_by_file": {name: _exp_or_inf(loss) for name, loss in by_file.items()},
+        "geometric_mean_perplexity": _exp_or_inf(sum(by_file.values()) / len(by_file)),
+        "token_perplexity": _exp_or_inf(float(losses.mean())),
+    }
+
+
+def about_directory(
+    weights: WeightSource, activations: Activations, pruners: Mapping[str, LayerPruning]
+) -> dict[str, Any]:
+    """What Evaluation says of a model that is a directory, when it has run."""
+    expert_bytes, total_bytes, average_bits = _sizes_of(weights)
+    return {
+        "activations": activations if isinstance(weights, CheckpointWeights) else "float",
+        "expert_bytes": expert_bytes,
+        "total_bytes": total_bytes,
+        "average_bits": average_bits,
+        "pruned": pruned_fraction(pruners.values()),
+    }
 
 
 def pruners_of(weights: WeightSource, request: str | float | Mapping[str, LayerPruning]) -> Mapping[str, LayerPruning]:
@@ -233,7 +251,7 @@ def distance_of(kl: torch.Tensor, agreements: int, excess: torch.Tensor) -> dict
     excess: float32 [predicted tokens], by how much their losses are higher than the other model's."""
     quantiles = np.quantile(kl.numpy(), list(KL_QUANTILES.values())).tolist()
     excess = excess.double()
-    ratio = exp_or_inf(float(excess.mean()))
+    ratio = _exp_or_inf(float(excess.mean()))
     return {
         "mean_kl": float(kl.double().sum()) / len(kl),
         "kl_quantiles": dict(zip(KL_QUANTILES, quantiles, strict=True)),
@@ -253,10 +271,10 @@ def _compare(
     with torch.no_grad():
         for number, labels in enumerate(batch_tokens):
             log_probs = subject.log_probs(number)
-            losses.append(_next_token_losses(log_probs, labels))
+            losses.append(next_token_losses(log_probs, labels))
             if base is not None:
                 expected = base.log_probs(number)
-                base_losses.append(_next_token_losses(expected, labels))
+                base_losses.append(next_token_losses(expected, labels))
                 agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
                 kl.append(token_kl(expected, log_probs).flatten().cpu())
     losses = torch.cat(losses)
@@ -265,13 +283,13 @@ def _compare(
     return losses, distance_of(torch.cat(kl), agreements, (losses - torch.cat(base_losses)).flatten())
 
 
-def _next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def next_token_losses(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """float32 [sequences, length - 1], in host memory."""
     next_tokens = tokens[:, 1:, None].to(log_probs.device)
     return -log_probs[:, :-1].gather(2, next_tokens).squeeze(2).cpu()
 
 
-def mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
+def _mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, float]:
     """File name (its whole path where two files have one name) -> nats per token."""
     names = [path.name for path in text.files]
     if len(set(names)) < len(names):
@@ -279,12 +297,12 @@ def mean_loss_by_file(losses: torch.Tensor, text: TokenSequences) -> dict[str, f
     return {name: float(losses[text.file_ids == i].mean()) for i, name in enumerate(names)}
 
 
-def exp_or_inf(loss: float) -> float:
+def _exp_or_inf(loss: float) -> float:
     """A broken model's perplexity may exceed every float; math.exp would raise."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def sizes_of(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
+def _sizes_of(weights: WeightSource) -> tuple[int, int, dict[str, float]]:
     """Bytes of the experts' weights and of all, and average bits per weight, on disk."""
     is_expert, info = weights.model.is_expert_weight, weights.files.info
     expert_bytes = sum(tensor.nbytes for name, tensor in info.items() if is_expert(name))

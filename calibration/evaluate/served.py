@@ -25,16 +25,17 @@ from urllib3.util import Retry
 
 from vllm_mcmoe.calibration.common.device import choose_device
 from vllm_mcmoe.calibration.common.progress import Log, progress
-from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
+from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
 from vllm_mcmoe.calibration.evaluate.scores import (
     Activations,
     Evaluation,
     FinalStates,
+    about_directory,
+    check_vocabularies,
     distance_of,
-    exp_or_inf,
-    mean_loss_by_file,
+    next_token_losses,
+    perplexities,
     pruners_of,
-    sizes_of,
 )
 from vllm_mcmoe.calibration.measure.sensitivity import token_kl
 from vllm_mcmoe.calibration.model.text import (
@@ -46,7 +47,6 @@ from vllm_mcmoe.calibration.model.text import (
     load_tokenizer,
 )
 from vllm_mcmoe.errors import DataError, EndpointError, UnsupportedModelError
-from vllm_mcmoe.pruning import pruned_fraction
 
 AT_ONCE = 8  # requests under way: a server computes them together, and their answers wait in memory
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 1800  # a CPU takes minutes for long prompts, eight of them at once
@@ -300,26 +300,12 @@ def evaluate_served(
     losses, distance = _compare(*sources)
     if distance and count >= 0:
         distance["kl_over"] = f"the {count} likeliest served tokens and all others as one"
-    if weights[0] is None:
-        about = {"activations": "served"}
-    else:
-        expert_bytes, total_bytes, average_bits = sizes_of(weights[0])
-        about = {
-            "activations": activations if isinstance(weights[0], CheckpointWeights) else "float",
-            "expert_bytes": expert_bytes,
-            "total_bytes": total_bytes,
-            "average_bits": average_bits,
-            "pruned": pruned_fraction(pruners.values()),
-        }
-    loss_by_file = mean_loss_by_file(losses, text)
+    local = weights[0]
     return Evaluation(
         model=str(endpoints[0] or model),
         against=None if against is None else str(endpoints[1] or against),
-        tokens=losses.numel(),
-        perplexity_by_file={name: exp_or_inf(loss) for name, loss in loss_by_file.items()},
-        geometric_mean_perplexity=exp_or_inf(sum(loss_by_file.values()) / len(loss_by_file)),
-        token_perplexity=exp_or_inf(float(losses.mean())),
-        **about,
+        **perplexities(losses, text),
+        **({"activations": "served"} if local is None else about_directory(local, activations, pruners)),
         **distance,
     )
 
@@ -357,9 +343,7 @@ def _how_many_logprobs(served: list[Endpoint], weights: list[Any], wanted: int |
     """Likeliest tokens to ask for, of every server alike; -1 for the whole vocabulary."""
     sizes = {str(endpoint): endpoint.vocabulary for endpoint in served if endpoint.vocabulary is not None}
     sizes |= {str(each.model.path): each.model.config.vocab_size for each in weights if each is not None}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{name} has a vocabulary of {size} tokens" for name, size in sizes.items())
-        raise UnsupportedModelError(f"{found}; only models of one vocabulary can be compared.")
+    check_vocabularies(sizes)
     limited = [endpoint for endpoint in served if endpoint.most_logprobs is not None]
     least = min(limited, key=lambda endpoint: endpoint.most_logprobs, default=None)
     if least is not None and least.most_logprobs < (wanted or 1):
@@ -400,15 +384,12 @@ def _asked(endpoint: Endpoint, tokens: torch.Tensor, logprobs: int, show_progres
 
 
 def _computed(states: FinalStates, tokens: torch.Tensor) -> Iterator[Prediction]:
-    start = 0
-    for batch, hidden in enumerate(states.batches):
+    for batch, sequences in enumerate(tokens.split([len(hidden) for hidden in states.batches])):
         with torch.no_grad():
-            logprobs = states.log_probs(batch)[:, :-1].cpu()
-        labels = tokens[start : start + len(hidden), 1:]
-        start += len(hidden)
-        for row, following in zip(logprobs, labels, strict=True):
-            losses = -row.gather(1, following[:, None]).squeeze(1)
-            yield Prediction(losses, row.argmax(-1), None, row)
+            logprobs = states.log_probs(batch)
+            losses = next_token_losses(logprobs, sequences)
+        for row, row_losses in zip(logprobs[:, :-1].cpu(), losses, strict=True):
+            yield Prediction(row_losses, row.argmax(-1), None, row)
 
 
 def _compare(

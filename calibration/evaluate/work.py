@@ -8,9 +8,9 @@ benchmarks/quantising_work.py.
 from dataclasses import dataclass, fields
 
 from vllm_mcmoe.calibration.matrix.gptq import INVERTED_AT_ONCE
+from vllm_mcmoe.calibration.matrix.second_moment import MOMENT_ROWS
 from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS
 from vllm_mcmoe.calibration.measure.expert_errors import MEASURED_TOKENS, measures_some_rows
-from vllm_mcmoe.calibration.measure.expert_tokens import MOMENT_ROWS
 from vllm_mcmoe.calibration.measure.output_gradients import GRADIENT_TOKENS
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.recipes import Recipe, needs_gradients, needs_output_gradients

@@ -6,7 +6,6 @@ calibration tokens, whose (possibly weighted) second moment H = sum_t x_t x_t^T 
 H belongs to the inputs, not to a width: build its factor once, then quantise to as many widths as needed.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,14 +136,6 @@ def _triangular_inverse(lower: torch.Tensor) -> torch.Tensor:
     below = torch.linalg.solve_triangular(lower[half:, half:], lower[half:, :half], upper=False)
     inverse[half:, :half] = torch.linalg.solve_triangular(lower[:half, :half], below, upper=False, left=False).neg_()
     return inverse
-
-
-def second_moment_of(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
-    """sum_t x_t x_t^T over batches x, float32 [tokens, in] -> float32 [in, in]."""
-    moment = None
-    for x in inputs:
-        moment = x.t() @ x if moment is None else moment.addmm_(x.t(), x)
-    return moment
 
 
 def proxy_loss(weight: torch.Tensor, quantized: QuantizedMatrix, factor: HessianFactor) -> torch.Tensor:

@@ -7,6 +7,7 @@ unpacked by the compressed-tensors library itself.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,11 @@ class LinearShape:
         """Whether one rank, and every number of them that would be used, gets whole groups: others vLLM refuses."""
         sizes = [ranks for ranks in self.ranks if self.in_features >= ranks * THINNEST_SLICE]
         return all(self.holds(group_size, ranks) for ranks in (1, *sizes))
+
+
+def count_by_width(linears: Mapping[str, int]) -> str:
+    """For people. linears: name -> width."""
+    return ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(linears.values()).items()))
 
 
 def tensor_parallel_sizes(attention_heads: int) -> tuple[int, ...]:

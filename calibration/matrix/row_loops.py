@@ -85,24 +85,22 @@ def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensa
 
 
 @njit(nogil=True, cache=True)
-def _to_fp16(value):
-    """The nearest number that fp16 has, ties to even. On the bits, because compilers fuse the multiply-adds that would
-    do it in floating point. value: float32 of a magnitude up to 65504."""
-    if abs(value) < np.float32(2.0**-14):  # subnormal there: multiples of one number
-        return np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24)
-    bits = np.float32(value).view(np.int32)
-    bits += np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))
-    return np.int32(bits & ~np.int32(0x1FFF)).view(np.float32)
-
-
-@njit(nogil=True, cache=True)
 def _to_bits(value, dropped):
-    """The nearest float32 of which the last `dropped` bits are 0, ties to even; on the bits for the same reason."""
+    """The nearest float32 of which the last `dropped` bits are 0, ties to even. On the bits, because compilers fuse the
+    multiply-adds that would do it in floating point."""
     dropped = np.int32(dropped)
     bits = np.float32(value).view(np.int32)
     half = np.int32(1) << np.int32(dropped - np.int32(1))
     bits += np.int32(half - np.int32(1)) + np.int32(np.int32(bits >> dropped) & np.int32(1))
     return np.int32(np.int32(bits >> dropped) << dropped).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def _to_fp16(value):
+    """The nearest number that fp16 has, ties to even. value: float32 of a magnitude up to 65504."""
+    if abs(value) < np.float32(2.0**-14):  # subnormal there: multiples of one number
+        return np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24)
+    return _to_bits(value, 13)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

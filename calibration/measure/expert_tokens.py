@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
+from vllm_mcmoe.calibration.matrix.second_moment import SecondMoment
 from vllm_mcmoe.calibration.model.activations import SCRATCH, Activations, ActivationStore, Rows
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer
@@ -22,8 +23,6 @@ CHUNK_TOKENS = 2048
 # What an expert's quantiser takes: copies of its largest matrix and of a Hessian, and arrays of a chunk's tokens.
 MATRIX_COPIES, HESSIAN_COPIES, CHUNK_COPIES = 8, 6, 4
 SMALLEST_SHARE = 256 << 20  # bytes for experts at work, of the 2 GiB that are planned besides two layers
-
-MOMENT_ROWS = 1024  # of a Hessian that one product gives: few enough to leave out its lower half, many enough for speed
 
 
 @dataclass(frozen=True)
@@ -185,19 +184,9 @@ def build_factor(
 def second_moment(tokens: ExpertTokens, weights: torch.Tensor | None, transform: Transform | None) -> torch.Tensor:
     """sum_t weight_t y_t y_t^T with y = transform(x), float32 [width, width], exactly symmetric; one chunk of tokens in
     memory."""
-    moment, start = None, 0
+    moment, start = SecondMoment(), 0
     for x in tokens.chunks():
         y = x if transform is None else transform(x)
-        weighted = y if weights is None else y * weights[start : start + len(y), None]
+        moment.add(y, None if weights is None else weights[start : start + len(y)])
         start += len(y)
-        if moment is None:
-            moment = y.new_zeros(y.shape[1], y.shape[1])
-        # What lies below the diagonal is what lies above it: blocks of rows from their diagonal on are half the work.
-        for first in range(0, len(moment), MOMENT_ROWS):
-            rows = slice(first, first + MOMENT_ROWS)
-            moment[rows, first:].addmm_(weighted[:, rows].t(), y[:, first:])
-    for first in range(0, len(moment), MOMENT_ROWS):
-        rows = slice(first, first + MOMENT_ROWS)
-        moment[rows, rows] = moment[rows, rows].triu() + moment[rows, rows].triu(1).t()
-        moment[first + MOMENT_ROWS :, rows] = moment[rows, first + MOMENT_ROWS :].t()
-    return moment
+    return moment.matrix()

@@ -16,8 +16,9 @@ from torch import nn
 
 from vllm_mcmoe.calibration.checkpoint.size import DecidedBytes, LinearGroup, decided_bytes
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
-from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, second_moment_of
+from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
 from vllm_mcmoe.calibration.matrix.linears import LINEAR_BITS, PACKED_BITS, quantize_linear
+from vllm_mcmoe.calibration.matrix.second_moment import SecondMoment
 from vllm_mcmoe.calibration.measure.expert_tokens import evenly_spaced
 from vllm_mcmoe.calibration.measure.factors import LinearFactors, LinearTable
 from vllm_mcmoe.calibration.measure.sensitivity import LOGITS_AT_ONCE, token_kl
@@ -94,7 +95,7 @@ class LinearMeasurer:
         return quantize_linear(weight, factor, bits, self._decided.group_size, dtype)[0].sub_(weight)
 
     def _measure(self, group: LinearGroup, record: "_GroupRecord") -> LinearFactors:
-        factor = HessianFactor.build(record.moment, name=group.names[0])
+        factor = HessianFactor.build(record.moment.matrix(), name=group.names[0])
         loss_increase = {}
         for bits in PACKED_BITS:
             products = torch.zeros(len(record.x), device=record.x.device)
@@ -107,7 +108,7 @@ class LinearMeasurer:
     def _measure_head(self, group: LinearGroup, hidden: Activations) -> LinearFactors:
         head = self._model.head()
         inputs = (self._model.head_inputs(batch).flatten(0, -2) for batch in hidden)
-        factor = HessianFactor.build(second_moment_of(inputs), name=group.names[0])
+        factor = HessianFactor.build(SecondMoment.of(inputs).matrix(), name=group.names[0])
         sample = evenly_spaced(len(hidden.rows), min(len(hidden.rows), MEASURED_TOKENS))
         at_once = max(1, LOGITS_AT_ONCE // len(head.weight))
         loss_increase = {}
@@ -139,7 +140,7 @@ def _linear_factors(group: LinearGroup, group_size: int, loss_increase: dict[int
 class _GroupRecord:
     """What goes through linears that share an input, while it is not released.
 
-    moment     float32 [in, in], sum of x_t x_t^T over all tokens
+    moment     of the inputs of all tokens
     x          float32 [n, in], of the tokens that are measured on, and
     gradients  name -> float32 [n, out], the loss gradient at the linear's output
     """
@@ -149,7 +150,7 @@ class _GroupRecord:
         device = first.weight.device
         self.modules = modules
         self._sample = evenly_spaced(tokens, min(tokens, MEASURED_TOKENS))
-        self.moment = torch.zeros(first.in_features, first.in_features, device=device)
+        self.moment = SecondMoment()
         self.x = torch.zeros(len(self._sample), first.in_features, device=device)
         self.gradients = {
             name: torch.zeros(len(self._sample), module.out_features, device=device) for name, module in modules.items()
@@ -170,7 +171,7 @@ class _GroupRecord:
             first, last = torch.searchsorted(self._sample, torch.tensor([seen, seen + len(x)])).tolist()
             rows = (self._sample[first:last] - seen).to(x.device)
             if keeps_inputs:
-                self.moment.addmm_(x.t(), x)
+                self.moment.add(x)
                 self.x[first:last] = x[rows]
 
             def see_gradient(gradient: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
     write_index,
 )
 from vllm_mcmoe.calibration.common.progress import Log, progress
-from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, second_moment_of
+from vllm_mcmoe.calibration.matrix.gptq import HessianFactor
 from vllm_mcmoe.calibration.matrix.linears import (
     PACKED_BITS,
     choose_group_size,
@@ -30,6 +30,7 @@ from vllm_mcmoe.calibration.matrix.linears import (
     mixed_linear_config,
     quantize_linear,
 )
+from vllm_mcmoe.calibration.matrix.second_moment import SecondMoment
 from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
@@ -51,14 +52,13 @@ def _super_experts(factors: Factors | None) -> dict[str, list[int]]:
 class CheckpointRun:
     """State of one quantisation.
 
-    directory   inside the work directory, where the checkpoint is written
+    directory   inside the work directory, where the checkpoint is written: its own, or another where it is to be tuned
     """
 
     def __init__(
         self,
         model: LayerwiseModel,
         work: WorkDirectory,
-        directory: Path,
         store: ActivationStore,
         plan: Plan,
         recipe: Recipe,
@@ -68,8 +68,9 @@ class CheckpointRun:
         factors: Factors | None,
         log: Log,
     ):
-        self.model, self.work, self.directory, self.store = model, work, directory, store
+        self.model, self.work, self.store = model, work, store
         self.plan, self.recipe = plan, recipe
+        self.directory = work.checkpoint if recipe.tuning is None else work.untuned
         self.linear_bits, self.linear_group = self._linear_widths(linear_bits)
         self._uniform = None if plan.linears is not None else recipe.linear_bits if linear_bits is None else linear_bits
         self.gradient_norms, self.output_gradients = gradient_norms or {}, output_gradients or {}
@@ -205,7 +206,7 @@ class CheckpointRun:
     def _add_head(self, shard: Shard, outputs: Activations) -> None:
         name, head = self.description.family.head, self.model.head()
         inputs = (self.model.head_inputs(batch).flatten(0, -2) for batch in outputs)
-        factor = HessianFactor.build(second_moment_of(inputs), name=name)
+        factor = HessianFactor.build(SecondMoment.of(inputs).matrix(), name=name)
         dtype = self.model.source.read(f"{name}.weight").dtype
         _, tensors = quantize_linear(head.weight, factor, self.head_bits, self.linear_group, dtype)
         self.model.release_head()

@@ -27,6 +27,7 @@ from vllm_mcmoe.calibration.matrix.linears import (
     quantize_linear,
     tensor_parallel_sizes,
 )
+from vllm_mcmoe.calibration.matrix.second_moment import SecondMoment
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.calibration.measure.expert_tokens import (
     MoeInputs,
@@ -262,11 +263,10 @@ def restore(
 
 def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activations) -> torch.Tensor:
     """Second moment of a linear's input over all tokens, float32 [in, in]; the experts are not computed."""
-    moment = torch.zeros(linear.in_features, linear.in_features, device=layer.device)
+    moment = SecondMoment()
 
     def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2)
-        moment.addmm_(x.t(), x)
+        moment.add(args[0].flatten(0, -2))
 
     handle = linear.register_forward_pre_hook(accumulate)
     try:
@@ -275,7 +275,7 @@ def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activat
                 layer(batch)
     finally:
         handle.remove()
-    return moment
+    return moment.matrix()
 
 
 def split_rows(matrix: QuantizedMatrix, parts: list[slice]) -> list[QuantizedMatrix]:

@@ -130,8 +130,8 @@ class _Tuning:
         after = self._held_out_kl(original)
         report = TuningReport(self.tuned.numel() * self.tokens.shape[1], len(schedule), before, after, after < before)
         self.work.save(_FINISHED, vars(report))
-        found = f"KL on calibration sequences that were held out {before:.4f} before tuning, {after:.4f} after"
-        self.log(f"{found}." if report.kept else f"{found}: what was tuned is not written.")
+        done = "Tuned" if report.kept else "Tuned, but not for the better, so that nothing of it is written"
+        self.log(f"{done}: {report.describe()}.")
         return report
 
     def _schedule(self) -> list[torch.Tensor]:

@@ -35,19 +35,9 @@ def test_vnni_in_256_bits_agrees_with_its_instruction_spelled_out(monkeypatch):
         @cfunc(compiled.ROWS)
         def multiply_rows(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
             rows(
-                stored_zeros,
-                bits,
-                records,
-                blocks,
-                groups,
-                first_group,
-                group_count,
-                codes,
-                scales,
-                first,
-                count,
+                stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count,
                 totals,
-            )
+            )  # fmt: skip
 
         return multiply_rows
 
@@ -75,13 +65,14 @@ def _compiled_for(cpu: str, function: ir.Function) -> str:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_vnni_in_256_bits_compiles_for_a_cpu_without_avx512(bits):
+@pytest.mark.parametrize("stored_zeros", [True, False], ids=["zeros", "no zeros"])
+def test_vnni_in_256_bits_compiles_for_a_cpu_without_avx512(stored_zeros, bits):
     if not re.match("x86_64|amd64|i.86", llvm.get_default_triple()):
         pytest.skip("not an x86 machine: LLVM here compiles for no other")
     module = ir.Module()
     module.triple = llvm.get_default_triple()
     dot = avx2.sums_by(avx2.dot_vnni_256)
-    block = avx2.block_function(module, "block", dot, expert_record(bits, stored_zeros=True), avx2.BATCH)
+    block = avx2.block_function(module, "block", dot, expert_record(bits, stored_zeros), avx2.BATCH)
     assembly = _compiled_for("alderlake", block)
     assert len(re.findall(r"vpdpbusd\t", assembly)) >= 2 * 8 * avx2.BATCH  # a turn of 8 quads, two registers of rows
     assert "zmm" not in assembly and "vpdpbusds" not in assembly
