@@ -70,11 +70,11 @@ smol-moe: $(READY)
 	$(BIN)/python benchmarks/reference_model/upcycle.py build/smol-moe
 
 # Compiles the Triton kernels for every GPU, by each Triton that users get, and writes registers, spills and instructions
-# per weight: docs/triton_aot_3.*.md
+# per weight: docs/triton_aot_3.*.md. An hour; only what was added since: make aot-report ARGS=--missing
 aot-report: $(READY)
 	for version in 3.7.1 3.8.0 3.9.0; do \
 		$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$$version triton==$$version && \
-		PYTHONPATH=build/triton-$$version $(BIN)/python -m tests.kernels.triton_aot --write || exit 1; \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m tests.kernels.triton_aot --write $(ARGS) || exit 1; \
 	done
 
 setup: $(READY)

@@ -140,6 +140,7 @@ SPILLED_FOR_USERS = {
         ("sm100", "8 tokens, 1+2+3+4 bit, combining"): 16,
         ("gfx950", "16 tokens, 4 bit"): 472,
         ("gfx950", "16 tokens, 1+2+3+4 bit, SiLU"): 504,
+        ("gfx950", "16 tokens, 1+2+3+4 bit, SiLU, no zeros"): 468,
         ("gfx950", "16 tokens, 1+2+3+4 bit, clamped SiLU, biases"): 584,
         ("gfx950", "16 tokens, 1+2+3+4 bit, relu2 without a gate"): 736,
         ("gfx950", "16 tokens, 1+2+3+4 bit, combining"): 520,

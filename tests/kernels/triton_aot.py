@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from multiprocessing import get_context
@@ -367,11 +367,14 @@ def _measure(job: tuple[str, Case]) -> Figures:
     return figures(*job)
 
 
-def measure(targets: Sequence[str], only_ci: bool, processes: int) -> list[Figures]:
-    """The cases of the targets, in their order."""
+def measure(
+    targets: Sequence[str], only_ci: bool, processes: int, known: Mapping[tuple[str, str], Figures]
+) -> list[Figures]:
+    """The cases of the targets, in their order. known: figures by target and case that need not be compiled again."""
     jobs = [(target, case) for target in targets for case in cases(target, only_ci)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_measure, jobs))
+        compiled = pool.map(_measure, [job for job in jobs if (job[0], job[1].name) not in known])
+        return [known.get((target, case.name)) or next(compiled) for target, case in jobs]
 
 
 def report_path(version: str) -> Path:
@@ -429,6 +432,9 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--ci", action="store_true", help="only what the tests compile")
+    parser.add_argument(
+        "--missing", action="store_true", help="keep the rows of this Triton's report: after cases were added"
+    )
     parser.add_argument("--assembly", action="store_true", help="print the code of the decode GEMM with SiLU")
     parser.add_argument("--write", action="store_true", help="replace this Triton's report in docs/")
     parser.add_argument("--output", type=Path, help="write the report to this file instead")
@@ -439,7 +445,9 @@ def main() -> None:
             code = compile_case(target, case).asm
             print(code["amdgcn"] if _is_amd(target) else code["ptx"])
         return
-    report = to_markdown(measure(arguments.targets, arguments.ci, arguments.processes), triton.__version__)
+    known = read_report(report_path(triton.__version__))[1] if arguments.missing else {}
+    figures_of_all = measure(arguments.targets, arguments.ci, arguments.processes, known)
+    report = to_markdown(figures_of_all, triton.__version__)
     output = report_path(triton.__version__) if arguments.write else arguments.output
     if output:
         output.write_text(report)
