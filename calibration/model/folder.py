@@ -6,7 +6,7 @@
 A model of the hub stays at the commit that it was found at: a branch that moves meanwhile changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,10 +74,12 @@ class ModelFolder:
     def fetch_side_files(self) -> None:
         """Everything at the top level but weights: tokenizer, chat template, settings, licence. Raises HubError."""
 
-    def read_headers(self, names: list[str]) -> dict[str, SafetensorsFileMetadata]:
+    def read_headers(self, names: Sequence[str]) -> list[SafetensorsFileMetadata]:
         """Of safetensors files that are not there, by range requests: nothing else of them is read. Raises HubError,
         FormatError."""
-        return {}
+        if names:
+            raise FormatError(f"{self.path / names[0]}: named in the index but missing. Is the download complete?")
+        return []
 
 
 class HubFolder(ModelFolder):
@@ -140,10 +142,11 @@ class HubFolder(ModelFolder):
                     self.fetch(name)
             self._has_side_files = True
 
-    def read_headers(self, names: list[str]) -> dict[str, SafetensorsFileMetadata]:
+    def read_headers(self, names: Sequence[str]) -> list[SafetensorsFileMetadata]:
+        if not names:
+            return []
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-            headers = pool.map(self._read_header, names)
-            return dict(zip(names, progress(headers, "Reading headers", total=len(names)), strict=True))
+            return list(progress(pool.map(self._read_header, names), "Reading headers", total=len(names)))
 
     def _read_header(self, name: str) -> SafetensorsFileMetadata:
         with _fetching(self.name, f"the header of {name}"):

@@ -5,6 +5,7 @@ Of a model on the hub a file is fetched when the first of its tensors is read; b
 
 import json
 import math
+import os
 import struct
 import threading
 from dataclasses import dataclass
@@ -61,17 +62,22 @@ class TensorFiles:
         self.directory = self.folder.path
         self.files, promised = _list_files(self.folder)
         self.info: dict[str, TensorInfo] = {}
-        elsewhere = self.folder.read_headers([path.name for path in self.files if not path.is_file()])
+        missing = [path for path in self.files if not path.is_file()]
+        elsewhere = dict(zip(missing, self.folder.read_headers(list(map(self._name, missing))), strict=True))
         for path in self.files:
-            if path.name not in elsewhere:
+            if path not in elsewhere:
                 self.info.update(_read_header(path))
                 continue
-            for name, tensor in elsewhere[path.name].tensors.items():
+            for name, tensor in elsewhere[path].tensors.items():
                 self.info[name] = TensorInfo(path, tensor.dtype, tuple(tensor.shape), None)
         for name, file in promised.items():
             if name not in self.info:
                 raise FormatError(f"{self.directory / INDEX_FILE}: tensor {name} is not in {file}, as it says.")
         self._fetching = threading.Lock()
+
+    def _name(self, path: Path) -> str:
+        """Of a file, as the index has it."""
+        return os.path.relpath(path, self.directory)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: slice = slice(None)) -> torch.Tensor:
         """The tensor as stored, or tensor[index][rows] of it, which lies in one piece. rows: without a step.
@@ -98,7 +104,7 @@ class TensorFiles:
 
     def _fetch(self, path: Path) -> None:
         with self._fetching:  # several threads read
-            self.folder.fetch(path.name)
+            self.folder.fetch(self._name(path))
             header = _read_header(path)
             for name, info in self.info.items():
                 if info.file != path or info.offset is not None:
@@ -158,8 +164,4 @@ def _list_files(folder: ModelFolder) -> tuple[list[Path], dict[str, str]]:
         raise FormatError(f"{index_path}: not a safetensors index: {error!r}") from None
     if not plain:
         raise FormatError(f"{index_path}: not a safetensors index: weight_map must map names of tensors to files.")
-    files = [directory / name for name in sorted(set(promised.values()))]
-    for path in files:
-        if folder.revision is None and not path.is_file():
-            raise FormatError(f"{path}: named in {INDEX_FILE} but missing. Is the download complete?")
-    return files, promised
+    return [directory / name for name in sorted(set(promised.values()))], promised

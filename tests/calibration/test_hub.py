@@ -50,14 +50,6 @@ def model(tmp_path_factory, qwen3_model) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory, model, calibration_files) -> Path:
-    """From the directory."""
-    out = tmp_path_factory.mktemp("quantised") / "out"
-    quantize_tiny(model, out, model, calibration_files)
-    return out
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path, model) -> Iterator[Hub]:
     """A hub that has the model, asked by everything here, and an empty cache."""
@@ -97,16 +89,18 @@ def contents(directory: Path) -> dict[str, bytes]:
 SHARDS = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
 
 
-def test_a_name_is_quantised_into_the_checkpoint_of_the_directory(hub, model, quantised, tmp_path, calibration_files):
+def test_a_name_is_quantised_into_the_checkpoint_of_the_directory(
+    hub, model, tiny_checkpoint, tmp_path, calibration_files
+):
     quantize_tiny(NAME, tmp_path / "out", model, calibration_files, evaluation_data=calibration_files[:1])
-    named, local = contents(tmp_path / "out"), contents(quantised)
+    named, local = contents(tmp_path / "out"), contents(tiny_checkpoint)
     card, card_of_local = named.pop("README.md").decode(), local.pop("README.md").decode()
     assert named == local
-    assert f"# {NAME}, experts at" in card and "# model, experts at" in card_of_local
+    assert f"# {NAME}, experts at" in card and "# tiny-qwen3, experts at" in card_of_local
     metadata = metadata_load(tmp_path / "out" / "README.md")
     assert metadata["base_model"] == NAME and metadata["base_model_relation"] == "quantized"
     assert metadata["license"] == "apache-2.0" and "language" not in metadata
-    assert "base_model" not in metadata_load(quantised / "README.md")
+    assert "base_model" not in metadata_load(tiny_checkpoint / "README.md")
     assert sorted(hub.fetched(".safetensors")) == SHARDS  # each once, over all passes
     assert sorted(hub.fetched(".json")) == sorted(name for name in contents(model) if name.endswith(".json"))
     blobs = list((tmp_path / "cache" / "models--org--Tiny-Qwen3" / "blobs").iterdir())
@@ -160,6 +154,16 @@ def test_a_single_file_and_none(hub, qwen3_model):
         read_all("org/none")
 
 
+def test_files_of_weights_may_be_in_a_folder(hub, model):
+    files = dict(hub.repositories[NAME].files())
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    moved = {f"weights/{file}": files.pop(file) for file in SHARDS}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.repositories[NAME].commit(files | moved)
+    assert read_all(NAME).keys() == read_all(model).keys()
+
+
 def test_a_revision_is_a_branch_or_a_commit(hub):
     repository = hub.repositories[NAME]
     first = repository.branches["main"]
@@ -178,7 +182,7 @@ def test_a_model_stays_at_its_commit_when_the_branch_moves(hub, model):
 
 
 def test_unfinished_work_goes_on_at_its_commit_and_without_the_hub(
-    hub, model, quantised, tmp_path, calibration_files, monkeypatch
+    hub, model, tiny_checkpoint, tmp_path, calibration_files, monkeypatch
 ):
     with interrupted_at_the_last_layer():
         quantize_tiny(NAME, tmp_path / "out", model, calibration_files)
@@ -195,31 +199,31 @@ def test_unfinished_work_goes_on_at_its_commit_and_without_the_hub(
     quantize_tiny(found, tmp_path / "out", model, calibration_files, log=messages.append)
     assert "2 of 3 layers are quantised already." in messages
     assert any("cannot be reached" in line and "are taken to be those in" in line for line in messages)
-    written, expected = contents(tmp_path / "out"), contents(quantised)
+    written, expected = contents(tmp_path / "out"), contents(tiny_checkpoint)
     del written["README.md"], expected["README.md"]
     assert written == expected
 
 
-def test_evaluate_takes_names(hub, model, quantised, calibration_files):
+def test_evaluate_takes_names(hub, model, tiny_checkpoint, calibration_files):
     few = {"sequences": 4, "length": 32, "show_progress": False}
-    hub.add("me/quantised", quantised)
+    hub.add("me/quantised", tiny_checkpoint)
     named = evaluate("me/quantised", calibration_files[:1], against=NAME, **few)
-    local = evaluate(quantised, calibration_files[:1], against=model, **few)
+    local = evaluate(tiny_checkpoint, calibration_files[:1], against=model, **few)
     assert (named.model, named.against) == ("me/quantised", NAME)
     assert named.mean_kl == local.mean_kl and named.average_bits == local.average_bits
 
 
-def test_the_rule_of_a_pruned_checkpoint_is_fetched_with_it(hub, model, quantised, tmp_path, calibration_files):
+def test_the_rule_of_a_pruned_checkpoint_is_fetched_with_it(hub, model, tiny_checkpoint, tmp_path, calibration_files):
     few = {"sequences": 4, "length": 32, "show_progress": False}
-    pruned = Path(shutil.copytree(quantised, tmp_path / "pruned"))
+    pruned = Path(shutil.copytree(tiny_checkpoint, tmp_path / "pruned"))
     prune(pruned, calibration_files[:1], method="odp", **few)
     hub.add("me/pruned", pruned)
     assert evaluate("me/pruned", calibration_files[:1], **few).pruned > 0
 
 
-def test_a_checkpoint_on_the_hub_is_inspected_without_its_weights(hub, quantised):
-    hub.add("me/quantised", quantised)
-    assert inspect_checkpoint("me/quantised") == inspect_checkpoint(quantised)
+def test_a_checkpoint_on_the_hub_is_inspected_without_its_weights(hub, tiny_checkpoint):
+    hub.add("me/quantised", tiny_checkpoint)
+    assert inspect_checkpoint("me/quantised") == inspect_checkpoint(tiny_checkpoint)
     assert hub.fetched(".safetensors") == []
 
 
@@ -356,8 +360,8 @@ def run_mcmoe(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def test_commands_take_a_revision(hub, quantised, calibration_files, tmp_path):
-    hub.add("me/quantised", quantised)
+def test_commands_take_a_revision(hub, tiny_checkpoint, calibration_files, tmp_path):
+    hub.add("me/quantised", tiny_checkpoint)
     few = ("--sequences", 2, "--length", 32, "--json")
     repository = hub.repositories[NAME]
     repository.commit({name: content for name, content in repository.files().items() if name != SHARDS[0]}, "broken")
@@ -380,8 +384,8 @@ def test_what_is_served_has_no_revision(option):
     assert f"Invalid value for {option}: goes with a name on the hub" in result.output
 
 
-def test_prune_writes_into_no_checkpoint_but_ones_own(hub, quantised, calibration_files):
-    hub.add("me/quantised", quantised)
+def test_prune_writes_into_no_checkpoint_but_ones_own(hub, tiny_checkpoint, calibration_files):
+    hub.add("me/quantised", tiny_checkpoint)
     advice = "fetch one of your own with `hf download me/quantised --local-dir DIR`"
     with pytest.raises(PruningError, match=f"me/quantised is no directory; it may be a name on the hub.*{advice}"):
         prune("me/quantised", calibration_files)

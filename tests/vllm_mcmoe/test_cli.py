@@ -129,7 +129,8 @@ def test_inspect_takes_a_name_from_the_hub_that_the_environment_names(qwen3_mode
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert (summary["architecture"], summary["headers"]) == ("Qwen3MoeForCausalLM", 1)
-    assert f"org/tiny: commit {commit}; files are kept in {tmp_path}/hub/models--org--tiny" in result.stderr
+    kept = f"files are kept in {tmp_path}/hub/models--org--tiny/snapshots/{commit}"
+    assert f"org/tiny: commit {commit}; {kept}" in " ".join(result.stderr.split())
 
 
 def test_inspect_fails_with_the_reason_where_a_model_is_not_supported(tmp_path):
