@@ -129,7 +129,7 @@ class HubFolder(ModelFolder):
     def fetch(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
-            if name.endswith(WEIGHT_SUFFIXES):
+            if name.endswith(WEIGHT_SUFFIXES) and download_bar() is None:  # the bar says the same
                 self._log(f"Fetching {name} of {self.name}.")
             with _fetching(self.name, name):
                 self._download(name)
