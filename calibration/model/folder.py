@@ -72,7 +72,8 @@ class ModelFolder:
         return self.path / name
 
     def fetch_side_files(self) -> None:
-        """Everything at the top level but weights: tokenizer, chat template, settings, licence. Raises HubError."""
+        """Everything at the top level but weights and git's files: tokenizer, chat template, settings, licence. Raises
+        HubError."""
 
     def read_headers(self, names: Sequence[str]) -> list[SafetensorsFileMetadata]:
         """Of safetensors files that are not there, by range requests: nothing else of them is read. Raises HubError,
@@ -138,7 +139,7 @@ class HubFolder(ModelFolder):
     def fetch_side_files(self) -> None:
         if not self._has_side_files:
             for name in sorted(self._list()):
-                if not name.endswith(WEIGHT_SUFFIXES):
+                if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
                     self.fetch(name)
             self._has_side_files = True
 
