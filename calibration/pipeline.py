@@ -5,6 +5,8 @@
     report = quantize(model_dir, out_dir, ["c4.jsonl"], bits=2.5)                # measure, allocate, quantise
     report = quantize(model_dir, out_dir, ["c4.jsonl"], plan=Plan.load("plan.json"))
 
+For model_dir there may as well be ORG/NAME on the hub, or what find_model(NAME, REVISION) gives.
+
 Every step is a room, a package beside this file, in the order of docs/design.md. Finished layers are kept in a work
 directory beside the output (checkpoint/workdir.py), from which a run that was killed is continued.
 """
@@ -51,6 +53,7 @@ from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.measure.weights_check import check_weights
 from vllm_mcmoe.calibration.model.activations import Storage
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
+from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import (
     DEFAULT_LENGTH,
@@ -76,7 +79,7 @@ ALLOCATED = "allocated"  # the unit of work between measuring and quantising
 
 
 def calibrate(
-    model_dir: str | Path,
+    model_dir: str | Path | ModelFolder,
     data: Sequence[str | Path] | None = None,
     out: str | Path | None = None,
     *,
@@ -94,6 +97,7 @@ def calibrate(
 ) -> Factors:
     """Measure every expert of a model.
 
+    model_dir    a directory or a name on the hub, as find_model takes it
     data         text files, .jsonl files or directories, as load_sequences takes them; None takes the built-in text
     out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
                  and the same call goes on from there after having been killed
@@ -104,12 +108,12 @@ def calibrate(
     device       what computes, as choose_device takes it
     restart      forget what an earlier run has left
 
-    Raises DeviceError, UnsupportedModelError, FormatError or DataError before any long work, WorkDirectoryError where
-    there is unfinished work of other arguments.
+    Raises DeviceError, HubError, UnsupportedModelError, FormatError or DataError before any long work,
+    WorkDirectoryError where there is unfinished work of other arguments.
     """
     device = choose_device(device, log)
     recipe = find_recipe(recipe, effort)
-    source = WeightFiles(describe_model(model_dir))
+    source = WeightFiles(describe_model(find_model(model_dir, log=log)))
     tokens = load_calibration_data(source.model, data, sequences, length, log)
     identity = {
         **identity_of_run(device, source.model, source.files, tokens, recipe),
@@ -134,7 +138,7 @@ def calibrate(
 
 
 def quantize(
-    model_dir: str | Path,
+    model_dir: str | Path | ModelFolder,
     out_dir: str | Path,
     data: Sequence[str | Path] | None = None,
     *,
@@ -160,6 +164,7 @@ def quantize(
 ) -> QuantizationReport:
     """The whole path: measure, allocate, quantise, write. What is given is not computed again.
 
+    model_dir        a directory or a name on the hub, as find_model takes it
     data             calibration text, as load_sequences takes it; None takes the built-in text
     plan             bit-widths; None allocates them for `bits`, `bits_per_layer` or `size` (one of the three, see
                      allocate)
@@ -179,8 +184,8 @@ def quantize(
     call, and the checkpoint is byte for byte that of a run that was not. (GPUs sum in varying order: on one of them the
     last bits, and with them a few codes, may differ from run to run.)
 
-    Raises DeviceError, UnsupportedModelError, FormatError, DataError or PlanError before any long work where possible,
-    and WorkDirectoryError where OUT.partial holds the work of other arguments.
+    Raises DeviceError, HubError, UnsupportedModelError, FormatError, DataError or PlanError before any long work where
+    possible, and WorkDirectoryError where OUT.partial holds the work of other arguments.
     """
     started = time.monotonic()
     device = choose_device(device, log)
@@ -189,7 +194,7 @@ def quantize(
         raise PlanError("give exactly one of plan, bits, bits_per_layer and size.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
-    description = describe_model(model_dir)
+    description = describe_model(find_model(model_dir, log=log))
     if plan is not None:
         plan.check_against(description.experts_per_layer())
         _check_plans_linears(plan, linear_bits)
@@ -266,8 +271,8 @@ def quantize(
             held_out = not set(find_data_files(evaluation_data)) & set(find_data_files(data))
             options = {"sequences": sequences, "length": length, "device": device}
             options |= {"log": log, "show_progress": show_progress}
-            before = evaluate(model_dir, evaluation_data, **options)
-            after = evaluate(work.checkpoint, evaluation_data, against=model_dir, **options)
+            before = evaluate(description.folder, evaluation_data, **options)
+            after = evaluate(work.checkpoint, evaluation_data, against=description.folder, **options)
             card = model_card(description, report, tokens, (before, after), held_out)
         return _publish(work, report, card, started, log)
 
@@ -307,6 +312,7 @@ def quantize_model(
     recipe = find_recipe(recipe, effort)
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
     check_output(Path(out_dir))
+    model.description.folder.fetch_side_files()
     plan.check_against(model.description.experts_per_layer())
     _check_plans_linears(plan, linear_bits)
     plan.check_linears([group.names for group in decided_bytes(model).groups])

@@ -33,5 +33,9 @@ class PruningError(McmoeError, ValueError):
     """A pruning rule cannot be calibrated, or a target cannot be reached."""
 
 
+class HubError(McmoeError, ValueError):
+    """A model that the hub does not have, does not give, or cannot be asked for."""
+
+
 class EndpointError(McmoeError, ValueError):
     """A server that cannot be reached, refuses a request, or does not tell what is asked of it."""

@@ -81,7 +81,7 @@ def _width_map(widths: Sequence[int]) -> Text:
     return text
 
 
-def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
+def print_summary(checkpoint: Path | str, summary: CheckpointSummary) -> None:
     print_widths({name: (bits.gate_up, bits.down) for name, bits in summary.config.experts.items()})
     if summary.linears:
         print_linears(summary.linears)
@@ -104,7 +104,7 @@ def print_summary(checkpoint: Path, summary: CheckpointSummary) -> None:
         console.print(f"[bold yellow]Warning:[/] {escape(warning)}", highlight=False)
 
 
-def print_model(model: Path, summary: ModelSummary) -> None:
+def print_model(model: Path | str, summary: ModelSummary) -> None:
     table = Table(title=f"{model}: {summary.architecture}, supported", box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -116,6 +116,8 @@ def print_model(model: Path, summary: ModelSummary) -> None:
     table.add_row("active per token", f"{summary.active_parameters:,}")
     table.add_row(f"bytes in {summary.source}", f"{summary.model_bytes:,}")
     table.add_row(f"bytes at {summary.bits:g} bits, about", f"{summary.checkpoint_bytes:,}", style="bold")
+    if summary.headers is not None:
+        table.add_row("files whose headers agree", f"{summary.headers}")
     console.print(table)
     for note in summary.notes:
         console.print(f"[bold]Note:[/] {escape(note)}", highlight=False)

@@ -57,7 +57,9 @@ def identity_of_products(device: torch.device, description: MoeModel, recipe: Re
 
 def identity_of_model(description: MoeModel, files: TensorFiles) -> dict[str, str]:
     """config.json and files that are copied by content; weights by header, size and time of change, since reading
-    them all takes minutes."""
+    them all takes minutes. Of a model on the hub the commit says it all."""
+    if description.folder.revision is not None:
+        return {"model": f"{description.folder}, commit {description.folder.revision}"}
     identity = {}
     for path in [description.path / "config.json", *side_files(description.path)]:
         identity[f"model file {path.name}"] = sha256_of(path)[:SHOWN_DIGITS]

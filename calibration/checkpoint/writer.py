@@ -11,21 +11,20 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_mcmoe.calibration.common.files import naming, write_atomically
+from vllm_mcmoe.calibration.model.folder import CONFIG_FILE, WEIGHT_SUFFIXES
 from vllm_mcmoe.calibration.model.weight_files import INDEX_FILE
 from vllm_mcmoe.checkpoint import SCALES, matrix_tensors
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.kernels.packing import SMALLEST_EXPONENT, PackedMatrix
 
-CONFIG_FILE, REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
-    "config.json",
+REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "quantization_report.json",
     "plan.json",
     "factors.json",
     "README.md",
 )
 
-# Weights in any format, and what other tools derive from them: not copied from the original directory.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+# Of the original directory, besides its weights.
 NOT_COPIED = (CONFIG_FILE, MODEL_CARD, REPORT_FILE, PLAN_FILE, FACTORS_FILE, INDEX_FILE, "pytorch_model.bin.index.json")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from vllm_mcmoe.calibration.matrix.linears import PACKED, SUFFIXES, dequantize_linear, linear_widths
 from vllm_mcmoe.calibration.model.description import FLOAT_DTYPES, MoeModel, describe_model
+from vllm_mcmoe.calibration.model.folder import ModelFolder
 from vllm_mcmoe.calibration.model.layerwise import load_full_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles, WeightSource
@@ -41,7 +42,7 @@ class CheckpointWeights:
         """Raises FormatError: a config that is invalid or newer, tensors that are missing or misshapen."""
         self.model = model
         self.config: CheckpointConfig = read_checkpoint_config(model.path)
-        self.files = TensorFiles(model.path)
+        self.files = TensorFiles(model.folder)
         self._linear_bits = linear_widths(self.config.linear) if self.config.linear else _none_is_packed
         _check_layers(model, self.config)
         for layer_name in model.moe_layers.values():
@@ -138,12 +139,12 @@ def _check_layers(model: MoeModel, config: CheckpointConfig) -> None:
             )
 
 
-def open_weights(path: str | Path) -> WeightSource:
-    """The weights of a 16-bit model or of a quantised checkpoint.
+def open_weights(model: str | Path | ModelFolder) -> WeightSource:
+    """The weights of a 16-bit model or of a quantised checkpoint, as find_model takes its name.
 
-    Raises UnsupportedModelError or FormatError as describe_model and the two classes do.
+    Raises UnsupportedModelError, FormatError or HubError as describe_model and the two classes do.
     """
-    description = describe_model(path)
+    description = describe_model(model)
     return CheckpointWeights(description) if is_mcmoe_checkpoint(description.path) else WeightFiles(description)
 
 

@@ -1,7 +1,8 @@
-"""What a model directory holds, without loading a tensor.
+"""What a model holds, without loading a tensor.
 
 A checkpoint is read from config.json and the safetensors headers; whether a 16-bit model can be quantised, and what it
-will take then, from its config.json alone, which may be all that has been downloaded.
+will take then, from its config.json alone, which may be all that has been downloaded. Where the model is on the hub,
+headers are fetched to be checked, too.
 """
 
 import json
@@ -16,7 +17,9 @@ from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.matrix.linears import PACKED, linear_widths
 from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
+from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
 from vllm_mcmoe.errors import FormatError
 
@@ -77,6 +80,8 @@ class ModelSummary:
     source             what its weights are in
     model_bytes        of its files
     checkpoint_bytes   at `bits` per expert weight, linears at the default recipe's width
+    headers            safetensors files on the hub whose headers were found to have what config.json says; None where
+                       they were not looked at
     notes              what to know of this architecture
     """
 
@@ -94,6 +99,7 @@ class ModelSummary:
     model_bytes: int
     bits: float
     checkpoint_bytes: int
+    headers: int | None
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,13 +107,15 @@ class ModelSummary:
         return asdict(self)
 
 
-def inspect_model(model: Path, bits: float) -> ModelSummary:
+def inspect_model(model: str | Path | ModelFolder, bits: float) -> ModelSummary:
     """Summarise a 16-bit model from its config.json. bits: of expert weights in the checkpoint whose size is wanted.
 
-    Raises UnsupportedModelError, with the reason, for a model that cannot be quantised.
+    Raises UnsupportedModelError, with the reason, for a model that cannot be quantised; of one on the hub FormatError
+    and HubError, too.
     """
     description = describe_model(model)
-    resources = plan_resources(model, bits=bits)
+    resources = plan_resources(description.folder, bits=bits)
+    on_hub = description.folder.revision is not None and description.folder.offline is None
     return ModelSummary(
         architecture=description.architecture,
         layers=description.num_layers,
@@ -123,17 +131,20 @@ def inspect_model(model: Path, bits: float) -> ModelSummary:
         model_bytes=resources.quantization.model_bytes,
         bits=bits,
         checkpoint_bytes=resources.serving.checkpoint_bytes,
+        headers=len(WeightFiles(description).files.files) if on_hub else None,
         notes=list(description.family.notes),
     )
 
 
-def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
+def inspect_checkpoint(checkpoint: str | Path | ModelFolder) -> CheckpointSummary:
     """Summarise a quantised checkpoint; faults that serving would refuse come back as warnings.
 
-    Raises FormatError where config.json is not of this format or a file cannot be read.
+    Raises FormatError where config.json is not of this format or a file cannot be read, HubError where that is because
+    it cannot be fetched.
     """
-    config = read_checkpoint_config(checkpoint)
-    headers = TensorFiles(Path(checkpoint)).info
+    folder = find_model(checkpoint)
+    config = read_checkpoint_config(folder.path)
+    headers = TensorFiles(folder).info
     by_kind: Counter[str] = Counter()
     for name, info in headers.items():
         by_kind[next(kind for kind, pattern in KINDS if pattern.search(name))] += info.nbytes
@@ -146,14 +157,12 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
         expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
         linears=_linears(config, headers),
         warnings=warnings,
-        tuning=_tuning(Path(checkpoint) / REPORT_FILE),
+        tuning=_tuning(folder.fetch(REPORT_FILE)) if folder.has(REPORT_FILE) else None,
     )
 
 
 def _tuning(report: Path) -> TuningReport | None:
-    """A checkpoint is served without its report, which may be missing. Raises FormatError for one that is none."""
-    if not report.is_file():
-        return None
+    """Raises FormatError for a file that is no report."""
     try:
         tuning = json.loads(report.read_text(encoding="utf-8")).get("tuning")
         return tuning and TuningReport(**tuning)

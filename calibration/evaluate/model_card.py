@@ -1,12 +1,18 @@
 """README.md of a checkpoint: what it is, what it weighs, what it scores, how to serve it."""
 
 from collections import Counter
+from pathlib import Path
+
+from huggingface_hub import ModelCardData, metadata_load
 
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.matrix.linears import count_by_width
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, name_files
+
+HERE = "PATH_TO_THIS_DIRECTORY"  # until it is known: `mcmoe push` writes the name on the hub instead
+INHERITED = ("license", "license_name", "license_link", "pipeline_tag")  # from the original's card
 
 
 def model_card(
@@ -18,21 +24,39 @@ def model_card(
 ) -> str:
     """Markdown. calibration: the text it was calibrated on; evaluation: of the original and of the checkpoint, on the
     same text; held_out says whether that text was kept out of calibration."""
-    name = description.path.resolve().name
+    name = description.folder.name
     sections = [
+        _metadata(description),
         f"# {name}, experts at {report.average_bits['experts']:.2f} bits",
         f"A quantised copy of `{name}` ({description.architecture}, {len(description.moe_layers)} MoE layers of "
         f"{description.num_experts} experts, top-{description.top_k}). Every expert has its own bit-width. "
         "vLLM serves it where the plugin vllm-mcmoe is installed:",
-        "```\nvllm serve PATH_TO_THIS_DIRECTORY\n```",
+        f"```\nvllm serve {HERE}\n```",
         "transformers loads it dequantised, in the memory of the 16-bit model, after `import vllm_mcmoe.hf`:",
         "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_DIRECTORY", dtype="bfloat16")\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("{HERE}", dtype="bfloat16")\n```',
         _quantization(description, report, calibration),
         _quality(evaluation, held_out),
         "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _metadata(description: MoeModel) -> str:
+    """What the hub reads of a card: tags, the original where that is on the hub, and its licence."""
+    entries = _inherited(description.path / "README.md") | {"tags": ["mcmoe", "moe", "vllm"]}
+    if description.folder.on_hub is not None:
+        entries |= {"base_model": description.folder.on_hub, "base_model_relation": "quantized"}
+    return f"---\n{ModelCardData(**entries).to_yaml()}\n---"
+
+
+def _inherited(card: Path) -> dict[str, str]:
+    """Nothing of a card that is missing or has no metadata."""
+    try:
+        found = metadata_load(card) if card.is_file() else None
+    except Exception:  # of YAML, or of a file that is no text: nobody but people needs the original's card
+        return {}
+    return {key: found[key] for key in INHERITED if key in found} if found else {}
 
 
 def _quantization(description: MoeModel, report: QuantizationReport, calibration: TokenSequences) -> str:

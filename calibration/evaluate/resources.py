@@ -34,6 +34,7 @@ from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel, describe_model
+from vllm_mcmoe.calibration.model.folder import ModelFolder
 from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, find_linear, skeleton
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
@@ -163,7 +164,7 @@ class ResourcePlan:
 
 
 def plan_resources(
-    model_dir: str | Path,
+    model_dir: str | Path | ModelFolder,
     *,
     bits: float | None = None,
     size: str | int | None = None,
@@ -175,12 +176,15 @@ def plan_resources(
     tuned: bool = True,
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
-    """bits: of expert weights, scales and zeros included, DEFAULT_BITS if neither they nor a size are given. size: of
+    """model_dir: a directory or a name on the hub, as find_model takes it; config.json is all that is read.
+
+    bits: of expert weights, scales and zeros included, DEFAULT_BITS if neither they nor a size are given. size: of
     the whole checkpoint, as allocate takes it. sequences x length calibration tokens.
 
     tuned: as pipeline.quantize takes it. kv_tokens: of all requests that are served at once.
 
-    Raises UnsupportedModelError as describe_model does, PlanError for a size that no checkpoint of this model can have.
+    Raises UnsupportedModelError and HubError as describe_model does, PlanError for a size that no checkpoint of this
+    model can have.
     """
     description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned)
     if bits is not None and size is not None:

@@ -22,6 +22,7 @@ from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import CheckpointWeights, open_weights
 from vllm_mcmoe.calibration.evaluate.experts_forward import experts_forward, layer_rules, round_activations
 from vllm_mcmoe.calibration.measure.sensitivity import token_kl
+from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, TokenSequences, load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightSource
@@ -38,7 +39,7 @@ KL_QUANTILES = {"median": 0.5, "99%": 0.99, "99.9%": 0.999}
 class Evaluation:
     """What was measured.
 
-    model, against     the directories compared, or what is served where, "NAME at URL"
+    model, against     the directories or names on the hub compared, or what is served where, "NAME at URL"
     activations        "int8" or "float", of the experts; always "float" for a 16-bit model; "served" where a server
                        computes them
     tokens             predicted tokens
@@ -94,10 +95,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | ModelFolder,
     data: Sequence[str | Path],
     *,
-    against: str | Path | None = None,
+    against: str | Path | ModelFolder | None = None,
     activations: Activations = "int8",
     pruning: str | float | Mapping[str, LayerPruning] = "on",
     sequences: int = DEFAULT_SEQUENCES,
@@ -106,8 +107,9 @@ def evaluate(
     log: Callable[[str], None] = lambda message: None,
     show_progress: bool = True,
 ) -> Evaluation:
-    """Evaluate a model directory on text.
+    """Evaluate a model on text.
 
+    model        a directory or a name on the hub, as find_model takes it
     data         as load_sequences takes it; one file is one domain
     against      another model or checkpoint of the same vocabulary, the reference of KL and top-1 agreement
     activations  of the quantised experts, here and in `against`
@@ -115,13 +117,13 @@ def evaluate(
                  by the checkpoint's own rule, or a rule for every MoE layer by its name, which is moved to the device
     device       what computes, as choose_device takes it; hidden states of the text stay in host memory
 
-    Raises DeviceError, UnsupportedModelError, FormatError, PruningError or DataError before any long work.
+    Raises DeviceError, HubError, UnsupportedModelError, FormatError, PruningError or DataError before any long work.
     """
     device = choose_device(device, log)
-    weights = open_weights(model)
+    weights = open_weights(find_model(model, log=log))
     pruners = pruners_of(weights, pruning)
-    reference = None if against is None else open_weights(against)
-    check_vocabularies({str(each.model.path): each.model.config.vocab_size for each in (weights, reference) if each})
+    reference = None if against is None else open_weights(find_model(against, log=log))
+    check_vocabularies({str(each.model.folder): each.model.config.vocab_size for each in (weights, reference) if each})
     text = load_calibration_data(weights.model, data, sequences, length, log)
     subject = FinalStates(weights, device, text.tokens, activations, show_progress, pruners)
     base = None if reference is None else FinalStates(reference, device, text.tokens, activations, show_progress)
@@ -162,8 +164,8 @@ def _evaluation(
 ) -> Evaluation:
     losses, distance = _compare(subject, base, text.tokens)
     return Evaluation(
-        model=subject.weights.model.path,
-        against=None if base is None else base.weights.model.path,
+        model=subject.weights.model.folder.given,
+        against=None if base is None else base.weights.model.folder.given,
         **perplexities(losses, text),
         **about_directory(subject.weights, activations, subject.pruners),
         **distance,
@@ -208,11 +210,12 @@ def pruners_of(weights: WeightSource, request: str | float | Mapping[str, LayerP
         return request
     config = weights.config.pruning if isinstance(weights, CheckpointWeights) else None
     if config is not None:
+        weights.model.folder.fetch(config.file_name)
         rules = PruningRules.load(weights.model.path, config)
         return layer_rules(rules, weights.model, resolve_target(config, request))
     if request in ("on", "off"):
         return {}
-    raise PruningError(f"{weights.model.path} has no pruning rule for the target {request}; run `mcmoe prune` first.")
+    raise PruningError(f"{weights.model.folder} has no pruning rule for the target {request}; run `mcmoe prune` first.")
 
 
 class FinalStates:
@@ -234,7 +237,7 @@ class FinalStates:
         with torch.no_grad():
             self.batches = self.model.embed(tokens)
             for index in progress(
-                range(self.model.num_layers), f"Running {weights.model.path.name}", show=show_progress
+                range(self.model.num_layers), f"Running {weights.model.folder.name}", show=show_progress
             ):
                 with self.model.loaded_layer(index) as layer:
                     pruner = self.pruners.get(moe_layers.get(index))

@@ -38,6 +38,7 @@ from vllm_mcmoe.calibration.evaluate.scores import (
     pruners_of,
 )
 from vllm_mcmoe.calibration.measure.sensitivity import token_kl
+from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.text import (
     DEFAULT_LENGTH,
     DEFAULT_SEQUENCES,
@@ -57,8 +58,8 @@ LARGEST_ANSWER, MOST_LIKELY = 10_000_000, 1000
 LEAST_REST = 1e-6
 
 
-def is_endpoint(model: str | Path) -> bool:
-    """Whether it is the address of a server, and not a directory."""
+def is_endpoint(model: str | Path | ModelFolder) -> bool:
+    """Whether it is the address of a server, and no directory or name on the hub."""
     return str(model).startswith(("http://", "https://"))
 
 
@@ -246,10 +247,10 @@ def _reason(answer: requests.Response) -> str:
 
 
 def evaluate_served(
-    model: str | Path,
+    model: str | Path | ModelFolder,
     data: Sequence[str | Path],
     *,
-    against: str | Path | None = None,
+    against: str | Path | ModelFolder | None = None,
     served_name: str | None = None,
     against_served_name: str | None = None,
     api_key: str | None = None,
@@ -267,11 +268,11 @@ def evaluate_served(
 
     served_name, against_served_name   the servers' names of the models; None takes the only one
     api_key       for both
-    tokenizer     a directory with the served model's tokenizer; None takes that of the model which is a directory, or
-                  the directory that the server was given, if it is here
+    tokenizer     a directory or a name on the hub, with the served model's tokenizer; None takes that of the model
+                  which is no server's, or the directory that the server was given, if it is here
     top_logprobs  likeliest tokens to ask for per position; None takes the whole vocabulary where the server gives it
                   and an answer stays below 600 MB, else as many as it gives
-    the rest      as evaluate takes it, for what is a directory
+    the rest      as evaluate takes it, for what no server has
 
     Distributions are those after every token but a sequence's last. Raises EndpointError, and what evaluate raises,
     before any long work.
@@ -283,8 +284,8 @@ def evaluate_served(
     ]
     served = [endpoint for endpoint in endpoints if endpoint is not None]
     weights = [
-        open_weights(path) if path is not None and endpoint is None else None
-        for path, endpoint in zip((model, against), endpoints, strict=True)
+        open_weights(find_model(name, log=log)) if name is not None and endpoint is None else None
+        for name, endpoint in zip((model, against), endpoints, strict=True)
     ]
     pruners = {} if weights[0] is None else pruners_of(weights[0], pruning)
     text = _load_text(served, weights, tokenizer, data, sequences, length, log)
@@ -322,14 +323,19 @@ def _load_text(
     """Of the data, by the model's tokenizer; every server has been asked whether it is its own."""
     local = next((each.model for each in weights if each is not None), None)
     if local is not None and tokenizer is None:
-        source, found = local.path, load_tokenizer(local.path)
         text = load_calibration_data(local, data, sequences, length, log)
+        source, found = local.folder, load_tokenizer(local.path)
     else:
         roots = (endpoint.directory for endpoint in served)
         source = tokenizer or next((root for root in roots if root and Path(root).is_dir()), None)
         if source is None:
-            raise DataError(f"{served[0]}: no directory with its tokenizer is known here; give one with --tokenizer.")
-        found = load_tokenizer(Path(source))
+            raise DataError(
+                f"{served[0]}: no directory with its tokenizer is known here; give one with --tokenizer, or the "
+                "model's name on the hub."
+            )
+        folder = find_model(source, log=log)
+        folder.fetch_side_files()
+        found = load_tokenizer(folder.path)
         text = load_sequences(data, found, sequences=sequences, length=length)
         if text.notice:
             log(f"Data: {text.notice}.")
@@ -342,7 +348,7 @@ def _load_text(
 def _how_many_logprobs(served: list[Endpoint], weights: list[Any], wanted: int | None, length: int, log: Log) -> int:
     """Likeliest tokens to ask for, of every server alike; -1 for the whole vocabulary."""
     sizes = {str(endpoint): endpoint.vocabulary for endpoint in served if endpoint.vocabulary is not None}
-    sizes |= {str(each.model.path): each.model.config.vocab_size for each in weights if each is not None}
+    sizes |= {str(each.model.folder): each.model.config.vocab_size for each in weights if each is not None}
     check_vocabularies(sizes)
     limited = [endpoint for endpoint in served if endpoint.most_logprobs is not None]
     least = min(limited, key=lambda endpoint: endpoint.most_logprobs, default=None)

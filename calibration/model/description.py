@@ -1,4 +1,4 @@
-"""One model directory, described from its config.json alone (`describe_model`).
+"""One model, described from its config.json alone (`describe_model`).
 
 The headers of its safetensors files are checked against that description (`check_tensors`), both before any long work.
 """
@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_mcmoe.calibration.model.families import FAMILIES, REFUSED
 from vllm_mcmoe.calibration.model.families.family import ModelFamily
+from vllm_mcmoe.calibration.model.folder import CONFIG_FILE, ModelFolder, find_model
 from vllm_mcmoe.calibration.model.source_formats import READ, SourceFormat, find_source_format
 from vllm_mcmoe.calibration.model.weight_files import TensorInfo
 from vllm_mcmoe.checkpoint import BIAS
@@ -27,8 +28,9 @@ TEXT_MODULE, LAYERS, HEAD_MODULE = "model.", "layers", "lm_head"
 
 @dataclass(frozen=True)
 class MoeModel:
-    """One model directory, described from its config.json.
+    """One model, described from its config.json.
 
+    folder       where its files are
     config       of the text model, which in a wrapper is a part of config.json
     source_format  what the files' weights are in
     moe_layers   decoder layer index -> layer name, the on-disk prefix of its experts
@@ -38,7 +40,7 @@ class MoeModel:
     function     what experts compute between their projections
     """
 
-    path: Path
+    folder: ModelFolder
     config: PretrainedConfig
     architecture: str
     family: ModelFamily
@@ -51,6 +53,11 @@ class MoeModel:
     num_experts: int
     top_k: int
     function: ExpertFunction
+
+    @property
+    def path(self) -> Path:
+        """Directory of its files; of a model on the hub not all of them are there yet."""
+        return self.folder.path
 
     def expert_tensor(self, layer_name: str, expert: int, projection: str) -> str:
         """On-disk name, without suffix, of a matrix: projection is one of all_projections."""
@@ -178,16 +185,18 @@ class MoeModel:
         return self.is_expert_tensor(name) and not name.endswith(BIAS)
 
 
-def describe_model(path: str | Path) -> MoeModel:
-    """Describe a model directory from its config.json.
+def describe_model(model: str | Path | ModelFolder) -> MoeModel:
+    """Describe a model, named as find_model takes it, from its config.json.
 
     Raises UnsupportedModelError: no directory, no readable config, an architecture, setting or shape that this
     version cannot quantise, or a model that another tool has quantised; the message says why or lists what it can.
+    HubError as find_model does.
     """
-    path = Path(path)
-    if not (path / "config.json").is_file():
+    folder = find_model(model)
+    path = folder.path
+    if not (path / CONFIG_FILE).is_file():
         raise UnsupportedModelError(
-            f"{path}: no config.json there; expected a Hugging Face model directory (download one with `hf download`)."
+            f"{path}: no config.json there; expected a Hugging Face model directory, or ORG/NAME of a model on the hub."
         )
     whole = _read_config(path / "config.json")
     architecture = (whole.architectures or ["none"])[0]
@@ -195,8 +204,8 @@ def describe_model(path: str | Path) -> MoeModel:
     config = _asked(path, lambda: family.text_config(whole.get_text_config()))
     _check_family(path / "config.json", whole, config, family)
     quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None)
-    model = MoeModel(
-        path=path,
+    described = MoeModel(
+        folder=folder,
         config=config,
         architecture=architecture,
         family=family,
@@ -215,8 +224,8 @@ def describe_model(path: str | Path) -> MoeModel:
         top_k=getattr(config, family.top_k),
         function=_asked(path, lambda: _function(path / "config.json", config, family)),
     )
-    _check_shapes(model)
-    return model
+    _check_shapes(described)
+    return described
 
 
 # keys of config.json by which lists and tensors are made before anything could be compared with the files

@@ -310,7 +310,8 @@ def load_calibration_data(
     description: MoeModel, data: Sequence[str | Path] | None, sequences: int, length: int, log: Log
 ) -> TokenSequences:
     """Token sequences of the files for this model, with its own tokenizer; that they are of the built-in text, and what
-    was shortened, is logged."""
+    was shortened, is logged. Whatever a model on the hub has beside weights is here afterwards."""
+    description.folder.fetch_side_files()
     tokens = load_sequences(
         data,
         load_tokenizer(description.path),

@@ -1,14 +1,20 @@
-"""Tensors of a Hugging Face model directory, read by name, one at a time, from its safetensors files."""
+"""Tensors of a Hugging Face model, read by name, one at a time, from its safetensors files.
+
+Of a model on the hub a file is fetched when the first of its tensors is read; before that its header is all there is.
+"""
 
 import json
 import math
+import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_mcmoe.calibration.model.folder import ModelFolder
 from vllm_mcmoe.errors import FormatError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,12 +32,12 @@ ELEMENT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is, from the header of its file. dtype is safetensors' own name, e.g. "BF16"; offset is that of
-    its first byte in the file."""
+    its first byte in the file, None where that is yet to be fetched."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int
+    offset: int | None
 
     @property
     def numel(self) -> int:
@@ -43,32 +49,47 @@ class TensorInfo:
 
 
 class TensorFiles:
-    """The safetensors files of a model directory.
+    """The safetensors files of a model.
 
     info   tensor name -> TensorInfo, of every tensor
     files  the files, in name order
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, folder: Path | ModelFolder):
         """Reads headers only. Raises FormatError: no safetensors files, one missing or broken, an index that names
-        a tensor its file lacks."""
-        self.directory = Path(directory)
-        self.files, promised = _list_files(self.directory)
+        a tensor its file lacks; HubError where they cannot be had."""
+        self.folder = folder if isinstance(folder, ModelFolder) else ModelFolder(Path(folder))
+        self.directory = self.folder.path
+        self.files, promised = _list_files(self.folder)
         self.info: dict[str, TensorInfo] = {}
+        missing = [path for path in self.files if not path.is_file()]
+        elsewhere = dict(zip(missing, self.folder.read_headers(list(map(self._name, missing))), strict=True))
         for path in self.files:
-            self.info.update(_read_header(path))
+            if path not in elsewhere:
+                self.info.update(_read_header(path))
+                continue
+            for name, tensor in elsewhere[path].tensors.items():
+                self.info[name] = TensorInfo(path, tensor.dtype, tuple(tensor.shape), None)
         for name, file in promised.items():
             if name not in self.info:
                 raise FormatError(f"{self.directory / INDEX_FILE}: tensor {name} is not in {file}, as it says.")
+        self._fetching = threading.Lock()
+
+    def _name(self, path: Path) -> str:
+        """Of a file, as the index has it."""
+        return os.path.relpath(path, self.directory)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: slice = slice(None)) -> torch.Tensor:
         """The tensor as stored, or tensor[index][rows] of it, which lies in one piece. rows: without a step.
 
-        Raises FormatError if there is none of that name.
+        Raises FormatError if there is none of that name, HubError where its file cannot be fetched.
         """
         info = self.info.get(name)
         if info is None:
             raise FormatError(f"{self.directory}: tensor {name} is missing from its safetensors files.")
+        if info.offset is None:
+            self._fetch(info.file)
+            info = self.info[name]
         # Not through safetensors, which parses a header of thousands of tensors anew for each file it opens, and whose
         # open files keep in memory what was read.
         shape, first = info.shape, 0
@@ -80,6 +101,20 @@ class TensorFiles:
             first += start * math.prod(shape[1:])
             shape = (stop - start, *shape[1:])
         return _read_tensor(info, name, first, shape)
+
+    def _fetch(self, path: Path) -> None:
+        with self._fetching:  # several threads read
+            self.folder.fetch(self._name(path))
+            header = _read_header(path)
+            for name, info in self.info.items():
+                if info.file != path or info.offset is not None:
+                    continue
+                found = header.get(name)
+                if found is None or (found.dtype, found.shape) != (info.dtype, info.shape):
+                    raise FormatError(
+                        f"{path}: {name} is not what the hub said before; remove the file, and try again."
+                    )
+                self.info[name] = found
 
 
 def _read_tensor(info: TensorInfo, name: str, first: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -114,14 +149,14 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _list_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+def _list_files(folder: ModelFolder) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files, and the index's promise of tensor name -> file name (empty without an index)."""
-    index_path = directory / INDEX_FILE
-    if not index_path.is_file():
-        single = directory / SINGLE_FILE
-        if not single.is_file():
-            raise FormatError(f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} there.")
-        return [single], {}
+    directory = folder.path
+    if not folder.has(INDEX_FILE):
+        if not folder.has(SINGLE_FILE):
+            raise FormatError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} there.")
+        return [directory / SINGLE_FILE], {}
+    index_path = folder.fetch(INDEX_FILE)
     try:
         promised = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         plain = isinstance(promised, dict) and all(isinstance(name, str) for name in promised.values())
@@ -129,8 +164,4 @@ def _list_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         raise FormatError(f"{index_path}: not a safetensors index: {error!r}") from None
     if not plain:
         raise FormatError(f"{index_path}: not a safetensors index: weight_map must map names of tensors to files.")
-    files = [directory / name for name in sorted(set(promised.values()))]
-    for path in files:
-        if not path.is_file():
-            raise FormatError(f"{path}: named in {INDEX_FILE} but missing. Is the download complete?")
-    return files, promised
+    return [directory / name for name in sorted(set(promised.values()))], promised

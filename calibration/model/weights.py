@@ -46,14 +46,15 @@ class WeightFiles:
     """
 
     def __init__(self, model: MoeModel):
-        """Raises FormatError or UnsupportedModelError for tensors that are missing, misshapen or in no known form."""
+        """Raises FormatError or UnsupportedModelError for tensors that are missing, misshapen or in no known form,
+        HubError for files that cannot be had."""
         self.model = model
         if is_mcmoe_checkpoint(model.path):
             raise UnsupportedModelError(
                 f"{model.path}: this is a checkpoint of `mcmoe quantize` already; start from the 16-bit model that it "
                 "was made from. For another pruning rule, without quantising again, there is `mcmoe prune`."
             )
-        self.files = TensorFiles(model.path)
+        self.files = TensorFiles(model.folder)
         self.files.info = {name: info for name, info in self.files.info.items() if self._belongs(name)}
         self.weights = model.source_format.weights(self.files.info)
         check_tensors(model, self.weights)

@@ -27,10 +27,11 @@ from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate_pruning
 from vllm_mcmoe.calibration.measure.sensitivity import choose_store
 from vllm_mcmoe.calibration.model.activations import Storage
 from vllm_mcmoe.calibration.model.description import describe_model
+from vllm_mcmoe.calibration.model.folder import hub_name_of_snapshot, is_hub_name
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, find_data_files, load_calibration_data
 from vllm_mcmoe.calibration.prune.rules import calibrate_rules, check_request
-from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.errors import FormatError, PruningError
 from vllm_mcmoe.pruning import PruningRules
 
 # Fractions of the table; those beyond a model's (top_k - 1) / top_k are left out.
@@ -85,6 +86,7 @@ def prune(
     Raises DeviceError, UnsupportedModelError, FormatError, DataError or PruningError before any long work.
     """
     device = choose_device(device, log)
+    _check_writable(Path(checkpoint))
     description = describe_model(checkpoint)
     check_request(method, target, description)
     if evaluation_data is not None:
@@ -117,6 +119,18 @@ def prune(
     options |= {"log": log, "show_progress": show_progress}
     found = evaluate_pruning(checkpoint, evaluation_data, targets, **options)
     return [_point(target, evaluation) for target, evaluation in zip(targets, found, strict=True)]
+
+
+def _check_writable(checkpoint: Path) -> None:
+    """Raises PruningError for what is on the hub, or in its cache, which other programs read as the hub's."""
+    cached = hub_name_of_snapshot(checkpoint)
+    name = cached or (None if checkpoint.exists() or not is_hub_name(str(checkpoint)) else str(checkpoint))
+    if name is not None:
+        where = "lies in the hub's cache" if cached else "is no directory; it may be a name on the hub"
+        raise PruningError(
+            f"{checkpoint} {where}. A pruning rule is written into the checkpoint: fetch one of your own with "
+            f"`hf download {name} --local-dir DIR`, then `mcmoe prune DIR`; `mcmoe push DIR ORG/NAME` uploads it."
+        )
 
 
 def _point(target: float, result: Evaluation) -> PrunedPoint:

@@ -11,7 +11,6 @@ from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
 from vllm_mcmoe.calibration.checkpoint.size import decided_bytes, linear_groups, linear_shapes, weights_of
 from vllm_mcmoe.calibration.checkpoint.workdir import WorkDirectory
 from vllm_mcmoe.calibration.checkpoint.writer import (
-    CONFIG_FILE,
     FACTORS_FILE,
     PLAN_FILE,
     REPORT_FILE,
@@ -35,6 +34,7 @@ from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.measure.output_gradients import OutputGradients
 from vllm_mcmoe.calibration.model.activations import Activations, ActivationStore
 from vllm_mcmoe.calibration.model.description import MoeModel
+from vllm_mcmoe.calibration.model.folder import CONFIG_FILE
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer, restore
 from vllm_mcmoe.calibration.recipes import Recipe

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_server import running_hub
 from vllm_mcmoe.cli import spread_file_options
 
 SMALL = ("--sequences", "5", "--length", "128")
 
 
-def mcmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+def mcmoe(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("mcmoe")), *map(str, arguments)]
     # one thread: another test may run beside this one
-    environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -116,6 +117,20 @@ def test_inspect_says_from_the_config_alone_that_a_model_is_supported(reference_
     assert result.returncode == 0
     assert (summary["architecture"], summary["experts"], summary["top_k"]) == ("MixtralForCausalLM", 8, 2)
     assert summary["checkpoint_bytes"] < summary["model_bytes"] / 3
+
+
+def test_inspect_takes_a_name_from_the_hub_that_the_environment_names(qwen3_model, tmp_path):
+    with running_hub() as hub:
+        repository = hub.add("org/tiny", qwen3_model)
+        commit = repository.commit(repository.files(), "v1")
+        repository.commit({})
+        arguments = ("inspect", "org/tiny", "--revision", "v1", "--json")
+        result = mcmoe(*arguments, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["architecture"], summary["headers"]) == ("Qwen3MoeForCausalLM", 1)
+    kept = f"files are kept in {tmp_path}/hub/models--org--tiny/snapshots/{commit}"
+    assert f"org/tiny: commit {commit}; {kept}" in " ".join(result.stderr.split())
 
 
 def test_inspect_fails_with_the_reason_where_a_model_is_not_supported(tmp_path):

@@ -1,7 +1,6 @@
 """`mcmoe evaluate`, `mcmoe inspect` and `mcmoe plan-resources`: what changes nothing."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,11 +16,15 @@ from vllm_mcmoe.cli.options import (
     LinearBits,
     Recipe,
     RecipeName,
+    Revision,
     Sequences,
     Size,
     Tune,
     parse_size,
 )
+
+if TYPE_CHECKING:
+    from vllm_mcmoe.calibration.model.folder import ModelFolder
 
 
 def evaluate(
@@ -29,8 +32,9 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model as released, a quantised checkpoint, or the address of a server that has one, "
-            "http://HOST:PORT/v1: `vllm serve` gives the logprobs of prompts that this needs.",
+            help="A model as released or a quantised checkpoint: a directory, or ORG/NAME on the hub. Or the address "
+            "of a server that has one, http://HOST:PORT/v1: `vllm serve` gives the logprobs of prompts that this "
+            "needs.",
             show_default=False,
         ),
     ],
@@ -39,10 +43,14 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Compare with this model, a directory or an address: mean and quantiles of KL, top-1 agreement, "
-            "perplexity ratio.",
+            help="Compare with this model, a directory, a name on the hub or an address: mean and quantiles of KL, "
+            "top-1 agreement, perplexity ratio.",
             show_default=False,
         ),
+    ] = None,
+    revision: Revision = None,
+    against_revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="The same of --against.", show_default="main")
     ] = None,
     served_name: Annotated[
         str | None,
@@ -57,10 +65,10 @@ def evaluate(
         typer.Option(envvar="OPENAI_API_KEY", help="What the server asks for, if it does.", show_default=False),
     ] = None,
     tokenizer: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="DIR",
-            help="Directory with the served model's tokenizer, where neither --against nor the server names one.",
+            metavar="DIR|ORG/NAME",
+            help="Where the served model's tokenizer is, where neither --against nor the server names a directory.",
             show_default=False,
         ),
     ] = None,
@@ -90,12 +98,22 @@ def evaluate(
 
     A served one: `mcmoe evaluate http://localhost:8000/v1 --against mixtral/ --data wikitext.txt`
     """
-    from vllm_mcmoe.calibration.evaluate.scores import evaluate as evaluate_directories
+    from vllm_mcmoe.calibration.evaluate.scores import evaluate as evaluate_local
     from vllm_mcmoe.calibration.evaluate.served import evaluate_served, is_endpoint
     from vllm_mcmoe.reporting import print_evaluation
 
+    of_server = {
+        "served_name": served_name,
+        "against_served_name": against_served_name,
+        "tokenizer": tokenizer,
+        "top_logprobs": top_logprobs,
+    }
+    served = is_endpoint(model) or (against is not None and is_endpoint(against))
+    if not served and any(value is not None for value in of_server.values()):
+        raise typer.BadParameter("--model, --against-model, --tokenizer and --top-logprobs are for a server's address")
+    subject = _find_unless_served(model, revision, "--revision")
     options = {
-        "against": against,
+        "against": _find_unless_served(against, against_revision, "--against-revision"),
         "activations": activations.value,
         "pruning": pruning,
         "sequences": sequences,
@@ -103,68 +121,79 @@ def evaluate(
         "device": device,
         "log": log,
     }
-    of_server = {
-        "served_name": served_name,
-        "against_served_name": against_served_name,
-        "tokenizer": tokenizer,
-        "top_logprobs": top_logprobs,
-    }
-    if is_endpoint(model) or (against is not None and is_endpoint(against)):
-        result = evaluate_served(model, data, **options, **of_server, api_key=api_key)
-    elif any(value is not None for value in of_server.values()):
-        raise typer.BadParameter("--model, --against-model, --tokenizer and --top-logprobs are for a server's address")
+    if served:
+        result = evaluate_served(subject, data, **options, **of_server, api_key=api_key)
     else:
-        result = evaluate_directories(model, data, **options)
+        result = evaluate_local(subject, data, **options)
     if as_json:
         print_json(result.to_dict())
     else:
         print_evaluation(result)
 
 
+def _find_unless_served(model: str | None, revision: str | None, option: str) -> "str | ModelFolder | None":
+    from vllm_mcmoe.calibration.evaluate.served import is_endpoint
+    from vllm_mcmoe.calibration.model.folder import find_model
+
+    if model is not None and not is_endpoint(model):
+        return find_model(model, revision, log)
+    if revision is not None:
+        raise typer.BadParameter("goes with a name on the hub", param_hint=option)
+    return model
+
+
 def inspect(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="MODEL",
-            help="A quantised checkpoint, or a model as released, of which config.json is enough.",
+            help="A quantised checkpoint, or a model as released, of which config.json is enough: a directory, or "
+            "ORG/NAME on the hub.",
             show_default=False,
         ),
     ],
+    revision: Revision = None,
     bits: Annotated[
         float,
         typer.Option(help="Of a model as released: bits of an expert weight to estimate the checkpoint's size for."),
     ] = 2.5,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model directory holds.
+    """Show what a model holds.
 
     Of a checkpoint: the bit-width of every expert, bytes by kind of tensor, and anything wrong with the files. Of a
     model as released: whether it can be quantised, its sizes and the checkpoint's; with exit code 1 and the reason
-    where it cannot. Nothing but its config.json need be downloaded for that.
+    where it cannot. Of a model on the hub, config.json and the headers of its safetensors files are fetched, a few
+    megabytes, and no weights.
 
-    Example: `mcmoe inspect mixtral-2.5bit/`
+    Example: `mcmoe inspect Qwen/Qwen3-30B-A3B`
     """
     from vllm_mcmoe.calibration.evaluate.inspection import inspect_checkpoint, inspect_model
+    from vllm_mcmoe.calibration.model.folder import find_model
     from vllm_mcmoe.checkpoint import is_mcmoe_checkpoint
     from vllm_mcmoe.reporting import print_model, print_summary
 
-    quantised = is_mcmoe_checkpoint(model)
-    summary = inspect_checkpoint(model) if quantised else inspect_model(model, bits)
+    folder = find_model(model, revision, log)
+    quantised = is_mcmoe_checkpoint(folder.path)
+    summary = inspect_checkpoint(folder) if quantised else inspect_model(folder, bits)
     if as_json:
         print_json(summary.to_dict())
     elif quantised:
-        print_summary(model, summary)
+        print_summary(folder.given, summary)
     else:
-        print_model(model, summary)
+        print_model(folder.given, summary)
 
 
 def plan_resources(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="MODEL", help="A directory with the model's config.json, as released.", show_default=False
+            metavar="MODEL",
+            help="A model as released: a directory with its config.json, or ORG/NAME on the hub.",
+            show_default=False,
         ),
     ],
+    revision: Revision = None,
     bits: Annotated[
         float | None,
         typer.Option(help="Average bits of an expert weight, scales and zeros included.", show_default="2.5"),
@@ -185,17 +214,18 @@ def plan_resources(
 
     With --size, what experts can get in it, and the least and largest checkpoint there can be.
 
-    Example: `mcmoe plan-resources deepseek-v3/ --bits 2.5`
+    Example: `mcmoe plan-resources deepseek-ai/DeepSeek-V3 --bits 2.5`
     """
     if bits is not None and size is not None:
         raise typer.BadParameter("give one of --bits and --size")
     size = parse_size(size)
     from vllm_mcmoe.calibration.evaluate.resources import flops_per_second
     from vllm_mcmoe.calibration.evaluate.resources import plan_resources as plan
+    from vllm_mcmoe.calibration.model.folder import find_model
     from vllm_mcmoe.reporting import print_resources
 
     result = plan(
-        model,
+        find_model(model, revision, log),
         bits=bits,
         size=size,
         linear_bits=linear_bits,

@@ -24,6 +24,7 @@ from vllm_mcmoe.cli.options import (
     Recipe,
     RecipeName,
     Restart,
+    Revision,
     Scope,
     Sequences,
     Size,
@@ -38,6 +39,7 @@ def calibrate(
     model: Model,
     data: CalibrationData = None,
     out: Annotated[Path, typer.Option(help="Where to write the factors.")] = Path("factors.json"),
+    revision: Revision = None,
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
     widths: Widths = None,
@@ -53,10 +55,11 @@ def calibrate(
 
     Example: `mcmoe calibrate mixtral/ --out factors.json`
     """
+    from vllm_mcmoe.calibration.model.folder import find_model
     from vllm_mcmoe.calibration.pipeline import calibrate as run
 
     run(
-        model,
+        find_model(model, revision, log),
         data,
         out,
         recipe=recipe.value,

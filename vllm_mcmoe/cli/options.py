@@ -53,11 +53,20 @@ class Activations(StrEnum):
 
 
 Model = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="MODEL",
-        help="Hugging Face model directory: safetensors in 16 bits, FP8 in blocks, MXFP4 or packed INT4.",
+        help="Hugging Face model: a directory, or ORG/NAME on the hub, from where files are fetched into its cache as "
+        "they are needed. Safetensors in 16 bits, FP8 in blocks, MXFP4 or packed INT4.",
         show_default=False,
+    ),
+]
+
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a MODEL on the hub: branch, tag or commit. Which commit a branch is at is asked once, and kept.",
+        show_default="main",
     ),
 ]
 

@@ -25,6 +25,7 @@ from vllm_mcmoe.cli.options import (
     Recipe,
     RecipeName,
     Restart,
+    Revision,
     Sequences,
     Size,
     Storage,
@@ -39,6 +40,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.", show_default=False)],
     data: CalibrationData = None,
+    revision: Revision = None,
     bits: Bits = None,
     bits_per_layer: BitsPerLayer = None,
     size: Size = None,
@@ -71,7 +73,7 @@ def quantize(
     Needs memory for two decoder layers, not for the model. Finished layers are kept in OUT.partial until OUT is
     complete; the same command continues a run that was interrupted or killed.
 
-    Example: `mcmoe quantize mixtral/ mixtral-2.5bit/ --bits 2.5`, or `--size 15GB` instead of the bits
+    Example: `mcmoe quantize Qwen/Qwen3-30B-A3B qwen3-2.5bit/ --bits 2.5`, or `--size 10GB` instead of the bits
     """
     if sum(option is not None for option in (bits, bits_per_layer, size, plan)) != 1:
         raise typer.BadParameter("give one of --bits, --bits-per-layer, --size and --plan")
@@ -80,16 +82,18 @@ def quantize(
     from vllm_mcmoe.calibration.common.device import choose_device
     from vllm_mcmoe.calibration.measure.factors import Factors
     from vllm_mcmoe.calibration.model.description import describe_model
+    from vllm_mcmoe.calibration.model.folder import find_model
     from vllm_mcmoe.calibration.model.text import BUILTIN_TEXT
     from vllm_mcmoe.calibration.pipeline import quantize as run
     from vllm_mcmoe.calibration.prune.prune import prune as add_pruning
     from vllm_mcmoe.calibration.prune.rules import check_request
 
     chosen = choose_device(device, log)
+    folder = find_model(model, revision, log)
     if prune_target is not None:
-        check_request(prune_method.value, prune_target, describe_model(model))
+        check_request(prune_method.value, prune_target, describe_model(folder))
     run(
-        model,
+        folder,
         out,
         data,
         plan=Plan.load(plan) if plan else None,
