@@ -276,7 +276,8 @@ def _solve_core(problem: Problem, costs: np.ndarray, sizes: np.ndarray, allowed:
         budget=problem.budget - spent,
         other=problem.other + spent,
     )
-    indices[is_open], _ = _milp(core, costs[is_open], sizes[is_open], allowed[is_open], LARGE_GAP)
+    if core.items:  # none where all are held at a width
+        indices[is_open], _ = _milp(core, costs[is_open], sizes[is_open], allowed[is_open], LARGE_GAP)
     return indices
 
 
