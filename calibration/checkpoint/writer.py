@@ -23,6 +23,7 @@ CONFIG_FILE, REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "factors.json",
     "README.md",
 )
+WIDTH_MAP, PRUNING_REPORT = "expert_widths.svg", "pruning_report.json"
 
 # Weights in any format, and what other tools derive from them: not copied from the original directory.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")

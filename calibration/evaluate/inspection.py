@@ -4,21 +4,19 @@ A checkpoint is read from config.json and the safetensors headers; whether a 16-
 will take then, from its config.json alone, which may be all that has been downloaded.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_mcmoe.calibration.checkpoint.report import TuningReport
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.matrix.linears import PACKED, linear_widths
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
-from vllm_mcmoe.errors import FormatError
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
@@ -152,13 +150,7 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointSummary:
 
 def _tuning(report: Path) -> TuningReport | None:
     """A checkpoint is served without its report, which may be missing. Raises FormatError for one that is none."""
-    if not report.is_file():
-        return None
-    try:
-        tuning = json.loads(report.read_text(encoding="utf-8")).get("tuning")
-        return tuning and TuningReport(**tuning)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FormatError(f"{report}: not a report of `mcmoe quantize`: {error}") from None
+    return QuantizationReport.load(report).tuning if report.is_file() else None
 
 
 def _linears(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> dict[str, int]:

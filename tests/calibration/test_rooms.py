@@ -20,6 +20,7 @@ ROOMS = (
     "evaluate",
     "tune",
     "prune",
+    "report",
     "pipeline",
 )
 
