@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.calibration.test_allocation import random_factors
 from vllm_mcmoe.cli import spread_file_options
 
 SMALL = ("--sequences", "5", "--length", "128")
@@ -45,6 +46,12 @@ def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_fil
     assert sum(widths) <= 18
 
     assert "KL to unpruned" in steps[-1].stdout
+    kept = json.loads((out / "pruning_report.json").read_text())["points"]
+    assert [point["target"] for point in kept] == [0, 0.1]
+    drawn = mcmoe("report", out)
+    assert drawn.returncode == 0, drawn.stderr
+    assert f"{kept[1]['pruned']:.1%} dropped" in (out / "report.html").read_text()
+    assert "factors.json is not there" in drawn.stderr
 
     inspected = mcmoe("inspect", out, "--json")
     summary = json.loads(inspected.stdout)
@@ -80,6 +87,21 @@ def test_published_allocations_come_out_of_the_command(published_factors, publis
     layers = json.loads(result.stdout)["layers"]
     assert [layer["gate_up"] for layer in layers.values()] == published_allocations["14"]
     assert [layer["down"] for layer in layers.values()] == published_allocations["14"]
+
+
+def test_a_sweep_prints_and_draws_what_budgets_would_bring_and_writes_no_plan(tmp_path):
+    random_factors(2, 4, widths=(1, 2, 3, 4)).save(tmp_path / "factors.json")
+    result = mcmoe(
+        "allocate", tmp_path / "factors.json", "--sweep", "1.5:2.5:0.5", "--plot", tmp_path / "sweep.svg",
+        "--out", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    bars = [next(line for line in lines if f" {bits} bits" in line).count("\u2588") for bits in ("1.5", "2", "2.5")]
+    assert bars[0] > bars[1] > bars[2] > 0
+    assert "2.5 bits" not in result.stderr  # nothing was left out
+    assert (tmp_path / "sweep.svg").read_text().startswith("<svg")
+    assert not (tmp_path / "plan.json").exists()
 
 
 @pytest.mark.parametrize(
