@@ -1,11 +1,13 @@
 """Maps of a model's experts: layers from top to bottom, experts from left to right, one colour per class."""
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Self
 
 from vllm_mcmoe.calibration.checkpoint.report import ExpertReport
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS
@@ -22,7 +24,7 @@ CELLS_WITH_NOTES = 2000  # beyond, a row has one note with all its experts
 
 # The lightness rises from class to class, so that colour-blind readers and printers see their order.
 WIDTH_COLOURS = {1: "#6a4fb3", 2: "#3874b8", 3: "#2fae9b", 4: "#9bd35a", 8: "#fbe34b"}
-LIGHT_TEXT = ("#6a4fb3", "#3874b8", "#3d4451", "#5a3fa0", "#93409b", "#c64a7d")  # colours that white is legible on
+LIGHT_TEXT = ("#6a4fb3", "#3874b8")  # colours that white is legible on
 
 
 @dataclass(frozen=True)
@@ -112,79 +114,80 @@ def _panel(
 ) -> tuple[ET.Element, float]:
     """A map with its title, axes and legend, and the height it takes."""
     experts = max(map(len, rows.values()))
-    lines = -(-experts // PER_LINE)
-    columns = -(-experts // lines)
-    cell = min((PANEL_WIDTH - LEFT - 8) / columns, LARGEST_CELL)
-    line = min(max(SMALLEST_ROW, ROWS_HEIGHT / (len(rows) * lines)), max(22, cell * 0.6), LARGEST_CELL)
-    bottom = TOP + line * lines * len(rows)
+    grid = _Grid.of(len(rows), experts)
     panel = element("g", element("text", title, x=LEFT, y=18, class_="ink strong"))
     if experts * len(rows) <= CELLS_WITH_NOTES:
-        cells = _cells_with_notes(rows, classes, notes or {}, columns, lines, cell, line)
+        panel.extend(_cells_with_notes(rows, classes, notes or {}, grid))
     else:
-        cells = _cells_by_class(rows, classes, columns, lines, cell, line)
-    panel.extend([*cells, *_axes(list(rows), experts, columns, lines, cell, line, bottom)])
-    legend, height = _legend(rows, classes, bottom + 34)
+        panel.extend(_cells_by_class(rows, classes, grid))
+    panel.extend(_axes(layer_labels(list(rows)), grid))
+    legend, height = _legend(rows, classes, grid.y(len(rows)) + 34)
     panel.extend(legend)
     return panel, height
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """Where cells are: a layer has so many lines of so many columns; width and height are a cell's."""
+
+    columns: int
+    lines: int
+    width: float
+    height: float
+
+    @classmethod
+    def of(cls, layers: int, experts: int) -> Self:
+        lines = -(-experts // PER_LINE)
+        columns = -(-experts // lines)
+        width = min((PANEL_WIDTH - LEFT - 8) / columns, LARGEST_CELL)
+        height = max(SMALLEST_ROW, ROWS_HEIGHT / (layers * lines))
+        return cls(columns, lines, width, min(height, max(22, width * 0.6)))
+
+    def y(self, layer: int, line: float = 0) -> float:
+        """Of the upper end of a layer's line."""
+        return TOP + (layer * self.lines + line) * self.height
+
+
 def _cells_with_notes(
-    rows: Mapping[str, Sequence[int]],
-    classes: Classes,
-    notes: Mapping[str, Sequence[str]],
-    columns: int,
-    lines: int,
-    cell: float,
-    line: float,
+    rows: Mapping[str, Sequence[int]], classes: Classes, notes: Mapping[str, Sequence[str]], grid: _Grid
 ) -> list[ET.Element]:
     """One group per expert: its cell, what is written into it, and a tooltip."""
-    made = []
+    made, gap = [], min(1.0, grid.width / 10)
     for row, (label, (name, values)) in enumerate(zip(layer_labels(list(rows)), rows.items(), strict=True)):
         for expert, value in enumerate(values):
-            x, y = LEFT + expert % columns * cell, TOP + (row * lines + expert // columns) * line
-            colour, gap = classes.colours[value], min(1.0, cell / 10)
+            x, y = LEFT + expert % grid.columns * grid.width, grid.y(row, expert // grid.columns)
             added = f", {notes[name][expert]}" if name in notes else ""
-            note = f"layer {label}, expert {expert}: {classes.labels[value]}{added}"
-            square = element("rect", x=x, y=y, width=cell - gap, height=line - gap, fill=colour)
+            title = element("title", f"layer {label}, expert {expert}: {classes.labels[value]}{added}")
+            colour = classes.colours[value]
+            square = element("rect", x=x, y=y, width=grid.width - gap, height=grid.height - gap, fill=colour)
             digit = None
-            if classes.digits and min(cell, line) >= DIGITS_FROM:
+            if classes.digits and min(grid.width, grid.height) >= DIGITS_FROM:
                 ink = "#ffffff" if colour in LIGHT_TEXT else "#14181d"
-                digit = element(
-                    "text", classes.digits[value], x=x + cell / 2, y=y + line / 2 + 4, text_anchor="middle", fill=ink
-                )
-            made.append(element("g", element("title", note), square, digit))
+                x, y = x + grid.width / 2, y + grid.height / 2 + 4
+                digit = element("text", classes.digits[value], x=x, y=y, text_anchor="middle", fill=ink)
+            made.append(element("g", title, square, digit))
     return made
 
 
-def _cells_by_class(
-    rows: Mapping[str, Sequence[int]], classes: Classes, columns: int, lines: int, cell: float, line: float
-) -> list[ET.Element]:
+def _cells_by_class(rows: Mapping[str, Sequence[int]], classes: Classes, grid: _Grid) -> list[ET.Element]:
     """One path per class, runs of equal cells as one, and a tooltip per layer: tens of thousands of cells in some
     hundred kilobytes."""
     paths: dict[int, list[str]] = defaultdict(list)
     for row, values in enumerate(rows.values()):
-        for first in range(0, len(values), columns):
-            x, y = 0, row * lines + first // columns
-            for value, run in groupby(values[first : first + columns]):
+        for first in range(0, len(values), grid.columns):
+            x, y = 0, row * grid.lines + first // grid.columns
+            for value, run in groupby(values[first : first + grid.columns]):
                 length = len(list(run))
                 paths[value].append(f"M{x} {y}h{length}v1h-{length}z")
                 x += length
-    place = f"translate({LEFT} {TOP}) scale({cell:.5f} {line:.5f})"
+    place = f"translate({LEFT} {TOP}) scale({grid.width:.5f} {grid.height:.5f})"
     scaled = element("g", transform=place, shape_rendering="crispEdges")  # no seams between rows
     scaled.extend(element("path", d="".join(paths[c]), fill=classes.colours[c]) for c in classes.colours if c in paths)
-    width = columns * cell
-    covers = [
-        element(
-            "rect",
-            element("title", f"layer {label}: {_experts_by_class(values, classes)}"),
-            x=LEFT,
-            y=TOP + row * lines * line,
-            width=width,
-            height=lines * line,
-            class_="hover",
-        )
-        for row, (label, values) in enumerate(zip(layer_labels(list(rows)), rows.values(), strict=True))
-    ]
+    size = {"width": grid.columns * grid.width, "height": grid.lines * grid.height}
+    covers = []
+    for row, (label, values) in enumerate(zip(layer_labels(list(rows)), rows.values(), strict=True)):
+        title = element("title", f"layer {label}: {_experts_by_class(values, classes)}")
+        covers.append(element("rect", title, x=LEFT, y=grid.y(row), class_="hover", **size))
     return [scaled, *covers]
 
 
@@ -208,21 +211,18 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _axes(
-    names: Sequence[str], experts: int, columns: int, lines: int, cell: float, line: float, bottom: float
-) -> list[ET.Element]:
-    """Numbers of layers at the left, of experts below."""
+def _axes(labels: Sequence[str], grid: _Grid) -> list[ET.Element]:
+    """Numbers of layers at the left, of experts below, as many as there is room for."""
     texts = []
-    every = max(1, round(13 / (line * lines) + 0.49))
-    for row, label in enumerate(layer_labels(names)):
-        if row % every == 0:
-            y = TOP + (row * lines + lines / 2) * line + 4
-            texts.append(element("text", label, x=LEFT - 6, y=y, text_anchor="end", class_="muted small"))
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64) if s * cell >= 18 or s == 64)
-    for expert in range(0, columns, step):
-        x = LEFT + (expert + 0.5) * cell
+    for row in range(0, len(labels), math.ceil(13 / (grid.lines * grid.height))):
+        y = grid.y(row, grid.lines / 2) + 4
+        texts.append(element("text", labels[row], x=LEFT - 6, y=y, text_anchor="end", class_="muted small"))
+    bottom = grid.y(len(labels))
+    step = next((step for step in (1, 2, 4, 8, 16) if step * grid.width >= 18), 32)
+    for expert in range(0, grid.columns, step):
+        x = LEFT + (expert + 0.5) * grid.width
         texts.append(element("text", str(expert), x=x, y=bottom + 13, text_anchor="middle", class_="muted small"))
-    wrapped = f" (each layer in {lines} lines of {columns})" if lines > 1 else ""
+    wrapped = f" (each layer in {grid.lines} lines of {grid.columns})" if grid.lines > 1 else ""
     texts.append(element("text", f"layer \u2193, expert \u2192{wrapped}", x=LEFT, y=bottom + 27, class_="muted small"))
     return texts
 
