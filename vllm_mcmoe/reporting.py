@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from vllm_mcmoe.calibration.allocate.ranges import show_budget
 from vllm_mcmoe.calibration.allocate.size import short_size
-from vllm_mcmoe.calibration.allocate.sweep import SweepPoint, show_budget
+from vllm_mcmoe.calibration.allocate.sweep import SweepPoint
 from vllm_mcmoe.calibration.evaluate.inspection import CheckpointSummary, ModelSummary
 from vllm_mcmoe.calibration.evaluate.resources import ResourcePlan
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.problem import BudgetError
 from vllm_mcmoe.calibration.allocate.program import range_of_bits, range_of_sizes
-from vllm_mcmoe.calibration.allocate.sweep import Budget, SweepPoint, point_of, predicted_kl, sweep
+from vllm_mcmoe.calibration.allocate.ranges import Budget
+from vllm_mcmoe.calibration.allocate.sweep import SweepPoint, point_of, predicted_kl, sweep
 from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 from vllm_mcmoe.calibration.report.contents import Contents

@@ -7,7 +7,8 @@ import pytest
 from tests.calibration.test_allocation import random_factors
 from tests.calibration.test_size import with_linears
 from vllm_mcmoe.calibration.allocate.program import allocate, range_of_bits, range_of_sizes
-from vllm_mcmoe.calibration.allocate.sweep import parse_sweep, predicted_kl, show_budget, sweep
+from vllm_mcmoe.calibration.allocate.ranges import parse_sweep, show_budget
+from vllm_mcmoe.calibration.allocate.sweep import predicted_kl, sweep
 from vllm_mcmoe.calibration.recipes import find_recipe
 from vllm_mcmoe.errors import PlanError
 

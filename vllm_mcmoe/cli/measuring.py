@@ -157,17 +157,19 @@ def allocate(
 
 
 def _sweep(factors_path: Path, text: str, options: dict[str, Any], plot: Path | None, as_json: bool) -> None:
-    from vllm_mcmoe.calibration.allocate.sweep import parse_sweep, sweep
-    from vllm_mcmoe.calibration.checkpoint.writer import write_text
-    from vllm_mcmoe.calibration.measure.factors import Factors
-    from vllm_mcmoe.calibration.report.size_chart import sweep_file
+    from vllm_mcmoe.calibration.allocate.ranges import parse_sweep
     from vllm_mcmoe.errors import PlanError
-    from vllm_mcmoe.reporting import print_sweep
 
     try:
         budgets = parse_sweep(text)
     except PlanError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
+    from vllm_mcmoe.calibration.allocate.sweep import sweep
+    from vllm_mcmoe.calibration.checkpoint.writer import write_text
+    from vllm_mcmoe.calibration.measure.factors import Factors
+    from vllm_mcmoe.calibration.report.size_chart import sweep_file
+    from vllm_mcmoe.reporting import print_sweep
+
     factors = Factors.load(factors_path)
     points = sweep(factors, budgets, log=log, **options)
     if plot is not None:
