@@ -29,13 +29,14 @@ from vllm_mcmoe.calibration.checkpoint.identity import (
     identity_of_run,
     identity_of_tensors,
 )
-from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.checkpoint.report import EvaluationReport, QuantizationReport
 from vllm_mcmoe.calibration.checkpoint.size import decided_bytes
 from vllm_mcmoe.calibration.checkpoint.workdir import COMPLETE, WorkDirectory, check_output, working_on
 from vllm_mcmoe.calibration.checkpoint.writer import (
     MODEL_CARD,
     PLAN_FILE,
     REPORT_FILE,
+    WIDTH_MAP,
     write_document,
     write_text,
 )
@@ -43,7 +44,7 @@ from vllm_mcmoe.calibration.common.device import bfloat16_products, choose_devic
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
-from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
 from vllm_mcmoe.calibration.matrix.linears import check_linear_bits, count_by_width
 from vllm_mcmoe.calibration.measure.factors import Factors, LinearTable
 from vllm_mcmoe.calibration.measure.linear_errors import table_of
@@ -72,6 +73,7 @@ from vllm_mcmoe.calibration.recipes import (
     needs_gradients_to_quantize,
     needs_output_gradients,
 )
+from vllm_mcmoe.calibration.report.width_map import width_map_file, widths_of
 from vllm_mcmoe.calibration.tune.tuning import tune
 from vllm_mcmoe.errors import PlanError
 
@@ -274,6 +276,8 @@ def quantize(
             before = evaluate(description.folder, evaluation_data, **options)
             after = evaluate(work.checkpoint, evaluation_data, against=description.folder, **options)
             card = model_card(description, report, tokens, (before, after), held_out)
+            report.evaluation = _scores_to_keep(before, after, held_out)
+            write_document(work.checkpoint / REPORT_FILE, report.to_dict())
         return _publish(work, report, card, started, log)
 
 
@@ -376,10 +380,24 @@ def _finished(work: WorkDirectory) -> QuantizationReport | None:
     return QuantizationReport.from_dict(document)
 
 
+def _scores_to_keep(before: Evaluation, after: Evaluation, held_out: bool) -> EvaluationReport:
+    return EvaluationReport(
+        tokens=after.tokens,
+        held_out=held_out,
+        activations=after.activations,
+        original_perplexity=before.perplexity_by_file,
+        perplexity=after.perplexity_by_file,
+        mean_kl=after.mean_kl,
+        kl_quantiles=after.kl_quantiles,
+        top1_agreement=after.top1_agreement,
+    )
+
+
 def _publish(
     work: WorkDirectory, report: QuantizationReport, card: str, started: float, log: Log
 ) -> QuantizationReport:
     write_text(work.checkpoint / MODEL_CARD, card)
+    write_text(work.checkpoint / WIDTH_MAP, width_map_file(widths_of(report.layers)))
     work.save(COMPLETE, report.to_dict())
     work.publish()
     report.seconds = round(time.monotonic() - started, 1)

@@ -4,15 +4,19 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from vllm_mcmoe.calibration.allocate.ranges import show_budget
+from vllm_mcmoe.calibration.allocate.size import short_size
+from vllm_mcmoe.calibration.allocate.sweep import SweepPoint
 from vllm_mcmoe.calibration.evaluate.inspection import CheckpointSummary, ModelSummary
 from vllm_mcmoe.calibration.evaluate.resources import ResourcePlan
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
-from vllm_mcmoe.calibration.prune.prune import PrunedPoint
+from vllm_mcmoe.calibration.prune.points import PrunedPoint
 
 console = Console()
 
@@ -25,6 +29,7 @@ WIDTH_STYLES = {
     8: "white on red",
     16: "bold",
 }
+BAR_WIDTH = 28  # of a sweep's plot, beside its numbers on an 80-column terminal
 WIDTHS_PER_LINE = 32  # 128 experts in four lines, beside the layer's name on an 80-column terminal
 
 
@@ -41,6 +46,30 @@ def print_widths(layers: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> N
             table.add_row(name, "gate_up", _width_map(gate_up))
             table.add_row("", "down", _width_map(down))
     console.print(table)
+
+
+def print_sweep(points: Sequence[SweepPoint], by_size: bool) -> None:
+    """by_size: whether sizes were asked for, so that linears are in what is predicted, too."""
+    of = "experts and linears" if by_size else "experts"
+    table = Table(title=f"Size and predicted KL to the original, of {of}", box=None, pad_edge=False)
+    for column in ("asked for", "expert bits", "experts", "checkpoint", "KL, nats/token"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    highest = max(point.predicted_kl for point in points)
+    for point in points:
+        table.add_row(
+            show_budget(point.budget),
+            f"{point.bits:.3f}",
+            short_size(point.expert_bytes),
+            "?" if point.checkpoint_bytes is None else short_size(point.checkpoint_bytes),
+            f"{point.predicted_kl:.4g}",
+            Bar(highest or 1.0, 0, max(point.predicted_kl, 0.0), width=BAR_WIDTH),
+        )
+    console.print(table)
+    if points[0].checkpoint_bytes is None:
+        console.print(
+            "The checkpoint's size is not known: the factors have no table of linears. `mcmoe calibrate` writes one."
+        )
 
 
 def print_linears(linears: Mapping[str, int]) -> None:

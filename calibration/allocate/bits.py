@@ -1,5 +1,6 @@
 """How many bits a weight takes in the checkpoint, scales and zeros included."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors
@@ -37,10 +38,20 @@ def written_sixteenths(layer: LayerFactors, projection: str, width: int, version
 
 def average_bits(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors: Factors, version: int) -> float:
     """Average bits per expert weight as written, scales and zeros included, weighted by the matrices' sizes."""
-    sixteenths = numel = 0
-    for name, widths in plan_layers.items():
-        layer = factors.layers[name]
-        for projection in PROJECTIONS:
-            sixteenths += sum(written_sixteenths(layer, projection, width, version) for width in widths[projection])
-            numel += layer.numel(projection) * len(widths[projection])
-    return sixteenths / numel / SIXTEENTHS
+    numel = sum(factors.layers[name].expert_numel * len(widths["down"]) for name, widths in plan_layers.items())
+    return _sixteenths(plan_layers, factors, version) / numel / SIXTEENTHS
+
+
+def expert_bytes(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors: Factors, version: int) -> int:
+    """Bytes of all experts as written. The factors must have shapes."""
+    return -(-_sixteenths(plan_layers, factors, version) // (8 * SIXTEENTHS))
+
+
+def _sixteenths(plan_layers: Mapping[str, Mapping[str, Sequence[int]]], factors: Factors, version: int) -> int:
+    """Of a bit, of all experts as written."""
+    return sum(
+        count * written_sixteenths(factors.layers[name], projection, width, version)
+        for name, widths in plan_layers.items()
+        for projection in PROJECTIONS
+        for width, count in Counter(widths[projection]).items()
+    )

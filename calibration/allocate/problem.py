@@ -18,6 +18,10 @@ BYTES = "for the whole checkpoint"  # the unit of a size
 ROUNDING = 1e-12  # forgives 0.1 + 0.2: asked-for budgets are floating point, sizes are integers
 
 
+class BudgetError(PlanError):
+    """A budget below the smallest plan, or above the largest."""
+
+
 @dataclass(frozen=True)
 class Item:
     """What gets one width: an expert's projections that are quantised alike, or linears that share their input.
@@ -188,16 +192,20 @@ def forced_experts(factors: Factors, recipe: Recipe, layers: Sequence[str]) -> d
 def _items(name: str, layer: LayerFactors, recipe: Recipe, as_written: bool) -> list[Item]:
     costs = _costs(name, layer, recipe)
     groups = [(p,) for p in PROJECTIONS] if recipe.granularity == "projection" else [PROJECTIONS]
-    items = []
-    for expert in range(layer.num_experts):
-        for projections in groups:
-            if as_written:
-                version = recipe.format_version
-                sizes = [sum(written_sixteenths(layer, p, w, version) for p in projections) for w in recipe.widths]
-            else:
-                sizes = [sum(map(layer.numel, projections)) * w for w in recipe.widths]
-            items.append(Item(name, expert, projections, recipe.widths, costs[projections][expert], np.array(sizes)))
-    return items
+    sizes = {projections: _sizes(layer, projections, recipe, as_written) for projections in groups}
+    return [
+        Item(name, expert, projections, recipe.widths, costs[projections][expert], sizes[projections])
+        for expert in range(layer.num_experts)
+        for projections in groups
+    ]
+
+
+def _sizes(layer: LayerFactors, projections: Sequence[str], recipe: Recipe, as_written: bool) -> np.ndarray:
+    """Of these projections of one expert, at each width; the experts of a layer are of one shape."""
+    if as_written:
+        version = recipe.format_version
+        return np.array([sum(written_sixteenths(layer, p, w, version) for p in projections) for w in recipe.widths])
+    return np.array([sum(map(layer.numel, projections)) * w for w in recipe.widths])
 
 
 def _costs(name: str, layer: LayerFactors, recipe: Recipe) -> dict[tuple[str, ...], np.ndarray]:
@@ -243,11 +251,11 @@ def _table(name: str, key: str, per_width: Mapping[int, Sequence[float]], recipe
 
 
 def check_feasible(problem: Problem) -> None:
-    """Raises PlanError where the budget is below the smallest plan, or above the largest: who asks for 8 bits where
+    """Raises BudgetError where the budget is below the smallest plan, or above the largest: who asks for 8 bits where
     experts can have 4 is not to get 4 without a word."""
     smallest, largest = extreme_size(problem, min), extreme_size(problem, max)
     if not smallest <= problem.budget <= largest:
-        raise PlanError(
+        raise BudgetError(
             f"{problem.where}: {problem.asked(problem.budget)} {problem.unit} cannot be met with "
             f"{constraints(problem)}; feasible are {problem.asked(smallest, round_up=True)} to {problem.asked(largest)}"
         )

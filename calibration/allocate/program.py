@@ -41,8 +41,8 @@ from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import WIDTHS
 
 # Up to this many binary variables (32 layers x 8 experts x 2 projections x 4 widths) HiGHS proves optimality in about
-# a second; at 48 x 128 it takes minutes. Larger problems are reduced to a core first: 61 x 256 then takes seconds, at a
-# proven gap the plan records.
+# a second; at 48 x 128 it takes minutes. Larger problems are reduced to a core first: 58 x 256 then takes half a second
+# to four, at a proven gap the plan records.
 EXACT_VARIABLES = 2048
 
 
@@ -145,13 +145,22 @@ def size_range(
     model: MoeModel, recipe: Recipe, linears: LinearTable, linear_bits: int | None = None
 ) -> tuple[int, int]:
     """Bytes of the smallest and of the largest checkpoint that a size may ask for."""
-    factors = _without_costs(model, recipe, None, linears)
-    extremes = []
-    for extreme in (min, max):
-        problems = problems_of(factors, recipe, Request(size=0, linear_bits=linear_bits))
-        size = sum(extreme_size(problem, extreme) - problem.budget for problem in problems)
-        extremes.append(-(-size // BYTE))
-    return extremes[0], extremes[1]
+    return range_of_sizes(_without_costs(model, recipe, None, linears), recipe, linear_bits)
+
+
+def range_of_sizes(factors: Factors, recipe: Recipe, linear_bits: int | None = None) -> tuple[int, int]:
+    """The same of a model that was measured."""
+    problems = problems_of(factors, recipe, Request(size=0, linear_bits=linear_bits))
+    sizes = (sum(extreme_size(problem, extreme) - problem.budget for problem in problems) for extreme in (min, max))
+    least, largest = (-(-size // BYTE) for size in sizes)
+    return least, largest
+
+
+def range_of_bits(factors: Factors, recipe: Recipe) -> tuple[float, float]:
+    """The least and the most average bits per expert weight, as written, that allocate meets."""
+    problems = problems_of(factors, recipe, Request(bits=1.0))
+    least, most = ([extreme_size(p, extreme) / p.per_ask for p in problems] for extreme in (min, max))
+    return max(least), min(most)  # every budget holds for itself
 
 
 def _without_costs(
@@ -242,16 +251,46 @@ def _solve(problem: Problem) -> tuple[list[int], float]:
     # whatever is chosen, so it is left out, which makes the relative gap the stricter.
     costs = costs - costs.min(axis=1, keepdims=True)
     costs /= costs.mean() or 1.0
-    bound = None
     large = costs.size > EXACT_VARIABLES
     if large and problem.recipe.budget == "<=" and not problem.recipe.minimum_counts:
         allowed, bound = reduce_to_core(costs, sizes.astype(np.float64), allowed, problem.budget)
+        indices = _solve_core(problem, costs, sizes, allowed)
+        value = float(costs[np.arange(len(indices)), indices].sum())
+        gap = max(0.0, value - bound) / value if value else 0.0
+    else:
+        indices, gap = _milp(problem, costs, sizes, allowed, LARGE_GAP if large else 0.0)
+    used = int(sizes[np.arange(len(indices)), indices].sum())
+    if used > problem.budget or (problem.recipe.budget == "=" and used != problem.budget):
+        raise RuntimeError(f"HiGHS returned a plan of size {used} for a budget of {problem.budget}; please report this")
+    return indices.tolist(), gap
+
+
+def _solve_core(problem: Problem, costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Width indices of all items, of which most have one allowed width only: HiGHS sees the others alone."""
+    indices, is_open = allowed.argmax(axis=1), allowed.sum(axis=1) > 1
+    decided = np.flatnonzero(~is_open)
+    spent = int(sizes[decided, indices[decided]].sum())
+    core = replace(
+        problem,
+        items=[item for item, open_ in zip(problem.items, is_open, strict=True) if open_],
+        budget=problem.budget - spent,
+        other=problem.other + spent,
+    )
+    if core.items:  # none where all are held at a width
+        indices[is_open], _ = _milp(core, costs[is_open], sizes[is_open], allowed[is_open], LARGE_GAP)
+    return indices
+
+
+def _milp(
+    problem: Problem, costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, gap: float
+) -> tuple[np.ndarray, float]:
+    """HiGHS, to this relative gap. Returns the width index of every item, and the gap proven."""
     result = milp(
         costs.ravel(),
         integrality=np.ones(costs.size),
         bounds=Bounds(0, allowed.ravel()),
         constraints=[_one_width_each(*costs.shape), _budget_row(problem, sizes), *_least_counts(problem, costs.shape)],
-        options={"mip_rel_gap": LARGE_GAP if large else 0.0},
+        options={"mip_rel_gap": gap},
     )
     if result.x is None or result.status != 0:
         raise PlanError(
@@ -259,16 +298,7 @@ def _solve(problem: Problem) -> tuple[list[int], float]:
             f"{problem.asked(problem.budget)} {problem.unit} with {constraints(problem)} ({result.message}); "
             "a budget of '<=' is met by anything above the smallest plan"
         )
-    indices = result.x.reshape(costs.shape).argmax(axis=1)
-    rows = np.arange(len(indices))
-    used = int(sizes[rows, indices].sum())
-    if used > problem.budget or (problem.recipe.budget == "=" and used != problem.budget):
-        raise RuntimeError(f"HiGHS returned a plan of size {used} for a budget of {problem.budget}; please report this")
-    gap = float(result.mip_gap or 0.0)
-    if bound is not None:
-        value = float(costs[rows, indices].sum())
-        gap = max(0.0, value - bound) / value if value else 0.0
-    return indices.tolist(), gap
+    return result.x.reshape(costs.shape).argmax(axis=1), float(result.mip_gap or 0.0)
 
 
 def _one_width_each(items: int, widths: int) -> LinearConstraint:
@@ -292,6 +322,8 @@ def _budget_row(problem: Problem, sizes: np.ndarray) -> LinearConstraint:
 def _least_counts(problem: Problem, shape: tuple[int, int]) -> list[LinearConstraint]:
     """One row per layer, kind of item and constrained width. shape: [items, columns]."""
     rows = []
+    if not problem.recipe.minimum_counts:
+        return rows
     for kind in kinds(problem):
         if not kind[1]:
             continue
@@ -309,10 +341,9 @@ def _tables(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     the top width alone is.
     """
     columns = max(len(item.widths) for item in problem.items)
-    costs, sizes = (
-        np.stack([np.pad(values, (0, columns - len(values)), mode="edge") for values in of_items])
-        for of_items in ([i.costs for i in problem.items], [i.sizes for i in problem.items])
-    )
+    repeated = [np.minimum(np.arange(columns), len(item.widths) - 1) for item in problem.items]
+    costs = np.stack([item.costs[index] for item, index in zip(problem.items, repeated, strict=True)])
+    sizes = np.stack([item.sizes[index] for item, index in zip(problem.items, repeated, strict=True)])
     allowed = np.zeros(costs.shape, dtype=bool)
     for row, item in zip(allowed, problem.items, strict=True):
         row[: len(item.widths)] = True

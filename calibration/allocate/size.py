@@ -34,7 +34,13 @@ def size_in_bytes(size: str | int, original: int) -> int:
 
 def show_size(nbytes: int) -> str:
     """For people."""
+    short = short_size(nbytes)
+    return short if short.endswith("bytes") else f"{short} ({nbytes:,} bytes)"
+
+
+def short_size(nbytes: int) -> str:
+    """The same to four digits."""
     for unit in ("GB", "MB", "kB"):
         if nbytes >= UNITS[unit.upper()]:
-            return f"{nbytes / UNITS[unit.upper()]:.4g} {unit} ({nbytes:,} bytes)"
+            return f"{nbytes / UNITS[unit.upper()]:.4g} {unit}"
     return f"{nbytes:,} bytes"

@@ -1,7 +1,11 @@
 """What quantisation did, expert by expert: the content of quantization_report.json."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
+
+from vllm_mcmoe.errors import FormatError
 
 FORMAT_VERSION = 1
 
@@ -45,6 +49,28 @@ class TuningReport:
         return f"KL on held-out calibration text {self.before:.4f} before, {self.after:.4f} after"
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What original and checkpoint scored on the same text when the checkpoint was made (evaluate/scores.py has the
+    words).
+
+    tokens         predicted
+    held_out       whether the text was kept out of calibration
+    activations    of the checkpoint's experts, "int8" or "float"
+    original_perplexity, perplexity   of either, by file
+    mean_kl, kl_quantiles, top1_agreement   of the checkpoint against the original
+    """
+
+    tokens: int
+    held_out: bool
+    activations: str
+    original_perplexity: dict[str, float]
+    perplexity: dict[str, float]
+    mean_kl: float
+    kl_quantiles: dict[str, float]
+    top1_agreement: float
+
+
 @dataclass
 class QuantizationReport:
     """One checkpoint.
@@ -57,6 +83,7 @@ class QuantizationReport:
     expert_bytes, total_bytes   of the tensors written; original_...: of the model they were made from
     average_bits          {"experts", "model"}: bits per weight as written, scales and zeros included
     tuning                of norms, afterwards; None without
+    evaluation            None where it was not evaluated, or by a version that did not keep the scores here
     seconds, peak_memory  of the process that finished the checkpoint; not in its files, which depend on the arguments
                           alone. peak_memory: the most bytes it had resident
     """
@@ -74,6 +101,7 @@ class QuantizationReport:
     original_total_bytes: int = 0
     average_bits: dict[str, float] = field(default_factory=dict)
     tuning: TuningReport | None = None
+    evaluation: EvaluationReport | None = None
     seconds: float = 0.0
     peak_memory: int = 0
 
@@ -81,14 +109,25 @@ class QuantizationReport:
         """For JSON."""
         layers = {name: [vars(expert) for expert in experts] for name, experts in self.layers.items()}
         document = {"format_version": FORMAT_VERSION, **vars(self), "layers": layers}
-        document["tuning"] = None if self.tuning is None else vars(self.tuning)
+        for key in ("tuning", "evaluation"):
+            document[key] = document[key] and vars(document[key])
         del document["seconds"], document["peak_memory"]
         return document
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Self:
-        """The report of to_dict's document."""
-        fields = {key: value for key, value in document.items() if key != "format_version"}
-        layers = {name: [ExpertReport(**e) for e in experts] for name, experts in fields["layers"].items()}
-        tuning = fields.get("tuning")
-        return cls(**{**fields, "layers": layers, "tuning": tuning and TuningReport(**tuning)})
+        """The report of to_dict's document; keys of a later version are passed over."""
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in document.items() if key in known}
+        given["layers"] = {name: [ExpertReport(**e) for e in experts] for name, experts in given["layers"].items()}
+        for key, kind in (("tuning", TuningReport), ("evaluation", EvaluationReport)):
+            given[key] = given.get(key) and kind(**given[key])
+        return cls(**given)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises FormatError for a file that is no report, OSError for one that cannot be read."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FormatError(f"{path}: not a report of `mcmoe quantize`: {error!r}") from None

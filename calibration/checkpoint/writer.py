@@ -23,6 +23,7 @@ REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "factors.json",
     "README.md",
 )
+WIDTH_MAP, PRUNING_REPORT = "expert_widths.svg", "pruning_report.json"
 
 # Of the original directory, besides its weights.
 NOT_COPIED = (CONFIG_FILE, MODEL_CARD, REPORT_FILE, PLAN_FILE, FACTORS_FILE, INDEX_FILE, "pytorch_model.bin.index.json")

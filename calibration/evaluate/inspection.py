@@ -5,14 +5,13 @@ will take then, from its config.json alone, which may be all that has been downl
 headers are fetched to be checked, too.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_mcmoe.calibration.checkpoint.report import TuningReport
+from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
 from vllm_mcmoe.calibration.checkpoint.writer import REPORT_FILE
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
 from vllm_mcmoe.calibration.matrix.linears import PACKED, linear_widths
@@ -21,7 +20,6 @@ from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
-from vllm_mcmoe.errors import FormatError
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
@@ -157,17 +155,13 @@ def inspect_checkpoint(checkpoint: str | Path | ModelFolder) -> CheckpointSummar
         expert_bits=8 * expert_bytes / parameters if parameters else 0.0,
         linears=_linears(config, headers),
         warnings=warnings,
-        tuning=_tuning(folder.fetch(REPORT_FILE)) if folder.has(REPORT_FILE) else None,
+        tuning=_tuning(folder),
     )
 
 
-def _tuning(report: Path) -> TuningReport | None:
-    """Raises FormatError for a file that is no report."""
-    try:
-        tuning = json.loads(report.read_text(encoding="utf-8")).get("tuning")
-        return tuning and TuningReport(**tuning)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FormatError(f"{report}: not a report of `mcmoe quantize`: {error}") from None
+def _tuning(folder: ModelFolder) -> TuningReport | None:
+    """A checkpoint is served without its report, which may be missing. Raises FormatError for one that is none."""
+    return QuantizationReport.load(folder.fetch(REPORT_FILE)).tuning if folder.has(REPORT_FILE) else None
 
 
 def _linears(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData, metadata_load
 
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
+from vllm_mcmoe.calibration.checkpoint.writer import WIDTH_MAP
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.matrix.linears import count_by_width
 from vllm_mcmoe.calibration.model.description import MoeModel
@@ -36,8 +37,10 @@ def model_card(
         "```python\nimport vllm_mcmoe.hf\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{HERE}", dtype="bfloat16")\n```',
         _quantization(description, report, calibration),
+        f"![The bit-width of every expert: layers from top to bottom, experts from left to right]({WIDTH_MAP})",
         _quality(evaluation, held_out),
-        "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe inspect PATH` draws it.",
+        "Per expert: `quantization_report.json`; the allocation: `plan.json`; `mcmoe report PATH` draws what else "
+        "there is to see.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -6,7 +6,6 @@ report = prune("mixtral-2.5bit", ["c4.jsonl"], method="otp", target=0.25)
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,13 @@ from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.folder import hub_name_of_snapshot, is_hub_name
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import DEFAULT_LENGTH, DEFAULT_SEQUENCES, find_data_files, load_calibration_data
+from vllm_mcmoe.calibration.prune.points import PrunedPoint, forget_points, save_points
 from vllm_mcmoe.calibration.prune.rules import calibrate_rules, check_request
 from vllm_mcmoe.errors import FormatError, PruningError
 from vllm_mcmoe.pruning import PruningRules
 
 # Fractions of the table; those beyond a model's (top_k - 1) / top_k are left out.
 TABLE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-
-
-@dataclass(frozen=True)
-class PrunedPoint:
-    """One line of the table.
-
-    target, pruned   the fraction of expert activations asked for, and dropped on the evaluation text
-    perplexity       geometric mean over the files
-    mean_kl          nats per token, from the same checkpoint unpruned
-    """
-
-    target: float
-    pruned: float
-    perplexity: float
-    mean_kl: float
 
 
 def prune(
@@ -77,7 +62,7 @@ def prune(
     data             calibration text, as load_sequences takes it; None takes the built-in text
     method           "odp" (routing-weight ratios) or "otp" (learned mask router)
     target           fraction of expert activations to drop by default when the checkpoint is served
-    evaluation_data  text to measure on; None measures nothing
+    evaluation_data  text to measure on; None measures nothing. What is measured is kept in the checkpoint, too
     table            measure 0, 10, ... 50% besides the target; each takes a pass over the model
     activations      "memory", "disk" or "auto", as calibrate takes it
     device           what computes, as choose_device takes it; a mask router is trained on the CPU
@@ -109,6 +94,7 @@ def prune(
         options = {"seed": seed, "store": store, "work": work, "show_progress": show_progress}
         rules = calibrate_rules(model, text.tokens, method, target, **options)
         write_rules(description.path, rules)
+        forget_points(description.path)
         work.remove()
     log(f"Wrote the {method} rule for {target:.0%} of the expert activations into {description.path}.")
     if evaluation_data is None:
@@ -118,7 +104,9 @@ def prune(
     options = {"sequences": sequences, "length": length, "device": device}
     options |= {"log": log, "show_progress": show_progress}
     found = evaluate_pruning(checkpoint, evaluation_data, targets, **options)
-    return [_point(target, evaluation) for target, evaluation in zip(targets, found, strict=True)]
+    points = [_point(target, evaluation) for target, evaluation in zip(targets, found, strict=True)]
+    save_points(description.path, rules.config.sha256, points)
+    return points
 
 
 def _check_writable(checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ ROOMS = (
     "tune",
     "prune",
     "push",
+    "report",
     "pipeline",
 )
 

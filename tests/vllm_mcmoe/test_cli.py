@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.calibration.test_allocation import random_factors
 from tests.hub_server import running_hub
 from vllm_mcmoe.cli import spread_file_options
 
@@ -46,6 +47,12 @@ def test_the_steps_one_by_one_make_a_checkpoint(reference_model, calibration_fil
     assert sum(widths) <= 18
 
     assert "KL to unpruned" in steps[-1].stdout
+    kept = json.loads((out / "pruning_report.json").read_text())["points"]
+    assert [point["target"] for point in kept] == [0, 0.1]
+    drawn = mcmoe("report", out)
+    assert drawn.returncode == 0, drawn.stderr
+    assert f"{kept[1]['pruned']:.1%} dropped" in (out / "report.html").read_text()
+    assert "factors.json is not there" in drawn.stderr
 
     inspected = mcmoe("inspect", out, "--json")
     summary = json.loads(inspected.stdout)
@@ -83,13 +90,31 @@ def test_published_allocations_come_out_of_the_command(published_factors, publis
     assert [layer["down"] for layer in layers.values()] == published_allocations["14"]
 
 
+def test_a_sweep_prints_and_draws_what_budgets_would_bring_and_writes_no_plan(tmp_path):
+    random_factors(2, 4, widths=(1, 2, 3, 4)).save(tmp_path / "factors.json")
+    result = mcmoe(
+        "allocate", tmp_path / "factors.json", "--sweep", "1.5:2.5:0.5", "--plot", tmp_path / "sweep.svg",
+        "--out", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    bars = [next(line for line in lines if f" {bits} bits" in line).count("\u2588") for bits in ("1.5", "2", "2.5")]
+    assert bars[0] > bars[1] > bars[2] > 0
+    assert "2.5 bits" not in result.stderr  # nothing was left out
+    assert (tmp_path / "sweep.svg").read_text().startswith("<svg")
+    assert not (tmp_path / "plan.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
         (["quantize", "missing", "out", "--bits", "2.5", "--data", "x.txt"], 1, "missing: no config.json there"),
         (["inspect", "missing"], 1, "missing: no config.json there"),
         (["allocate", "missing.json", "--bits", "2.5"], 1, "missing.json"),
-        (["allocate", "missing.json"], 2, "give one of --bits, --bits-per-layer and --size"),
+        (["allocate", "missing.json"], 2, "give one of --bits, --bits-per-layer, --size and --sweep"),
+        (["allocate", "missing.json", "--sweep", "3:2"], 2, "ends above its beginning"),
+        (["allocate", "missing.json", "--bits", "2", "--plot", "x.svg"], 2, "--plot draws a --sweep"),
+        (["report", "missing"], 1, "is not a model directory"),
         (["allocate", "missing.json", "--bits", "2", "--widths", "2,7"], 2, "7 is not one of"),
         (["quantize", "a", "b", "--data", "x", "--size", "13.5"], 2, "is not a size like 13.5GB"),
         (["allocate", "missing.json", "--bits", "2", "--linear-bits", "4"], 2, "--linear-bits goes with --size here"),

@@ -1,4 +1,4 @@
-"""`mcmoe evaluate`, `mcmoe inspect` and `mcmoe plan-resources`: what changes nothing."""
+"""`mcmoe evaluate`, `mcmoe inspect`, `mcmoe report` and `mcmoe plan-resources`: what changes no model."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -182,6 +182,37 @@ def inspect(
         print_summary(folder.given, summary)
     else:
         print_model(folder.given, summary)
+
+
+def report(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A quantised checkpoint, of which its JSON files are enough: no weights are read.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Where to write the page.", show_default="CHECKPOINT/report.html"),
+    ] = None,
+) -> None:
+    """Draw what is in a checkpoint, as one HTML page that needs nothing but itself.
+
+    The bit-width of every expert, the loss against size with what a bit more or less of it would bring, the loss of
+    every layer at each width, how often each expert was used, and what online pruning costs; with the numbers in
+    tables. What the checkpoint does not hold is said on the page. Pictures for a model card are written beside it:
+    expert_widths.svg, and size_and_quality.svg. With 58 layers of 256 experts it takes some 15 seconds.
+
+    Example: `mcmoe report mixtral-2.5bit/`
+    """
+    from vllm_mcmoe.calibration.report.page import write_report
+
+    files, missing = write_report(checkpoint, out)
+    for line in missing:
+        log(line)
+    log(f"Wrote {', '.join(map(str, files))}. In a model card: ![Bit-widths]({files[1].name})")
 
 
 def plan_resources(
