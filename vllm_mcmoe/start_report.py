@@ -64,7 +64,7 @@ class StartReport:
     def _pruning(self) -> str:
         if self.checkpoint.pruning is None:
             return "no rule"
-        return f"{self.checkpoint.pruning.method} {self.pruning:.0%}" if self.pruning else "off"
+        return f"{self.checkpoint.pruning.method} {100 * self.pruning:g}%" if self.pruning else "off"
 
     def _line(self, facts: dict[str, str]) -> str:
         return (

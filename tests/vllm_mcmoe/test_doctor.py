@@ -96,7 +96,7 @@ def test_where_nothing_is_installed_it_says_so(environment):
     assert found["memory"][1].split()[0].replace(".", "").isdigit()
 
 
-def test_what_it_finds_here_reaches_the_command_line_and_its_exit_code(monkeypatch):
+def test_what_it_finds_here_reaches_the_command_line_and_its_exit_code():
     """This environment can serve, but for what the variables say."""
     program = "from vllm_mcmoe.cli import main; main()"
     broken = {**os.environ, "VLLM_PLUGINS": "another", "VLLM_MCMOE_CPU_ISA": "sse9"}
@@ -111,11 +111,14 @@ def test_what_it_finds_here_reaches_the_command_line_and_its_exit_code(monkeypat
     assert document["can_serve"] is False
 
 
-def test_a_probe_says_how_a_process_died(monkeypatch):
-    """As of a wheel with instructions that the CPU lacks."""
-    assert run_probe("no such probe").error == "KeyError: 'no such probe'"
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert run_probe("torch").error == "exit code 1"
+def test_a_probe_says_how_a_process_died(tmp_path, monkeypatch):
+    """By a signal: as of a build whose instructions the CPU lacks."""
+    interpreter = tmp_path / "python"
+    for dies, error in (("kill -ILL $$", "killed by SIGILL"), ("exit 3", "exit code 3"), ("echo bad >&2", "bad")):
+        interpreter.write_text(f"#!/bin/sh\n{dies}\n")
+        interpreter.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(interpreter))
+        assert run_probe("torch").error == error
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -137,6 +140,13 @@ def test_a_name_that_is_missing_is_mended_and_the_platform_that_follows_from_it_
     found = by_name(checks._vllm(Probe({**IN_VLLM, "platform": ""}), "no distribution is named vllm", ""))
     assert found["its name"].status is Status.problem and "--mend" in found["its name"].advice
     assert "platform" not in found
+
+
+@pytest.mark.parametrize("wrong_build, advice", [("nms does not exist", "--mend"), ("", "tested version")])
+def test_a_plugin_that_cannot_register_blames_what_can_be_mended_first(wrong_build, advice):
+    """With torchvision broken, what registering imports of vLLM does not import."""
+    check = by_name(checks._vllm(Probe({**IN_VLLM, "registered": False}), "", wrong_build))["plugin"]
+    assert check.status is Status.problem and advice in check.advice
 
 
 @pytest.mark.parametrize("platform, says", [("", "vLLM finds none"), ("tpu", "no kernels")])

@@ -14,7 +14,7 @@ from typing import Any
 import vllm_mcmoe
 from vllm_mcmoe.calibration.common.memory import available_memory
 from vllm_mcmoe.doctor.check import Check, Status, note, ok, problem
-from vllm_mcmoe.doctor.faults import CPU_BUILD, VLLM, name_fault, torchvision_fault
+from vllm_mcmoe.doctor.faults import CPU_BUILD, TORCHVISION, VLLM, installed_version, name_fault, torchvision_fault
 from vllm_mcmoe.doctor.probes import Probe, run_probe
 from vllm_mcmoe.errors import InstallationError
 
@@ -84,7 +84,8 @@ def _build(torch: Probe) -> str:
 def _torchvision(fault: str) -> Check:
     if fault:
         return problem("torchvision", f"does not import, which breaks transformers: {fault}", MEND)
-    return ok("torchvision", "imports, or is not there, and serving text needs none")
+    version = installed_version(TORCHVISION)
+    return ok("torchvision", f"{version} imports" if version else "not installed; serving text needs none")
 
 
 def _vllm(vllm: Probe, wrong_name: str, wrong_build: str) -> list[Check]:
@@ -164,9 +165,9 @@ def _gpus(gpus: Probe, torch: Probe, triton: Probe, serves_on: str | None) -> li
         return [problem("GPUs", f"torch or Triton cannot use them: {gpus.error}", INSTALL_VLLM)]
     devices = gpus.found.get("devices", [])
     checks = [_gpu(index, device, serves_on) for index, device in enumerate(devices)]
-    if not devices:
+    if not devices and not torch.error:
         driver = _driver()
-        if driver and not torch.error:
+        if driver:
             advice = "Install vllm-mcmoe[gpu] in an environment of its own to serve on it; see README, Install."
             checks.append(note("GPUs", f"{driver} is loaded, but torch, {_build(torch)}, sees no GPU", advice))
         else:

