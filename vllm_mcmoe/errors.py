@@ -39,3 +39,7 @@ class HubError(McmoeError, ValueError):
 
 class EndpointError(McmoeError, ValueError):
     """A server that cannot be reached, refuses a request, or does not tell what is asked of it."""
+
+
+class InstallationError(McmoeError, RuntimeError):
+    """What is installed cannot serve, or cannot be mended."""

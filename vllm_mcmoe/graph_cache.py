@@ -1,6 +1,6 @@
 """Keeping vLLM's cache of compiled graphs apart for what the environment decides."""
 
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 
 from vllm_mcmoe.errors import UnsupportedModelError
 
@@ -24,3 +24,8 @@ def add_to_cache_key(name: str, value: str) -> None:
     if value not in chosen:
         chosen.append(value)
         chosen.sort()
+
+
+def choices(config: VllmConfig, name: str) -> list[str]:
+    """What add_to_cache_key was told under this name while the model of this config was built."""
+    return config.additional_config.get(_KEY, {}).get(name, [])

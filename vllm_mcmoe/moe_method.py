@@ -22,6 +22,7 @@ from vllm_mcmoe.expert_weights import LayerWeights, Shard
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
+from vllm_mcmoe.start_report import StartReport
 from vllm_mcmoe.support import check_cpu_routing, check_layer, check_options, check_parallelism, expert_function
 
 BACKEND_VARIABLE = "VLLM_MCMOE_BACKEND"
@@ -49,6 +50,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     exact_names   whether tensors come under the names of LayerWeights.exact_parameters
     pruning       the rule that drops some of a token's experts, or None
     model_widths  of the experts of all layers, where this is not the only one
+    report        told when the model's experts are loaded, or None
 
     Where ranks hold different tokens, data or sequence parallel, each routes its own, and `apply` gathers them and
     shares out the sums, as vLLM's modular kernels do. vLLM would gather hidden states before routing for a method
@@ -63,12 +65,14 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         pruning: LayerPruning | None = None,
         model_widths: frozenset[int] = frozenset(),
         exact_names: bool = False,
+        report: StartReport | None = None,
     ):
         super().__init__(moe)
         self.bits, self.version = bits, version
         self.model_widths = model_widths | bits.widths
         self.pruning = pruning
         self.exact_names = exact_names
+        self.report = report
         self.exact_parameters: list[str] = []
         self.backend = select_backend()
         self.weights: LayerWeights | None = None
@@ -171,6 +175,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             # Tensor parallel ranks prune the same tokens, unless they share them out.
             if self.moe.is_sequence_parallel or get_tensor_model_parallel_rank() == 0:
                 monitor().watch(counts)
+        if self.report is not None and self.loading.complete:
+            self.report.tell(self.loading.config, self.backend, device)
         self.weights = self.loading = None
 
     def apply(

@@ -147,6 +147,7 @@ class McmoeConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from vllm_mcmoe.moe_method import McmoeMoEMethod, select_backend
+        from vllm_mcmoe.start_report import StartReport
 
         if isinstance(layer, RoutedExperts):
             name = self._find_layer(prefix)
@@ -155,7 +156,8 @@ class McmoeConfig(QuantizationConfig):
             _note_kernels(select_backend())
             widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
             version, pruning = self.checkpoint.format_version, self._layer_pruning(name, layer)
-            return McmoeMoEMethod(layer.moe_config, bits, version, pruning, widths, self.exact_names)
+            report = StartReport(self.checkpoint, self._pruning_target()[0])
+            return McmoeMoEMethod(layer.moe_config, bits, version, pruning, widths, self.exact_names, report)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self._fused_linears(prefix)
             method = self.linear.get_quant_method(layer, prefix)
@@ -213,25 +215,29 @@ class McmoeConfig(QuantizationConfig):
                 "Take `moe` and targets that match experts out of it, or give it with the 16-bit model."
             )
 
+    def _pruning_target(self) -> tuple[float | None, str]:
+        """The fraction of expert activations to drop, None where the checkpoint has no rule, and who asked for it.
+
+        Raises PruningError for a target that the checkpoint cannot have.
+        """
+        config, (source, request) = self.checkpoint.pruning, _pruning_request()
+        if config is not None:
+            return resolve_target(config, request, source), source
+        if request not in ("on", "off"):
+            raise PruningError(f"{source} is {request!r}, but this checkpoint has no rule; run `mcmoe prune` first.")
+        return None, source
+
     def _layer_pruning(self, name: str, layer: "RoutedExperts") -> LayerPruning | None:
         """The rule of a MoE layer at the target asked for, or None where the checkpoint has none or it is switched off.
 
         Switched off by an environment variable, the rule stays in the model and keeps everything: vLLM's compiled
         graphs, which it caches by the model's config, must not depend on the environment.
         """
-        config = self.checkpoint.pruning
-        source, request = _pruning_request()
-        if config is None:
-            if request not in ("on", "off"):
-                raise PruningError(
-                    f"{source} is {request!r}, but this checkpoint has no rule; run `mcmoe prune` first."
-                )
+        config, (target, source) = self.checkpoint.pruning, self._pruning_target()
+        if target is None or (target == 0 and source != PRUNING_VARIABLE):
             return None
         if self._pruning_rules is None:
             self._pruning_rules = PruningRules.load(_model_directory(config.file_name), config)
-        target = resolve_target(config, request, source)
-        if target == 0 and source != PRUNING_VARIABLE:
-            return None
         return self._pruning_rules.layer(
             self.on_disk_names[name],
             target,

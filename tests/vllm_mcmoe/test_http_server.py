@@ -27,8 +27,10 @@ from tests.vllm_mcmoe.serving import (
     with_int8_linears,
 )
 from tests.vllm_mcmoe.soak import NEW_TOKENS, soak
+from vllm_mcmoe import __version__
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import load_dequantized
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.kernels.cpu import select_isa
 from vllm_mcmoe.local_server import serve
 
 pytestmark = pytest.mark.engine
@@ -50,8 +52,12 @@ def served_checkpoint(pruned_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(served_checkpoint, tmp_path_factory):
-    log_file = tmp_path_factory.mktemp("server") / "server.log"
+def log_file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("server") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def client(served_checkpoint, log_file, tmp_path_factory):
     options = (
         "--quantization",
         "mcmoe",
@@ -164,6 +170,20 @@ def test_metrics_show_the_fraction_that_was_really_pruned(client):
     print(f"{dropped:.0f} of {seen:.0f} expert activations pruned")
     # 100 tokens of one sentence are no sample of the calibration text: between the checkpoint's 25% and 50%
     assert 0.3 < dropped / seen < 0.5
+
+
+def test_log_and_metrics_say_once_what_serves_the_checkpoint(client, served_checkpoint, log_file):
+    told = re.findall(r"vllm-mcmoe [\d.]+: .*", log_file.read_text())
+    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
+        labels, value = re.findall(r"^mcmoe_engine_info\{(.*)\} (\S+)$", response.read().decode(), re.MULTILINE)[0]
+    facts = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+    assert float(value) == 1
+    assert (facts["version"], facts["backend"], facts["instruction_set"]) == (__version__, "cpu", select_isa())
+    assert (facts["linear_widths"], facts["pruning"]) == ("4", "otp 40%")
+    written = json.loads((served_checkpoint / "config.json").read_text())["quantization_config"]["average_bits"]
+    assert facts["expert_bits"] == f"{written['experts']:.2f}"
+    assert len(told) == 1
+    assert all(fact in told[0] for fact in facts.values())
 
 
 def read_counters(client: OpenAI) -> dict[str, float]:

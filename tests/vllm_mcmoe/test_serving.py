@@ -103,10 +103,13 @@ def test_a_compiled_engine_answers_as_an_eager_one(single_process, pruned_checkp
     assert_same(serve_and_score(pruned_checkpoint_16bit_linears, prompts, enforce_eager=False), single_process)
 
 
-def test_two_ranks_share_4_bit_linears(pruned_checkpoint, prompts):
-    """Merged and column-parallel q, k and v, row-parallel o."""
+def test_two_ranks_share_4_bit_linears(pruned_checkpoint, prompts, capfd):
+    """Merged and column-parallel q, k and v, row-parallel o. The log says once what serves them."""
     with environment(TWO_RANKS):
         results = serve_and_score(pruned_checkpoint, prompts, tensor_parallel_size=2)
+    assert (
+        capfd.readouterr().out.count("; other linears of 4 bits by mcmoe; pruning of expert activations: otp 25%.") == 1
+    )
     rules = pruning_rules(pruned_checkpoint, target=0.25)
     model = with_int8_linears(with_int8_activations(load_dequantized(pruned_checkpoint), rules), pruned_checkpoint)
     found = torch.cat([logprobs for _, logprobs in results])

