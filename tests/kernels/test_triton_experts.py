@@ -263,8 +263,11 @@ def test_every_function(function, split_k):
     assert_agrees(layer, x, topk_weights, topk_ids, tiles=Tiles(8, 2, 3, gate_up_split_k=split_k))
 
 
-@pytest.mark.parametrize("tiles", [DECODE, PREFILL, Tiles(8, 2, 3, 4, 2)], ids=["decode", "prefill", "split-K"])
-@pytest.mark.parametrize("tokens", [2, 9], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("tokens", "tiles"),
+    [(2, DECODE), (9, PREFILL), (2, Tiles(8, 2, 3, 4, 2))],
+    ids=["decode", "prefill", "split-K"],
+)
 def test_biases_are_added_once(tokens, tiles):
     """Sizes that fill no whole tile, experts of every width, and down's bias left to another rank."""
     layer = random_layer(MIXED, 640, 384, function=GPT_OSS)
@@ -274,9 +277,20 @@ def test_biases_are_added_once(tokens, tiles):
     assert_agrees(layer, *call, tiles=tiles, biases=biases | {"down": None})
 
 
-@pytest.mark.parametrize("activations", ["int8", "float"])
-@pytest.mark.parametrize("tiles", [DECODE, PREFILL, Tiles(8, 2, 3, 2, 1)], ids=["decode", "prefill", "split-K"])
-@pytest.mark.parametrize("intermediate", [128, 256, 384])
+@pytest.mark.parametrize(
+    ("intermediate", "tiles", "activations"),
+    [
+        (128, DECODE, "int8"),
+        (256, DECODE, "int8"),
+        (384, DECODE, "int8"),
+        (384, PREFILL, "int8"),
+        (384, Tiles(8, 2, 3, 2, 1), "int8"),
+        (256, Tiles(8, 2, 3, 2, 1), "int8"),
+        (384, DECODE, "float"),
+        (384, PREFILL, "float"),
+    ],
+    ids=str,
+)
 def test_experts_without_a_gate_have_two_groups_in_a_tile(intermediate, tiles, activations):
     """The second of which is not there where groups are odd in number."""
     function = ExpertFunction("relu2", gated=False)
