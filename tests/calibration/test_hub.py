@@ -95,7 +95,9 @@ def test_a_name_is_quantised_into_the_checkpoint_of_the_directory(
     quantize_tiny(NAME, tmp_path / "out", model, calibration_files, evaluation_data=calibration_files[:1])
     named, local = contents(tmp_path / "out"), contents(tiny_checkpoint)
     card, card_of_local = named.pop("README.md").decode(), local.pop("README.md").decode()
-    assert named == local
+    report, report_of_local = (json.loads(files.pop("quantization_report.json")) for files in (named, local))
+    assert report.pop("evaluation") and report_of_local.pop("evaluation") is None  # this one was evaluated
+    assert (named, report) == (local, report_of_local)
     assert f"# {NAME}, experts at" in card and "# tiny-qwen3, experts at" in card_of_local
     metadata = metadata_load(tmp_path / "out" / "README.md")
     assert metadata["base_model"] == NAME and metadata["base_model_relation"] == "quantized"
