@@ -100,6 +100,11 @@ class QuantizedMatrix:
         """The same matrix as the checkpoint stores it."""
         return PackedMatrix(self.bits, pack_codes(self.codes, self.bits), self.scales, self.zeros)
 
+    def part(self, rows: slice) -> "QuantizedMatrix":
+        """Some rows, which own their memory where they are packed."""
+        zeros = None if self.zeros is None else self.zeros[rows].clone()
+        return QuantizedMatrix(self.bits, self.codes[rows], self.scales[rows].clone(), zeros)
+
 
 @dataclass
 class Grid:
