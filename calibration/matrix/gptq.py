@@ -63,6 +63,10 @@ class GPTQOptions:
     metadata: Metadata = "float16"
     codes: Codes = "scalar"
 
+    def __post_init__(self) -> None:
+        if self.codes == "trellis" and not (self.metadata == "float8" and self.compensate):
+            raise ValueError("trellis codes go with metadata 'float8', which stores no zeros, and with compensate")
+
 
 @dataclass(frozen=True)
 class HessianFactor:
@@ -189,6 +193,7 @@ def quantize_gptq(
         return quantize_trellis(
             weight, factor.hessian, factor.order, factor.inverse_factor, bits,
             refinement_sweeps=options.refinement_sweeps, output_sweeps=options.output_sweeps, outputs=outputs,
+            name=name,
         )  # fmt: skip
     static = options.act_order  # act order visits a group's columns far apart, so its grid must exist beforehand
     grid = _search(weight, bits, factor, options, name)
