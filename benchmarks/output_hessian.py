@@ -22,12 +22,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from trellis_checkpoints import reading
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
-from vllm_mcmoe.calibration.evaluate import checkpoint_weights
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.matrix import grids, two_sided
-from vllm_mcmoe.calibration.matrix.gptq import Codes
 from vllm_mcmoe.calibration.measure import output_gradients
 from vllm_mcmoe.calibration.measure.statistics import measure
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
@@ -36,9 +35,6 @@ from vllm_mcmoe.calibration.model.text import load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES
-from vllm_mcmoe.checkpoint import matrix_of
-from vllm_mcmoe.kernels.packing import PackedMatrix
-from vllm_mcmoe.kernels.trellis import TRELLIS_WIDTHS, TrellisMatrix
 
 REFERENCE = Path(__file__).parent / "reference_model"
 LENGTH = 256
@@ -67,7 +63,7 @@ def main() -> None:
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
                 mock.patch.object(grids, "HEADROOM", headroom or grids.HEADROOM),
                 mock.patch.object(grids, "ONE_BIT_HEADROOM", headroom or grids.ONE_BIT_HEADROOM),
-                mock.patch.object(checkpoint_weights, "matrix_of", _reader(codes)),
+                reading(codes),
             ):
                 started = time.process_time()
                 out = Path(directory) / "out"
@@ -88,18 +84,6 @@ def main() -> None:
                 f"KL {scores.mean_kl:.4f}, {seconds:.0f} s of CPU time",
                 flush=True,
             )
-
-
-def _reader(codes: Codes) -> Callable[..., PackedMatrix | TrellisMatrix]:
-    """In the place of checkpoint.matrix_of: config.json does not say yet that codes are those of a trellis."""
-    if codes == "scalar":
-        return matrix_of
-
-    def trellis_matrix_of(bits: int, version: int, read: Callable[[str], torch.Tensor]) -> PackedMatrix | TrellisMatrix:
-        matrix = matrix_of(bits, version, read)
-        return TrellisMatrix(bits, matrix.qweight, matrix.scales) if bits in TRELLIS_WIDTHS else matrix
-
-    return trellis_matrix_of
 
 
 def _uniform(description: MoeModel, bits: int) -> Plan:

@@ -1,6 +1,7 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
+    python benchmarks/quality.py --bits 1.55 2.0 2.5 --methods mcmoe "mcmoe trellis"         # docs/trellis.md
     python benchmarks/quality.py --whole [--half 1]                  # the whole checkpoint under one budget
     python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
@@ -26,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from trellis_checkpoints import reading
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
@@ -52,7 +54,11 @@ RECIPE_OF = {
     "uniform GPTQ": RECIPES["uniform"],
     "paper-code": RECIPES["paper-code"],
     "mcmoe": RECIPES["mcmoe"],
+    "mcmoe trellis": replace(
+        RECIPES["mcmoe"], name="mcmoe-trellis", gptq=replace(RECIPES["mcmoe"].gptq, codes="trellis")
+    ),
 }
+OURS = ("mcmoe", "mcmoe trellis")
 
 
 @dataclass
@@ -123,7 +129,9 @@ class _Table:
             self._make_whole()
             return
         measured = {
-            method: self._measured(recipe) for method, recipe in RECIPE_OF.items() if recipe.objective != "uniform"
+            method: self._measured(recipe)
+            for method, recipe in RECIPE_OF.items()
+            if method == "paper-code" or (method in OURS and method in self.options.methods)
         }
         # A uniform plan needs no measurements, only the shapes that any factors have.
         for method in ("uniform RTN", "uniform GPTQ"):
@@ -175,19 +183,21 @@ class _Table:
         self, method: str, plan: Plan, bits: float, calibration: Calibration, linear_bits: int | None
     ) -> Row:
         out = self.work.path / f"{method}-{bits}".replace(" ", "-")
-        if not out.exists():
-            quantize_model(
-                self.model,
-                out,
-                plan=plan,
-                sequences=self.sequences,
-                recipe=RECIPE_OF.get(method, RECIPE_OF["mcmoe"]),
-                linear_bits=linear_bits,
-                gradient_norms=calibration.gradient_norms,
-                output_gradients=calibration.output_gradients,
-                show_progress=False,
-            )
-        return _evaluate(self.options, method, bits, out)
+        recipe = RECIPE_OF.get(method, RECIPE_OF["mcmoe"])
+        with reading(recipe.gptq.codes):
+            if not out.exists():
+                quantize_model(
+                    self.model,
+                    out,
+                    plan=plan,
+                    sequences=self.sequences,
+                    recipe=recipe,
+                    linear_bits=linear_bits,
+                    gradient_norms=calibration.gradient_norms,
+                    output_gradients=calibration.output_gradients,
+                    show_progress=False,
+                )
+            return _evaluate(self.options, method, bits, out)
 
 
 def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
@@ -202,7 +212,9 @@ def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
     except PlanError as error:
         print(f"No paper-code at {bits} bits: {error}")
     used = min(plan.average_bits for plan in result.values())
-    result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
+    for method in OURS:
+        if method in factors:
+            result[method] = allocate(factors[method], recipe=RECIPE_OF[method], bits=used)
     return result
 
 
@@ -272,7 +284,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bits", type=float, nargs="+", default=[1.55, 2.0, 2.5], help="written bits per expert weight"
     )
-    parser.add_argument("--methods", nargs="+", choices=RECIPE_OF, default=list(RECIPE_OF))
+    parser.add_argument(
+        "--methods", nargs="+", choices=RECIPE_OF, default=[method for method in RECIPE_OF if method != "mcmoe trellis"]
+    )
     parser.add_argument(
         "--whole", action="store_true", help="compare whole checkpoints; --linear-bits and --methods do not count"
     )
