@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.calibration.pretend_device import PRETEND
 from tests.calibration.test_gptq import REFINED, correlated_hessian
 from tests.calibration.test_output_hessian import ROWS, coupled_outputs, losses_of
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
@@ -17,6 +18,7 @@ from vllm_mcmoe.calibration.matrix.trellis import (
     ring_order,
 )
 from vllm_mcmoe.calibration.matrix.trellis_loops import first_pass
+from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.kernels.packing import scales_to_bytes
 from vllm_mcmoe.kernels.trellis import RING, TRELLIS_WIDTHS, decode, middle_level, ring_columns, table_entries
 
@@ -185,6 +187,19 @@ def test_rows_do_not_depend_on_how_they_are_shared_out():
     finally:
         torch.set_num_threads(threads)
     assert (codes[0] == codes[1]).float().mean() > 0.999  # products of other threads round differently
+
+
+def test_on_a_device_come_the_codes_of_the_cpu():
+    """Coupled rows, and a last group that is not whole."""
+    weight, hessian, found = gaussian(ROWS, 200), correlated_hessian(200), []
+    for device in ("cpu", PRETEND):
+        outputs = coupled_outputs(2)
+        outputs = OutputHessian([r.to(device) for r in outputs.rows], [b.to(device) for b in outputs.blocks])
+        factor = HessianFactor.build(hessian.to(device), TRELLIS)
+        matrix = quantize_gptq(weight.to(device), factor, 2, with_sweeps(1, 1), outputs=outputs)
+        assert matrix.codes.device == matrix.dequantize().device == torch.device(device)
+        found.append((matrix.codes.cpu(), matrix.scales.cpu(), matrix.dequantize().cpu()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_what_does_not_go_together_is_refused():
