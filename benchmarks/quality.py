@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
     python benchmarks/quality.py --bits 1.55 2.0 2.5 --methods mcmoe "mcmoe trellis"         # docs/trellis.md
+    python benchmarks/quality.py --bits 2.0 2.2 --methods mcmoe "mcmoe trellis" --full-budget
     python benchmarks/quality.py --whole [--half 1]                  # the whole checkpoint under one budget
     python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
@@ -105,6 +106,7 @@ class _Table:
     ):
         self.options, self.model, self.sequences, self.work = options, model, sequences, work
         self.rows: list[Row] = []
+        self.budget = "-full-budget" if options.full_budget else ""
 
     def _make_whole(self) -> None:
         calibration = self._measured(RECIPE_OF["mcmoe"])
@@ -138,7 +140,8 @@ class _Table:
             measured[method] = Calibration(measured["paper-code"].factors, {}, {})
         self._add("16 bits", None, lambda: _evaluate(self.options, "16 bits", None, self.options.model))
         for bits in self.options.bits:
-            for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
+            factors = {method: calibration.factors for method, calibration in measured.items()}
+            for method, plan in plans(bits, factors, self.options.full_budget).items():
                 if method in self.options.methods:
                     self._add(
                         method,
@@ -169,7 +172,7 @@ class _Table:
 
     def _add(self, method: str, bits: float | None, make: Callable[[], Row]) -> Row:
         half = "" if self.options.half is None else f"-half-{self.options.half}"
-        unit = f"row-{method}-{bits}{half}".replace(" ", "-")
+        unit = f"row-{method}-{bits}{self.budget}{half}".replace(" ", "-")
         document = self.work.load(unit)
         row = Row(**document) if document else replace(make(), method=method)
         self.work.save(unit, asdict(row))
@@ -182,7 +185,7 @@ class _Table:
     def _quantise_and_evaluate(
         self, method: str, plan: Plan, bits: float, calibration: Calibration, linear_bits: int | None
     ) -> Row:
-        out = self.work.path / f"{method}-{bits}".replace(" ", "-")
+        out = self.work.path / f"{method}-{bits}{self.budget}".replace(" ", "-")
         recipe = RECIPE_OF.get(method, RECIPE_OF["mcmoe"])
         with reading(recipe.gptq.codes):
             if not out.exists():
@@ -200,9 +203,10 @@ class _Table:
             return _evaluate(self.options, method, bits, out)
 
 
-def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
-    """Method -> plan: the baselines at the budget, ours at the smallest of what they use. Without paper-code where its
-    least counts of 2 and 3 bits cost more than the budget, or all experts at 3 bits less."""
+def plans(bits: float, factors: dict[str, Factors], full_budget: bool) -> dict[str, Plan]:
+    """Method -> plan: the baselines at the budget, ours at the smallest of what they use, or at the budget, too.
+    Without paper-code where its least counts of 2 and 3 bits cost more than the budget, or all experts at 3 bits less.
+    """
     result = {
         method: allocate(factors[method], recipe=RECIPE_OF[method], bits=bits)
         for method in ("uniform RTN", "uniform GPTQ")
@@ -214,7 +218,8 @@ def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
     used = min(plan.average_bits for plan in result.values())
     for method in OURS:
         if method in factors:
-            result[method] = allocate(factors[method], recipe=RECIPE_OF[method], bits=used)
+            budget = bits if full_budget else used
+            result[method] = allocate(factors[method], recipe=RECIPE_OF[method], bits=budget)
     return result
 
 
@@ -287,6 +292,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=RECIPE_OF, default=[method for method in RECIPE_OF if method != "mcmoe trellis"]
     )
+    parser.add_argument("--full-budget", action="store_true", help="give mcmoe what was asked for, whatever others use")
     parser.add_argument(
         "--whole", action="store_true", help="compare whole checkpoints; --linear-bits and --methods do not count"
     )

@@ -44,7 +44,7 @@ class _Levels:
     """The levels of one group of 16 rows, quad by quad, as products.Codes has codes."""
 
     def __init__(self, builder: ir.IRBuilder, bits: int, record: ir.Value):
-        self.builder, self.record, self.loaded = builder, record, {}
+        self.builder, self.bits, self.record, self.loaded = builder, bits, record, {}
         self.uncoded, start = [], GROUP_SIZE * ROWS // 8  # bits and first byte of each plane
         for width in trellis_planes(bits)[1:]:
             self.uncoded.append((width, start))
@@ -89,30 +89,40 @@ class _Vbmi(_Levels):
 
 
 class _Avx2(_Levels):
-    """Look-ups in 16 entries, among which uncoded bits choose as the signs of bytes. Two registers are one vector."""
+    """Look-ups in 16 entries, among which uncoded bits choose as the signs of bytes; the highest of them mirrors, so
+    that half of the table is enough. Two registers are one vector."""
 
     def quad(self, quad: int) -> ir.Value:
         builder = self.builder
         windows = self._plane(0, quad, 8)
         windows = self._moved(windows, quad % 8, 0) if quad % 8 <= 8 - MEMORY - 1 else self._rotated(quad)
-        windows = builder.and_(windows, constant(VI32, 0x0F0F0F0F))
         signs = [
-            avx2._halves(builder, self._moved(self._plane(start, quad, 8 // width), position, 7), avx2.V32X8)
+            self._moved(self._plane(start, quad, 8 // width), position, 7)
             for width, start in self.uncoded
             for position in range(quad % (8 // width) * width, quad % (8 // width) * width + width)
         ]
+        mirrored = None
+        if signs:
+            negative = builder.icmp_signed("<", builder.bitcast(signs.pop(), BYTES), ir.Constant(BYTES, [0] * 64))
+            mirrored = builder.bitcast(builder.sext(negative, BYTES), VI32)
+            windows = builder.xor(windows, mirrored)
+        windows = builder.and_(windows, constant(VI32, 0x0F0F0F0F))
+        signs = [avx2._halves(builder, builder.xor(sign, mirrored), avx2.V32X8) for sign in signs]
+        half_table = self.entries[: max(16, len(self.entries) // 2)]
         halves = []
         for half, index in enumerate(avx2._halves(builder, windows, avx2.V32X8)):
-            tables = [2 * self.entries[i : i + 16] for i in range(0, len(self.entries), 16)]
             found = [
-                call(builder, "llvm.x86.avx2.pshuf.b", avx2.V32X8, ir.Constant(avx2.V32X8, table), index)
-                for table in tables
+                call(builder, "llvm.x86.avx2.pshuf.b", avx2.V32X8, ir.Constant(avx2.V32X8, 2 * entries), index)
+                for entries in (half_table[i : i + 16] for i in range(0, len(half_table), 16))
             ]
             for sign in signs:  # of the lowest bit first: neighbours differ in it
                 pairs = zip(found[::2], found[1::2], strict=True)
                 found = [call(builder, "llvm.x86.avx2.pblendvb", avx2.V32X8, *pair, sign[half]) for pair in pairs]
             halves.append(found[0])
-        return builder.bitcast(avx2._join(builder, *halves), VI32)
+        levels = builder.bitcast(avx2._join(builder, *halves), VI32)
+        if mirrored is None:
+            return levels
+        return builder.xor(levels, builder.and_(mirrored, constant(VI32, LARGEST_LEVEL[self.bits] * 0x01010101)))
 
 
 def trellis_vbmi(builder, kind: Record, record, activations, tokens: int, tile_stride) -> list[ir.Value]:
