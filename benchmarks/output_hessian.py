@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from trellis_checkpoints import reading
+from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
@@ -63,7 +63,7 @@ def main() -> None:
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
                 mock.patch.object(grids, "HEADROOM", headroom or grids.HEADROOM),
                 mock.patch.object(grids, "ONE_BIT_HEADROOM", headroom or grids.ONE_BIT_HEADROOM),
-                reading(codes),
+                checkpoints_of(codes),
             ):
                 started = time.process_time()
                 out = Path(directory) / "out"

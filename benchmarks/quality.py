@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from trellis_checkpoints import reading
+from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
@@ -187,7 +187,7 @@ class _Table:
     ) -> Row:
         out = self.work.path / f"{method}-{bits}{self.budget}".replace(" ", "-")
         recipe = RECIPE_OF.get(method, RECIPE_OF["mcmoe"])
-        with reading(recipe.gptq.codes):
+        with checkpoints_of(recipe.gptq.codes):
             if not out.exists():
                 quantize_model(
                     self.model,

@@ -9,6 +9,7 @@ import torch
 from tests.calibration.pretend_device import PRETEND
 from tests.calibration.test_gptq import REFINED, correlated_hessian
 from tests.calibration.test_output_hessian import ROWS, coupled_outputs, losses_of
+from vllm_mcmoe.calibration.checkpoint.writer import Shard
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, proxy_loss, quantize_gptq
 from vllm_mcmoe.calibration.matrix.refinement import SeparateRows, refine
 from vllm_mcmoe.calibration.matrix.trellis import (
@@ -211,6 +212,14 @@ def test_what_does_not_go_together_is_refused():
     factor = HessianFactor.build(correlated_hessian(), TRELLIS)
     with pytest.raises(ValueError, match=r"experts\.5\.down: .* need scales below float8's smallest"):
         quantize_gptq(1e-6 * gaussian(), factor, 2, TRELLIS, name="experts.5.down")
+
+
+def test_a_format_without_trellis_codes_refuses_them():
+    """Read as scalar codes they would be other weights."""
+    factor = HessianFactor.build(correlated_hessian(), TRELLIS)
+    matrix = quantize_gptq(gaussian(), factor, 2, with_sweeps(0)).pack()
+    with pytest.raises(ValueError, match="format version 2 has no trellis codes"):
+        Shard().add_matrix("experts.5.down", matrix, 2)
 
 
 def test_eight_bits_stay_scalar():
