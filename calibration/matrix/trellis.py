@@ -143,16 +143,16 @@ def centred_table(bits: int) -> torch.Tensor:
 
 
 def _upper_factor(hessians: torch.Tensor) -> torch.Tensor:
-    """C, upper triangular with C C^T each: float32 [..., n, n]. In float64, so that ill-conditioned ones have one."""
-    return torch.linalg.cholesky(hessians.double().flip(-2, -1)).flip(-2, -1).float().contiguous()
+    """C, upper triangular with C C^T each: float64, so that ill-conditioned ones have one -> float32 [..., n, n]."""
+    return torch.linalg.cholesky(hessians.flip(-2, -1)).flip(-2, -1).float().contiguous()
 
 
 def _ring_factors(block: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the Hessians of a group's rings, in this order: C and the inverse. block: float32 [128, 128]; result: float32
     [4, 32, 32] each."""
     order = order.to(block.device)
-    rings = torch.stack([block[first + order][:, first + order] for first in range(0, GROUP_SIZE, RING)])
-    return _upper_factor(rings), torch.linalg.inv(rings.double()).float().contiguous()
+    rings = torch.stack([block[first + order][:, first + order] for first in range(0, GROUP_SIZE, RING)]).double()
+    return _upper_factor(rings), torch.linalg.inv(rings).float().contiguous()
 
 
 def quantize_trellis(
@@ -233,7 +233,8 @@ class _FirstPass:
         factor = torch.linalg.solve_triangular(triangle, torch.eye(len(triangle), device=triangle.device), upper=True)
         whole = PADDING_CURVATURE**0.5 * torch.eye(RING, device=factor.device)
         whole[present.nonzero(), present.nonzero()[:, 0]] = factor
-        turned = _upper_factor((whole @ whole.t()).roll((RING // 2, RING // 2), (0, 1)))
+        hessian = whole.double() @ whole.double().t()
+        turned = _upper_factor(hessian.roll((RING // 2, RING // 2), (0, 1)))
         targets = weight.new_zeros(len(weight), RING)
         targets[:, present] = weight
         entries, errors = torch.empty_like(targets, dtype=torch.uint8), torch.empty_like(targets)

@@ -177,6 +177,17 @@ def test_inputs_that_are_always_zero_disturb_nothing():
     assert float((found - weight)[:, :40].square().mean()) < 0.12
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_hessians_of_few_tokens_have_factors(damping):
+    """Of rank 8, and as little damped as they can be."""
+    options = dataclasses.replace(with_sweeps(2), damping=damping)
+    weight, factor = gaussian(), HessianFactor.build(correlated_hessian(tokens=8), options)
+    found = quantize_gptq(weight, factor, 2, options)
+    first = quantize_gptq(weight, factor, 2, dataclasses.replace(options, refinement_sweeps=0))
+    loss, first_loss = (float(proxy_loss(weight, matrix, factor).sum()) for matrix in (found, first))
+    assert loss < 0.9 * first_loss
+
+
 def test_rows_do_not_depend_on_how_they_are_shared_out():
     weight, factor = gaussian(300), HessianFactor.build(correlated_hessian(), TRELLIS)
     threads, codes = torch.get_num_threads(), []
