@@ -6,6 +6,7 @@ of both were chosen.
     python benchmarks/output_hessian.py --rows 128 256 512 1024 --sweeps 4 8 12
     python benchmarks/output_hessian.py --bits 1 2 3 4 --metadata float16 float8 --only-with
     python benchmarks/output_hessian.py --bits 1 2 --metadata float8 --headroom 1.25 2 4 --only-with
+    python benchmarks/output_hessian.py --bits 1 2 3 4 --codes scalar trellis    # docs/trellis.md
 
 KL to the 16-bit reference model on its evaluation text, every expert at --bits, attention in 16 bits. The damping asked
 for is all of it: what is added for few tokens is left out where --damping is given.
@@ -14,12 +15,14 @@ for is all of it: what is added for few tokens is left out where --damping is gi
 import argparse
 import itertools
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
+from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
@@ -48,10 +51,11 @@ def main() -> None:
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
         choices = list(itertools.product(options.sweeps, options.rows, options.damping))
         choices = choices if options.only_with else [(0, 0, None), *choices]
-        for bits, metadata, headroom, (sweeps, rows, damping) in itertools.product(
-            options.bits, options.metadata, options.headroom, choices
+        for bits, metadata, codes, headroom, (sweeps, rows, damping) in itertools.product(
+            options.bits, options.metadata, options.codes, options.headroom, choices
         ):
-            recipe = replace(default, gptq=replace(default.gptq, output_sweeps=sweeps, metadata=metadata))
+            gptq = replace(default.gptq, output_sweeps=sweeps, metadata=metadata, codes=codes)
+            recipe = replace(default, gptq=gptq)
             plan = _uniform(description, bits)
             with (
                 tempfile.TemporaryDirectory() as directory,
@@ -59,12 +63,15 @@ def main() -> None:
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
                 mock.patch.object(grids, "HEADROOM", headroom or grids.HEADROOM),
                 mock.patch.object(grids, "ONE_BIT_HEADROOM", headroom or grids.ONE_BIT_HEADROOM),
+                checkpoints_of(codes),
             ):
+                started = time.process_time()
                 out = Path(directory) / "out"
                 report = quantize_model(
                     model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
                     output_gradients=gradients if sweeps else None, show_progress=False,
                 )  # fmt: skip
+                seconds = time.process_time() - started
                 scores = evaluate(
                     out, _corpus("evaluation"), against=description.path, sequences=options.evaluation_sequences,
                     length=LENGTH, show_progress=False,
@@ -73,7 +80,8 @@ def main() -> None:
             shown += f", room for {headroom:g} times" if headroom else ""
             stored = report.average_bits["experts"]
             print(
-                f"{bits} bits, {stored:.3f} with {metadata}, {count} sequences, {shown}: KL {scores.mean_kl:.4f}",
+                f"{bits} bits, {codes}, {stored:.3f} with {metadata}, {count} sequences, {shown}: "
+                f"KL {scores.mean_kl:.4f}, {seconds:.0f} s of CPU time",
                 flush=True,
             )
 
@@ -99,6 +107,7 @@ def _arguments() -> argparse.Namespace:
         "--metadata", nargs="+", choices=("float16", "float8"), default=[RECIPES["mcmoe"].gptq.metadata],
         help="scales and zeros of 16 bits, or scales of a byte",
     )  # fmt: skip
+    parser.add_argument("--codes", nargs="+", choices=("scalar", "trellis"), default=["scalar"])
     parser.add_argument(
         "--headroom", type=float, nargs="+", default=[None], help="for a row's largest scale of a byte to grow"
     )

@@ -1,6 +1,8 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
+    python benchmarks/quality.py --bits 1.55 2.0 2.5 --methods mcmoe "mcmoe trellis"         # docs/trellis.md
+    python benchmarks/quality.py --bits 2.0 2.2 --methods mcmoe "mcmoe trellis" --full-budget
     python benchmarks/quality.py --whole [--half 1]                  # the whole checkpoint under one budget
     python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
@@ -26,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
@@ -52,7 +55,11 @@ RECIPE_OF = {
     "uniform GPTQ": RECIPES["uniform"],
     "paper-code": RECIPES["paper-code"],
     "mcmoe": RECIPES["mcmoe"],
+    "mcmoe trellis": replace(
+        RECIPES["mcmoe"], name="mcmoe-trellis", gptq=replace(RECIPES["mcmoe"].gptq, codes="trellis")
+    ),
 }
+OURS = ("mcmoe", "mcmoe trellis")
 
 
 @dataclass
@@ -99,6 +106,7 @@ class _Table:
     ):
         self.options, self.model, self.sequences, self.work = options, model, sequences, work
         self.rows: list[Row] = []
+        self.budget = "-full-budget" if options.full_budget else ""
 
     def _make_whole(self) -> None:
         calibration = self._measured(RECIPE_OF["mcmoe"])
@@ -123,14 +131,17 @@ class _Table:
             self._make_whole()
             return
         measured = {
-            method: self._measured(recipe) for method, recipe in RECIPE_OF.items() if recipe.objective != "uniform"
+            method: self._measured(recipe)
+            for method, recipe in RECIPE_OF.items()
+            if method == "paper-code" or (method in OURS and method in self.options.methods)
         }
         # A uniform plan needs no measurements, only the shapes that any factors have.
         for method in ("uniform RTN", "uniform GPTQ"):
             measured[method] = Calibration(measured["paper-code"].factors, {}, {})
         self._add("16 bits", None, lambda: _evaluate(self.options, "16 bits", None, self.options.model))
         for bits in self.options.bits:
-            for method, plan in plans(bits, {m: c.factors for m, c in measured.items()}).items():
+            factors = {method: calibration.factors for method, calibration in measured.items()}
+            for method, plan in plans(bits, factors, self.options.full_budget).items():
                 if method in self.options.methods:
                     self._add(
                         method,
@@ -161,7 +172,7 @@ class _Table:
 
     def _add(self, method: str, bits: float | None, make: Callable[[], Row]) -> Row:
         half = "" if self.options.half is None else f"-half-{self.options.half}"
-        unit = f"row-{method}-{bits}{half}".replace(" ", "-")
+        unit = f"row-{method}-{bits}{self.budget}{half}".replace(" ", "-")
         document = self.work.load(unit)
         row = Row(**document) if document else replace(make(), method=method)
         self.work.save(unit, asdict(row))
@@ -174,25 +185,28 @@ class _Table:
     def _quantise_and_evaluate(
         self, method: str, plan: Plan, bits: float, calibration: Calibration, linear_bits: int | None
     ) -> Row:
-        out = self.work.path / f"{method}-{bits}".replace(" ", "-")
-        if not out.exists():
-            quantize_model(
-                self.model,
-                out,
-                plan=plan,
-                sequences=self.sequences,
-                recipe=RECIPE_OF.get(method, RECIPE_OF["mcmoe"]),
-                linear_bits=linear_bits,
-                gradient_norms=calibration.gradient_norms,
-                output_gradients=calibration.output_gradients,
-                show_progress=False,
-            )
-        return _evaluate(self.options, method, bits, out)
+        out = self.work.path / f"{method}-{bits}{self.budget}".replace(" ", "-")
+        recipe = RECIPE_OF.get(method, RECIPE_OF["mcmoe"])
+        with checkpoints_of(recipe.gptq.codes):
+            if not out.exists():
+                quantize_model(
+                    self.model,
+                    out,
+                    plan=plan,
+                    sequences=self.sequences,
+                    recipe=recipe,
+                    linear_bits=linear_bits,
+                    gradient_norms=calibration.gradient_norms,
+                    output_gradients=calibration.output_gradients,
+                    show_progress=False,
+                )
+            return _evaluate(self.options, method, bits, out)
 
 
-def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
-    """Method -> plan: the baselines at the budget, ours at the smallest of what they use. Without paper-code where its
-    least counts of 2 and 3 bits cost more than the budget, or all experts at 3 bits less."""
+def plans(bits: float, factors: dict[str, Factors], full_budget: bool) -> dict[str, Plan]:
+    """Method -> plan: the baselines at the budget, ours at the smallest of what they use, or at the budget, too.
+    Without paper-code where its least counts of 2 and 3 bits cost more than the budget, or all experts at 3 bits less.
+    """
     result = {
         method: allocate(factors[method], recipe=RECIPE_OF[method], bits=bits)
         for method in ("uniform RTN", "uniform GPTQ")
@@ -202,7 +216,10 @@ def plans(bits: float, factors: dict[str, Factors]) -> dict[str, Plan]:
     except PlanError as error:
         print(f"No paper-code at {bits} bits: {error}")
     used = min(plan.average_bits for plan in result.values())
-    result["mcmoe"] = allocate(factors["mcmoe"], recipe=RECIPE_OF["mcmoe"], bits=used)
+    for method in OURS:
+        if method in factors:
+            budget = bits if full_budget else used
+            result[method] = allocate(factors[method], recipe=RECIPE_OF[method], bits=budget)
     return result
 
 
@@ -272,7 +289,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bits", type=float, nargs="+", default=[1.55, 2.0, 2.5], help="written bits per expert weight"
     )
-    parser.add_argument("--methods", nargs="+", choices=RECIPE_OF, default=list(RECIPE_OF))
+    parser.add_argument(
+        "--methods", nargs="+", choices=RECIPE_OF, default=[method for method in RECIPE_OF if method != "mcmoe trellis"]
+    )
+    parser.add_argument("--full-budget", action="store_true", help="give mcmoe what was asked for, whatever others use")
     parser.add_argument(
         "--whole", action="store_true", help="compare whole checkpoints; --linear-bits and --methods do not count"
     )

@@ -103,13 +103,13 @@ def _unpack_plane(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return fields.flatten(-2)
 
 
-def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes into the checkpoint layout.
+def pack_planes(codes: torch.Tensor, plane_bits: tuple[int, ...]) -> torch.Tensor:
+    """Codes as bit planes of each group, that of the lowest bits first.
 
-    codes: uint8 [out, in], each below 2**bits -> uint8 [out, ceil(in/128), 16*bits].
-    Raises ValueError for a wrong width or a code out of range.
+    codes: uint8 [out, in], each below 2**sum(plane_bits) -> uint8 [out, ceil(in/128), 16*sum(plane_bits)].
+    Raises ValueError for a code out of range.
     """
-    plane_bits = planes(bits)
+    bits = sum(plane_bits)
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     groups = to_groups(codes)
@@ -120,19 +120,31 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of pack_codes, except that padding stays: uint8 [out, groups, 16*bits] -> uint8 [out, 128*groups]."""
-    plane_bits = planes(bits)
-    if qweight.shape[-1] != packed_bytes_per_group(bits):
-        raise ValueError(
-            f"a {bits}-bit group has {packed_bytes_per_group(bits)} bytes, this tensor has {qweight.shape[-1]}"
-        )
+def unpack_planes(qweight: torch.Tensor, plane_bits: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of pack_planes, except that padding stays: uint8 [out, groups, bytes] -> uint8 [out, 128*groups]."""
+    expected = sum(plane_bits) * GROUP_SIZE // 8
+    if qweight.shape[-1] != expected:
+        raise ValueError(f"a {sum(plane_bits)}-bit group has {expected} bytes, this tensor has {qweight.shape[-1]}")
     parts = qweight.split([width * GROUP_SIZE // 8 for width in plane_bits], dim=-1)
     codes, shift = torch.zeros(1, dtype=torch.uint8, device=qweight.device), 0
     for part, width in zip(parts, plane_bits, strict=True):
         codes = codes | (_unpack_plane(part, width) << shift)
         shift += width
     return codes.flatten(-2)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes into the checkpoint layout.
+
+    codes: uint8 [out, in], each below 2**bits -> uint8 [out, ceil(in/128), 16*bits].
+    Raises ValueError for a wrong width or a code out of range.
+    """
+    return pack_planes(codes, planes(bits))
+
+
+def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of pack_codes, except that padding stays: uint8 [out, groups, 16*bits] -> uint8 [out, 128*groups]."""
+    return unpack_planes(qweight, planes(bits))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from vllm_mcmoe.kernels.packing import (
     scales_from_bytes,
     scales_to_bytes,
 )
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 from vllm_mcmoe.pruning import PruningConfig
 
 QUANT_METHOD = "mcmoe"
@@ -53,8 +54,10 @@ def tensor_shape(suffix: str, bits: int, rows: int, groups: int) -> tuple[int, .
     return {QWEIGHT: (rows, groups, packed_bytes_per_group(bits)), EXPONENTS: (rows,)}.get(suffix, (rows, groups))
 
 
-def matrix_tensors(matrix: PackedMatrix, version: int) -> dict[str, torch.Tensor]:
+def matrix_tensors(matrix: PackedMatrix | TrellisMatrix, version: int) -> dict[str, torch.Tensor]:
     """Suffix -> tensor as this version stores the matrix. Raises ValueError where it cannot."""
+    if isinstance(matrix, TrellisMatrix):
+        raise ValueError(f"format version {version} has no trellis codes")
     if version == 1:
         tensors = {QWEIGHT: matrix.qweight, SCALES: matrix.scales, ZEROS: matrix.zeros}
     else:

@@ -7,6 +7,7 @@ H belongs to the inputs, not to a width: build its factor once, then quantise to
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,8 +22,12 @@ from vllm_mcmoe.calibration.matrix.grids import (
 )
 from vllm_mcmoe.calibration.matrix.refinement import Iterate, refine
 from vllm_mcmoe.calibration.matrix.row_loops import gptq_block, over_rows
+from vllm_mcmoe.calibration.matrix.trellis import QuantizedTrellis, quantize_trellis, ring_order
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.trellis import TRELLIS_WIDTHS
+
+Codes = Literal["scalar", "trellis"]  # what the weights of a matrix are quantised to; 8 bits are always scalar
 
 BLOCK = GROUP_SIZE  # columns quantised between two updates of all later columns; a block is one group of the grid
 DAMPING_ESCALATION = 10.0
@@ -45,6 +50,7 @@ class GPTQOptions:
                              plain GPTQ
     output_sweeps            rounds of the same under the Hessian of the outputs, too, where one is given
     metadata                 of each group: "float16" scale and zero, or "float8" scale alone
+    codes                    "trellis" is for "float8", and goes through the columns in an order of its own
     """
 
     damping: float = 0.01
@@ -55,6 +61,11 @@ class GPTQOptions:
     refinement_sweeps: int = 0
     output_sweeps: int = 0
     metadata: Metadata = "float16"
+    codes: Codes = "scalar"
+
+    def __post_init__(self) -> None:
+        if self.codes == "trellis" and not (self.metadata == "float8" and self.compensate):
+            raise ValueError("trellis codes go with metadata 'float8', which stores no zeros, and with compensate")
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,12 @@ class HessianFactor:
         hessian[dead, :] = 0
         hessian[:, dead] = 0
         diagonal[dead] = 1.0
-        columns = torch.arange(len(dead), device=hessian.device)
-        order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else columns
+        if options.codes == "trellis":
+            order = ring_order(diagonal)
+        elif options.act_order:
+            order = torch.argsort(diagonal, descending=True, stable=True)
+        else:
+            order = torch.arange(len(dead), device=hessian.device)
         inverse_factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
         diagonal += damping
         return cls(hessian, order, inverse_factor, dead, damping)
@@ -138,7 +153,9 @@ def _triangular_inverse(lower: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def proxy_loss(weight: torch.Tensor, quantized: QuantizedMatrix, factor: HessianFactor) -> torch.Tensor:
+def proxy_loss(
+    weight: torch.Tensor, quantized: QuantizedMatrix | QuantizedTrellis, factor: HessianFactor
+) -> torch.Tensor:
     """diag((Q - W) H (Q - W)^T): float32 [out], one loss per row; H is damped and of mean diagonal 1."""
     error = quantized.dequantize() - weight.float()
     return ((error @ factor.hessian) * error).sum(-1)
@@ -152,7 +169,7 @@ def quantize_gptq(
     *,
     outputs: OutputHessian | None = None,
     name: str = "weight",
-) -> QuantizedMatrix:
+) -> QuantizedMatrix | QuantizedTrellis:
     """Quantise so that the layer's output changes least; with `outputs`, so that the loss does.
 
     weight   [out, in], any float dtype
@@ -172,6 +189,12 @@ def quantize_gptq(
         search = "mse" if options.mse_search else "minmax"
         return quantize_rtn(weight, bits, search=search, metadata=options.metadata, name=name)
     weight = weight.float()
+    if options.codes == "trellis" and bits in TRELLIS_WIDTHS:
+        return quantize_trellis(
+            weight, factor.hessian, factor.order, factor.inverse_factor, bits,
+            refinement_sweeps=options.refinement_sweeps, output_sweeps=options.output_sweeps, outputs=outputs,
+            name=name,
+        )  # fmt: skip
     static = options.act_order  # act order visits a group's columns far apart, so its grid must exist beforehand
     grid = _search(weight, bits, factor, options, name)
     codes = _gptq_codes(weight, grid, factor, options, static, name)

@@ -100,6 +100,11 @@ class QuantizedMatrix:
         """The same matrix as the checkpoint stores it."""
         return PackedMatrix(self.bits, pack_codes(self.codes, self.bits), self.scales, self.zeros)
 
+    def part(self, rows: slice) -> "QuantizedMatrix":
+        """Some rows, which own their memory where they are packed."""
+        zeros = None if self.zeros is None else self.zeros[rows].clone()
+        return QuantizedMatrix(self.bits, self.codes[rows], self.scales[rows].clone(), zeros)
+
 
 @dataclass
 class Grid:
@@ -288,9 +293,24 @@ def storable_grid(
 
     energy: squared norm of every group, like scales and zeros float32 [out, groups]; ranges: as search_grid takes them.
 
-    A scale below 6.1e-5 (float8: 1.9e-6) is raised to it: the group's weights are then at most half of that off. That
-    is harmless in a few negligible groups and fatal for a matrix made of them, so ValueError is raised when such groups
-    hold more than 0.1% of the matrix's squared norm, or when a scale or zero exceeds the range.
+    A scale below 6.1e-5 (float8: 1.9e-6) is raised to it: the group's weights are then at most half of that off.
+    Raises ValueError as check_scales does.
+    """
+    check_scales(energy, scales, metadata, name)
+    if ranges is None:
+        ranges = scale_ranges(scales, bits, metadata)
+    stored = storable_scales(scales, metadata, ranges)
+    if has_zeros(bits, metadata):
+        # The offset scale * zero is what the weights see; keep it where the scale had to be rounded.
+        zeros = (zeros * (scales / stored)).clamp(-LARGEST_FP16, LARGEST_FP16).half().float()
+    return Grid(bits, metadata, stored, zeros, ranges)
+
+
+def check_scales(energy: torch.Tensor, scales: torch.Tensor, metadata: Metadata, name: str) -> None:
+    """Raises ValueError where scales exceed the range, or too many are below it. energy, scales: as storable_grid's.
+
+    A scale below the smallest is harmless in a few negligible groups and fatal for a matrix made of them: they may hold
+    0.1% of the matrix's squared norm.
     """
     flushed = scales < SMALLEST[metadata]
     if flushed.any():
@@ -302,10 +322,3 @@ def storable_grid(
             )
     if float(scales.max()) > LARGEST_FP16:
         raise ValueError(f"{name}: scale {float(scales.max()):.3g} exceeds fp16's largest value {LARGEST_FP16:g}")
-    if ranges is None:
-        ranges = scale_ranges(scales, bits, metadata)
-    stored = storable_scales(scales, metadata, ranges)
-    if has_zeros(bits, metadata):
-        # The offset scale * zero is what the weights see; keep it where the scale had to be rounded.
-        zeros = (zeros * (scales / stored)).clamp(-LARGEST_FP16, LARGEST_FP16).half().float()
-    return Grid(bits, metadata, stored, zeros, ranges)

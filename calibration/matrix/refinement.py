@@ -8,17 +8,29 @@ sweep goes from group to group and
 and a row's iterate is kept only if its loss has fallen.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from vllm_mcmoe.calibration.matrix.grids import DROPPED_BITS, Grid
-from vllm_mcmoe.calibration.matrix.row_loops import descend_rows, over_rows
+from vllm_mcmoe.calibration.matrix.row_loops import descend_coupled, descend_rows, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 # A sweep that improves the total loss by less than this share ends the refinement.
 SMALLEST_GAIN = 1e-4
+
+
+class RowLoops(NamedTuple):
+    """A sweep's work on one group, compiled: for rows that are problems of their own, and for rows that H_out couples,
+    which is then the first of what they share."""
+
+    separate: Callable[..., None]
+    coupled: Callable[..., None]
+
+
+LOOPS = RowLoops(descend_rows, descend_coupled)
 
 
 class Outputs(Protocol):
@@ -28,10 +40,11 @@ class Outputs(Protocol):
         """Of each row, or its share of the loss of those it is coupled to. float32 [out, in] each, E and E H ->
         float32 [out]."""
 
-    def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
-        """A new grid for one group of columns in every row and a pass over its codes. group: codes, codes times the
-        block, gradient, change of Q, float32 [out, 128], scales, zeros, float32 [out], bounds, float32 [out, 2], and
-        shared, as row_loops' descend_rows takes them; written: those of group that the caller wants back."""
+    def descend(
+        self, loops: RowLoops, by_row: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]
+    ) -> None:
+        """One of the loops on every row, or on every block of coupled rows. by_row, shared: what the loops take, but
+        for the coupling; written: those of by_row that the caller wants back."""
 
 
 class SeparateRows:
@@ -40,8 +53,26 @@ class SeparateRows:
     def losses(self, error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         return (error * gradient).sum(1)
 
-    def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
-        over_rows(descend_rows, group, *shared, written=written)
+    def descend(
+        self, loops: RowLoops, by_row: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]
+    ) -> None:
+        over_rows(loops.separate, by_row, *shared, written=written)
+
+
+class Refined(Protocol):
+    """A matrix while it is refined. error and gradient, float32 [out, in], are Q - W and (Q - W) H."""
+
+    error: torch.Tensor
+    gradient: torch.Tensor
+
+    def sweep(self, outputs: Outputs) -> None:
+        """One round over all groups."""
+
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """What determines Q, [out, ...] each. Sweeps may change these tensors."""
+
+    def restore(self, *state: torch.Tensor) -> None:
+        """Go back to what state() once gave."""
 
 
 class Iterate:
@@ -74,6 +105,7 @@ class Iterate:
             change = torch.empty_like(codes)
             limits = np.array([largest, dropped, float(block.sum())], dtype=np.float32)
             outputs.descend(
+                LOOPS,
                 (codes, codes @ block, gradient, change, scales, zeros, self.grid.ranges),
                 block,
                 block.sum(0),
@@ -87,6 +119,9 @@ class Iterate:
             self.gradient.addmm_(change, self.hessian[group])
             self.error[:, group] += change
 
+    def state(self) -> tuple[torch.Tensor, ...]:
+        return self.codes, self.grid.scales, self.grid.zeros
+
     def restore(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
         """Go back to these in the rows where they are others."""
         differs = (self.codes != codes).any(1) | ((self.grid.scales != scales) | (self.grid.zeros != zeros)).any(1)
@@ -96,22 +131,21 @@ class Iterate:
             self.gradient[differs] = self.error[differs] @ self.hessian
 
 
-def refine(iterate: Iterate, sweeps: int, outputs: Outputs | None = None) -> None:
+def refine(iterate: Refined, sweeps: int, outputs: Outputs | None = None) -> None:
     """Up to so many sweeps, which leave no row's loss, or that of no rows coupled to each other, higher than before.
 
     outputs: how the loss looks at the outputs; all alike if not given
     """
     outputs = outputs or SeparateRows()
     best_loss = outputs.losses(iterate.error, iterate.gradient)
-    best = iterate.codes.clone(), iterate.grid.scales.clone(), iterate.grid.zeros.clone()
+    best = tuple(tensor.clone() for tensor in iterate.state())
     for _ in range(sweeps):
         iterate.sweep(outputs)
         loss = outputs.losses(iterate.error, iterate.gradient)
         better = loss < best_loss
         gain = float((best_loss - loss).clamp_min(0).sum())
         enough = gain > SMALLEST_GAIN * float(best_loss.sum())
-        found = iterate.codes, iterate.grid.scales, iterate.grid.zeros
-        best = tuple(torch.where(better[:, None], new, old) for new, old in zip(found, best, strict=True))
+        best = tuple(torch.where(better[:, None], new, old) for new, old in zip(iterate.state(), best, strict=True))
         best_loss = torch.where(better, loss, best_loss)
         if not enough:
             break

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from vllm_mcmoe.calibration.common.threads import side_by_side
-from vllm_mcmoe.calibration.matrix.row_loops import descend_coupled
+from vllm_mcmoe.calibration.matrix.refinement import RowLoops
 
 # Figures: KL of the reference model, all experts at 2 bits, `python benchmarks/output_hessian.py`.
 # Rows whose errors see each other: 0.0343 with none, 0.0279 / 0.0269 / 0.0257 / 0.0262 with 128 / 256 / 512 / 1024.
@@ -63,17 +63,19 @@ class OutputHessian:
             losses[rows] = ((block @ error[rows]) * gradient[rows]).sum() / len(rows)
         return losses
 
-    def descend(self, group: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]) -> None:
+    def descend(
+        self, loops: RowLoops, by_row: tuple[torch.Tensor, ...], *shared: object, written: tuple[torch.Tensor, ...]
+    ) -> None:
         """The blocks side by side, on the CPU."""
         common = [value.cpu().numpy() if isinstance(value, torch.Tensor) else value for value in shared]
-        parts = [[tensor[rows].cpu() for tensor in group] for rows in self.rows]  # indexing copies
+        parts = [[tensor[rows].cpu() for tensor in by_row] for rows in self.rows]  # indexing copies
 
         def descend(number: int) -> None:
             arrays = (part.numpy() for part in parts[number])
-            descend_coupled(*arrays, self.blocks[number].cpu().numpy(), *common)
+            loops.coupled(*arrays, self.blocks[number].cpu().numpy(), *common)
 
         side_by_side(descend, range(len(parts)))
         for rows, part in zip(self.rows, parts, strict=True):
-            for tensor, changed in zip(group, part, strict=True):
+            for tensor, changed in zip(by_row, part, strict=True):
                 if any(tensor is wanted for wanted in written):
                     tensor[rows] = changed.to(tensor.device)

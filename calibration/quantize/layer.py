@@ -19,7 +19,6 @@ from vllm_mcmoe.calibration.checkpoint.writer import Shard
 from vllm_mcmoe.calibration.common.progress import Log
 from vllm_mcmoe.calibration.common.threads import side_by_side
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
-from vllm_mcmoe.calibration.matrix.grids import QuantizedMatrix
 from vllm_mcmoe.calibration.matrix.linears import (
     SUFFIXES,
     LinearShape,
@@ -45,6 +44,7 @@ from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import matrix_of
 from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 
 ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
 
@@ -117,7 +117,7 @@ class _QuantizedExpert:
     """matrices: on-disk name of each projection, without a suffix, to what is written."""
 
     report: ExpertReport
-    matrices: dict[str, PackedMatrix]
+    matrices: dict[str, PackedMatrix | TrellisMatrix]
 
 
 class _LayerJob:
@@ -213,15 +213,16 @@ class _LayerJob:
         outputs = self._output_hessians(layer_name, expert, inputs)
         weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
         transforms = {"gate_up": None, "down": layer.expert(expert).intermediate}
-        matrices: dict[str, PackedMatrix] = {}
+        matrices: dict[str, PackedMatrix | TrellisMatrix] = {}
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
             factor = build_factor(tokens, weights, transforms[part], recipe, name)
             matrix = quantize_gptq(stack[expert], factor, bits[part], recipe.gptq, outputs=outputs.get(part), name=name)
             stack[expert] = matrix.dequantize()
-            pieces = split_rows(matrix, self.description.projection_rows(part))
-            for projection, piece in zip(self.description.projections(part), pieces, strict=True):
-                matrices[self.description.expert_tensor(layer_name, expert, projection)] = piece.pack()
+            all_rows = self.description.projection_rows(part)
+            for projection, rows in zip(self.description.projections(part), all_rows, strict=True):
+                packed = matrix.part(rows).pack()
+                matrices[self.description.expert_tensor(layer_name, expert, projection)] = packed
         after = layer.expert(expert)(sample.x)
         error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
         report = ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled)
@@ -276,14 +277,3 @@ def _linear_input_moment(layer: DecoderLayer, linear: nn.Linear, hidden: Activat
     finally:
         handle.remove()
     return moment.matrix()
-
-
-def split_rows(matrix: QuantizedMatrix, parts: list[slice]) -> list[QuantizedMatrix]:
-    """The parts of a matrix of stacked rows (gate and up); each owns its memory."""
-    zeros = matrix.zeros
-    return [
-        QuantizedMatrix(
-            matrix.bits, matrix.codes[rows], matrix.scales[rows].clone(), None if zeros is None else zeros[rows].clone()
-        )
-        for rows in parts
-    ]

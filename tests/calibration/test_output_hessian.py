@@ -48,6 +48,10 @@ def two_bits(model: MoeModel) -> Plan:
 def losses(weight, outputs, factor, bits, sweeps) -> list[float]:
     """Of each block of rows."""
     quantized = quantize_gptq(weight, factor, bits, with_output_sweeps(sweeps), outputs=outputs)
+    return losses_of(quantized, weight, outputs, factor)
+
+
+def losses_of(quantized, weight, outputs, factor) -> list[float]:
     error = (quantized.dequantize() - weight).double()
     return [
         float((block.double() @ error[rows] @ factor.hessian.double() * error[rows]).sum())

@@ -18,7 +18,6 @@ from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.calibration.pipeline import quantize, quantize_model
-from vllm_mcmoe.calibration.quantize.layer import split_rows
 from vllm_mcmoe.checkpoint import read_checkpoint_config
 from vllm_mcmoe.errors import DataError, FormatError, PlanError, UnsupportedModelError
 
@@ -243,9 +242,9 @@ def test_tied_embeddings_stay_tied(tmp_path, reference_model, calibration_files)
     assert result.mean_kl < 1
 
 
-def test_split_rows_undoes_stacking():
+def test_parts_of_a_quantised_matrix_undo_stacking():
     matrix = quantize_rtn(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), 2)
-    upper, lower = split_rows(matrix, [slice(0, 4), slice(4, 8)])
+    upper, lower = (matrix.part(rows) for rows in (slice(0, 4), slice(4, 8)))
     assert torch.equal(torch.cat([upper.dequantize(), lower.dequantize()]), matrix.dequantize())
 
 

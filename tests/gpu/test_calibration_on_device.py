@@ -41,11 +41,12 @@ def test_logits_are_the_cpus(reference_model):
     assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"codes": "trellis", "metadata": "float8"}], ids=["scalar", "trellis"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_a_matrix_is_quantised_as_well_as_on_the_cpu(bits):
+def test_a_matrix_is_quantised_as_well_as_on_the_cpu(bits, options):
     generator = torch.Generator().manual_seed(0)
     inputs, weight = torch.randn(1024, 320, generator=generator), torch.randn(256, 320, generator=generator)
-    options = GPTQOptions(act_order=True, refinement_sweeps=4)
+    options = GPTQOptions(act_order=True, refinement_sweeps=4, **options)
     losses = []
     for device in ("cpu", "cuda"):
         factor = HessianFactor.build((inputs.t() @ inputs).to(device), options)
