@@ -117,8 +117,10 @@ class Endpoint:
         """Raises EndpointError: no answer, no such model, no prompt logprobs."""
         self.url = url.rstrip("/")
         self.session = requests.Session()
+        # read: a server may close a connection that it kept open just as the next request goes out, and asking again
+        # changes nothing there.
         retries = Retry(
-            3, connect=0, read=0, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None
+            3, connect=0, read=1, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None
         )
         for scheme in ("http://", "https://"):
             adapter = HTTPAdapter(max_retries=retries, pool_maxsize=AT_ONCE)

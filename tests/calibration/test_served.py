@@ -27,7 +27,8 @@ BUDGET = {"sequences": 5, "length": 48, "show_progress": False}
 
 @dataclass
 class Server:
-    """What vLLM's OpenAI-compatible server says of a model; max_logprobs: -1 for the whole vocabulary."""
+    """What vLLM's OpenAI-compatible server says of a model; max_logprobs: -1 for the whole vocabulary; dropped:
+    requests whose connection it closes without an answer."""
 
     model: PreTrainedModel
     tokenizer: object
@@ -38,6 +39,7 @@ class Server:
     key: str | None = None
     prompt_logprobs: bool = True
     tokenize: bool = True
+    dropped: int = 0
 
     def get(self, path: str) -> tuple[int, dict]:
         if path != "/v1/models":
@@ -87,6 +89,9 @@ def running(server: Server) -> Iterator[str]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if server.dropped:
+                server.dropped -= 1
+                return
             self.answer(*((401, {}) if self.refused() else server.post(self.path, body)))
 
         def log_message(self, *arguments: object) -> None:
@@ -197,6 +202,22 @@ def test_perplexity_alone_asks_for_no_likeliest_tokens(quantised, tokenizer, ref
         with pytest.raises(EndpointError, match=r"gives 0 logprobs .*, not even one: start it with --max-logprobs 20"):
             evaluate_served(url, evaluation_files, against=reference_model, **BUDGET)
     assert served.mean_kl is None and 10 < served.token_perplexity < 1000
+
+
+def test_a_connection_that_is_closed_without_an_answer_is_tried_once_more(
+    quantised, tokenizer, reference_model, evaluation_files
+):
+    """Servers close connections that were kept open, sometimes just when they are used again."""
+    with running(Server(quantised, tokenizer, max_logprobs=0)) as url:
+        undisturbed = evaluate_served(url, evaluation_files, tokenizer=reference_model, **BUDGET)
+    server = Server(quantised, tokenizer, max_logprobs=0, dropped=1)
+    with running(server) as url:
+        found = evaluate_served(url, evaluation_files, tokenizer=reference_model, **BUDGET)
+        assert (found.token_perplexity, found.tokens) == (undisturbed.token_perplexity, undisturbed.tokens)
+        assert server.dropped == 0
+        server.dropped = 10**6
+        with pytest.raises(EndpointError, match="no answer from a server there"):
+            evaluate_served(url, evaluation_files, tokenizer=reference_model, **BUDGET)
 
 
 def test_large_vocabularies_are_not_asked_for_whole(
