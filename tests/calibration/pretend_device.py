@@ -10,6 +10,7 @@ device refuses is refused: operands on two devices, numpy views. Like CUDA it ta
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
+if parent_process() is None:
+    raise RuntimeError("torch keeps the device to the end of the process: import this in child_process.result_of's")
 _setup_privateuseone_for_python_backend("pretend")
 PRETEND = torch.device("pretend", 0)
 

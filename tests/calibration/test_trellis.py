@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.calibration.pretend_device import PRETEND
+from tests.calibration import child_process
 from tests.calibration.test_gptq import REFINED, correlated_hessian
 from tests.calibration.test_output_hessian import ROWS, coupled_outputs, losses_of
 from vllm_mcmoe.calibration.checkpoint.writer import Shard
@@ -203,6 +203,13 @@ def test_rows_do_not_depend_on_how_they_are_shared_out():
 
 def test_on_a_device_come_the_codes_of_the_cpu():
     """Coupled rows, and a last group that is not whole."""
+    of_cpu, of_device = child_process.result_of(_codes_of_both_devices)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(of_cpu, of_device, strict=True))
+
+
+def _codes_of_both_devices() -> list[list[np.ndarray]]:
+    from tests.calibration.pretend_device import PRETEND
+
     weight, hessian, found = gaussian(ROWS, 200), correlated_hessian(200), []
     for device in ("cpu", PRETEND):
         outputs = coupled_outputs(2)
@@ -210,8 +217,8 @@ def test_on_a_device_come_the_codes_of_the_cpu():
         factor = HessianFactor.build(hessian.to(device), TRELLIS)
         matrix = quantize_gptq(weight.to(device), factor, 2, with_sweeps(1, 1), outputs=outputs)
         assert matrix.codes.device == matrix.dequantize().device == torch.device(device)
-        found.append((matrix.codes.cpu(), matrix.scales.cpu(), matrix.dequantize().cpu()))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+        found.append([tensor.cpu().numpy() for tensor in (matrix.codes, matrix.scales, matrix.dequantize())])
+    return found
 
 
 def test_what_does_not_go_together_is_refused():
