@@ -14,21 +14,19 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from quality import half_of
+from quality import LENGTH, REFERENCE, corpus, half_of
 
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
 from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
-from vllm_mcmoe.calibration.model.text import load_calibration_data
+from vllm_mcmoe.calibration.model.text import TokenSequences, load_calibration_data
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
 
-REFERENCE = Path(__file__).parent / "reference_model"
 BITS = (1.53125, 1.9375, 2.47265625)  # what the authors' recipe uses of 1.55, 2.0 and 2.5: those of quality.py's table
-LENGTH = 256  # that the reference model was trained at
 DEFAULT = RECIPES["mcmoe"]
 NONE = replace(DEFAULT, gptq=replace(DEFAULT.gptq, output_sweeps=0, metadata="float16"), tuning=None)
 LEVERS = {
@@ -47,11 +45,11 @@ class _Table:
     def __init__(self, work: Path):
         self.work = work
         self.model = LayerwiseModel(WeightFiles(describe_model(REFERENCE / "tiny-mixtral")))
-        self.evaluation = half_of(_corpus("evaluation"), 2, work / "half")
-        self._measured = cache(self._measure)
+        self.evaluation = half_of(corpus("evaluation"), 2, work / "half")
+        self.sequences, self._measured = cache(self._sequences), cache(self._measure)
 
-    def sequences(self, count: int):
-        return load_calibration_data(self.model.description, _corpus("calibration"), count, LENGTH, lambda line: None)
+    def _sequences(self, count: int) -> TokenSequences:
+        return load_calibration_data(self.model.description, corpus("calibration"), count, LENGTH, lambda line: None)
 
     def _measure(self, metadata: str, count: int) -> Calibration:
         """Widths cost what they do with these scales, whatever comes after them."""
@@ -94,10 +92,6 @@ def main() -> None:
                         f"{found.geometric_mean_perplexity:.2f} | {found.mean_kl:.4f} | {found.top1_agreement:.1%} |",
                         flush=True,
                     )
-
-
-def _corpus(part: str) -> list[Path]:
-    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
 
 
 def _arguments() -> argparse.Namespace:

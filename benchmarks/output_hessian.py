@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from quality import LENGTH, REFERENCE, corpus
 from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
@@ -36,9 +37,6 @@ from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES
 
-REFERENCE = Path(__file__).parent / "reference_model"
-LENGTH = 256
-
 
 def main() -> None:
     options = _arguments()
@@ -47,7 +45,7 @@ def main() -> None:
     model = LayerwiseModel(WeightFiles(description))
     default = replace(RECIPES["mcmoe"], tuning=None)  # which is another matter
     for count in options.sequences:
-        sequences = load_calibration_data(description, _corpus("calibration"), count, LENGTH, print)
+        sequences = load_calibration_data(description, corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
         choices = list(itertools.product(options.sweeps, options.rows, options.damping))
         choices = choices if options.only_with else [(0, 0, None), *choices]
@@ -73,7 +71,7 @@ def main() -> None:
                 )  # fmt: skip
                 seconds = time.process_time() - started
                 scores = evaluate(
-                    out, _corpus("evaluation"), against=description.path, sequences=options.evaluation_sequences,
+                    out, corpus("evaluation"), against=description.path, sequences=options.evaluation_sequences,
                     length=LENGTH, show_progress=False,
                 )  # fmt: skip
             shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
@@ -94,10 +92,6 @@ def _uniform(description: MoeModel, bits: int) -> Plan:
 def _always(damping: float | None) -> Callable[[int, int], float]:
     """In the place of two_sided.output_damping, which stays where damping is None."""
     return two_sided.output_damping if damping is None else lambda rows, tokens: damping
-
-
-def _corpus(part: str) -> list[Path]:
-    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
 
 
 def _arguments() -> argparse.Namespace:

@@ -49,6 +49,7 @@ from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 
 REFERENCE = Path(__file__).parent / "reference_model"
+LENGTH = 256  # that it was trained at
 ROUND_TO_NEAREST = replace(RECIPES["uniform"], gptq=GPTQOptions(compensate=False))
 RECIPE_OF = {
     "uniform RTN": ROUND_TO_NEAREST,
@@ -240,6 +241,11 @@ def header_bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) - sum(i.nbytes for i in info)
 
 
+def corpus(part: str) -> list[Path]:
+    """The reference model's texts. part: "calibration" or "evaluation"."""
+    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
+
+
 def half_of(files: list[Path], half: int, directory: Path) -> list[Path]:
     """The first or second half of every text, in files of the same names."""
     directory.mkdir(exist_ok=True)
@@ -298,20 +304,16 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--half", type=int, choices=(1, 2), help="of every evaluation text; all of it without")
     parser.add_argument("--model", type=Path, default=REFERENCE / "tiny-mixtral")
-    parser.add_argument("--calibration", type=Path, nargs="+", default=_corpus("calibration"))
-    parser.add_argument("--evaluation", type=Path, nargs="+", default=_corpus("evaluation"))
+    parser.add_argument("--calibration", type=Path, nargs="+", default=corpus("calibration"))
+    parser.add_argument("--evaluation", type=Path, nargs="+", default=corpus("evaluation"))
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--evaluation-sequences", type=int, default=10**6, help="default: all of the text")
-    parser.add_argument("--length", type=int, default=256, help="the reference model was trained at 256 tokens")
+    parser.add_argument("--length", type=int, default=LENGTH, help="the reference model was trained at 256 tokens")
     parser.add_argument("--linear-bits", type=int, choices=(4, 8, 16), default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 is faster on a busy machine")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument("--work", type=Path, help="keep what is finished in this directory, and go on from it")
     return parser.parse_args()
-
-
-def _corpus(part: str) -> list[Path]:
-    return sorted((REFERENCE / "corpus").glob(f"*.{part}.txt"))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from scipy.stats import norm
 
 from vllm_mcmoe.calibration.matrix.gptq import HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS, OutputHessian
+from vllm_mcmoe.calibration.measure.expert_errors import SQUARED_ERROR
 from vllm_mcmoe.calibration.recipes import RECIPES
 from vllm_mcmoe.kernels.trellis import LARGEST_LEVEL, MEMORY, RING, TRELLIS_WIDTHS, level_table, middle_level
 
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}  # of scalar codes with the best levels
-UNIFORM = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}  # ... with evenly spaced ones
 FIRST_STEPS, LAST_STEPS = 6, 25
 
 
@@ -185,7 +185,7 @@ def _show_codes(options: argparse.Namespace) -> None:
     print("| bits | coded | states | entries | ring | squared error | of Lloyd-Max | bits gained |")
     print("|---|---|---|---|---|---|---|---|")
     for bits in options.bits:
-        print(f"| {bits} | - | - | {1 << bits} | - | {LLOYD_MAX[bits]:.4g}, even {UNIFORM[bits]:.4g} | | |")
+        print(f"| {bits} | - | - | {1 << bits} | - | {LLOYD_MAX[bits]:.4g}, even {SQUARED_ERROR[bits]:.4g} | | |")
         codes = [Code(bits, memory=memory) for memory in options.memories]
         codes += [Code(bits, coded=2, memory=memory) for memory in (2, 4) if bits > 1]
         for code in (replace(code, ring=ring) for code in codes for ring in options.rings):
@@ -204,17 +204,13 @@ def _show_times(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     weight, inputs = torch.randn(rows, columns), torch.randn(2 * columns, columns) @ torch.randn(columns, columns)
-    gradients = torch.randn(2 * COUPLED_ROWS, rows) @ torch.randn(rows, rows)
-    blocks = torch.arange(rows).split(COUPLED_ROWS)
-    outputs = OutputHessian.build(
-        blocks, [gradients[:, block].t() @ gradients[:, block] for block in blocks], len(gradients)
-    )
+    outputs = _coupled_outputs(rows)
     for bits in options.bits:
         seconds = {}
         for codes in ("scalar", "trellis"):
             gptq = replace(RECIPES["mcmoe"].gptq, codes=codes)
             factor = HessianFactor.build(inputs.t() @ inputs, gptq)
-            quantize_gptq(weight[:64], factor, bits, replace(gptq, output_sweeps=0))  # compiles, or reads what is
+            quantize_gptq(weight[:64], factor, bits, gptq, outputs=_coupled_outputs(64))  # compiles, or reads what is
             started = time.thread_time()
             quantize_gptq(weight, factor, bits, gptq, outputs=outputs)
             seconds[codes] = time.thread_time() - started
@@ -224,6 +220,13 @@ def _show_times(options: argparse.Namespace) -> None:
             + f", {seconds['trellis'] / seconds['scalar']:.2f} times as long",
             flush=True,
         )
+
+
+def _coupled_outputs(rows: int) -> OutputHessian:
+    gradients = torch.randn(2 * COUPLED_ROWS, rows) @ torch.randn(rows, rows)
+    blocks = torch.arange(rows).split(COUPLED_ROWS)
+    moments = [gradients[:, block].t() @ gradients[:, block] for block in blocks]
+    return OutputHessian.build(blocks, moments, len(gradients))
 
 
 def main() -> None:

@@ -420,7 +420,7 @@ def _check_plans_linears(plan: Plan, linear_bits: int | None) -> None:
 
 
 def _allocated_plan(work: WorkDirectory, factors: Factors, recipe: Recipe, request: Mapping[str, Any]) -> Plan:
-    """The plan is a unit of work, too: the integer program of a model with many experts takes minutes."""
+    """The plan is a unit of work, too: to be spent exactly, the budget of a model with many experts takes minutes."""
     path = work.path / f"allocated-{PLAN_FILE}"
     if work.load(ALLOCATED) is None:
         plan = allocate(factors, recipe=recipe, **request)

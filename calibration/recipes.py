@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
+from vllm_mcmoe.calibration.matrix.grids import Metadata
 
 Objective = Literal["loss_increase", "weighted_error", "uniform"]
 Budget = Literal["<=", "="]
@@ -19,6 +20,10 @@ Granularity = Literal["expert", "projection"]
 ErrorQuantizer = Literal["rtn", "gptq"]
 HessianWeighting = Literal["none", "routing", "gradient"]
 Effort = Literal["fast", "normal", "best"]
+
+
+# What each version of the checkpoint format stores of a group: GPTQOptions.metadata.
+METADATA: Mapping[int, Metadata] = MappingProxyType({1: "float16", 2: "float8"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Recipe:
     @property
     def format_version(self) -> int:
         """Of the checkpoints it makes."""
-        return {"float16": 1, "float8": 2}[self.gptq.metadata]
+        return next(version for version, metadata in METADATA.items() if metadata == self.gptq.metadata)
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(

@@ -13,7 +13,8 @@ Where `in` is no multiple of 128 the last group is filled up with codes 0. They 
 and kernels, which compute whole groups, meet activations of 0 there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -148,23 +149,19 @@ def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PackedMatrix:
-    """One linear map of one expert, as the checkpoint stores it: whole groups, whose padding it does not know of.
-
-    bits     1, 2, 3, 4 or 8
-    qweight  uint8   [out, groups, 16*bits]  codes, see the module's text
-    scales   float16 [out, groups]           > 0; 0 in rows that a kernel's layout adds
-    zeros    float16 [out, groups]           in units of codes, not rounded; None where they are the middle of the codes
-    """
+class StoredMatrix:
+    """One linear map of one expert in whole groups, whose padding it does not know of. PackedMatrix has scalar codes,
+    trellis.TrellisMatrix the others; each says what its qweight and its scales are."""
 
     bits: int
     qweight: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None
 
-    def to(self, device: torch.device | str) -> "PackedMatrix":
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return PackedMatrix(self.bits, self.qweight.to(device), self.scales.to(device), zeros)
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     @property
     def out_features(self) -> int:
@@ -178,7 +175,33 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Scales, zeros and the last group's padding included."""
-        return sum(t.nbytes for t in (self.qweight, self.scales, self.zeros) if t is not None)
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def centred(self) -> torch.Tensor:
+        """The weights in units of their group's scale: float32 [out, groups, 128]."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:
+        """[out, in] weights; computed in float32, then cast.
+
+        in_features: the matrix' own, where its last group has padding; None if it has none. Padding has no meaning as
+        weights.
+        """
+        weight = self.scales.float().unsqueeze(-1) * self.centred()
+        return from_groups(weight, in_features or self.in_features).to(dtype)
+
+
+@dataclass(frozen=True)
+class PackedMatrix(StoredMatrix):
+    """One linear map of one expert, as the checkpoint stores it.
+
+    bits     1, 2, 3, 4 or 8
+    qweight  uint8   [out, groups, 16*bits]  codes, see the module's text
+    scales   float16 [out, groups]           > 0; 0 in rows that a kernel's layout adds
+    zeros    float16 [out, groups]           in units of codes, not rounded; None where they are the middle of the codes
+    """
+
+    zeros: torch.Tensor | None
 
     def codes(self) -> torch.Tensor:
         """uint8 [out, 128*groups]."""
@@ -190,12 +213,5 @@ class PackedMatrix:
             return torch.full_like(self.scales, middle_zero(self.bits), dtype=torch.float32)
         return self.zeros.float()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:
-        """[out, in] weights; computed in float32, then cast.
-
-        in_features: the matrix' own, where its last group has padding; None if it has none. Padding has no meaning as
-        weights.
-        """
-        groups = to_groups(self.codes()).float()
-        weight = self.scales.float().unsqueeze(-1) * (groups - self.float_zeros().unsqueeze(-1))
-        return from_groups(weight, in_features or self.in_features).to(dtype)
+    def centred(self) -> torch.Tensor:
+        return to_groups(self.codes()).float() - self.float_zeros().unsqueeze(-1)

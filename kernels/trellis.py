@@ -20,7 +20,7 @@ from functools import cache
 
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, from_groups, pack_planes, planes, to_groups, unpack_planes
+from vllm_mcmoe.kernels.packing import StoredMatrix, pack_planes, planes, to_groups, unpack_planes
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
 RING = 32  # weights, and bits of the word that kernels rotate
@@ -112,7 +112,7 @@ def unpack_trellis(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TrellisMatrix:
+class TrellisMatrix(StoredMatrix):
     """One linear map of one expert as a checkpoint will store it: packing.PackedMatrix with trellis codes.
 
     bits     1, 2, 3 or 4
@@ -122,34 +122,11 @@ class TrellisMatrix:
     Where `in` is no multiple of 128, codes of the columns that are missing mean nothing.
     """
 
-    bits: int
-    qweight: torch.Tensor
-    scales: torch.Tensor
-
     zeros = None  # the middle of the levels, always
-
-    def to(self, device: torch.device | str) -> "TrellisMatrix":
-        return TrellisMatrix(self.bits, self.qweight.to(device), self.scales.to(device))
-
-    @property
-    def out_features(self) -> int:
-        return self.qweight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Of whole groups."""
-        return self.qweight.shape[1] * GROUP_SIZE
-
-    @property
-    def nbytes(self) -> int:
-        return self.qweight.nbytes + self.scales.nbytes
 
     def levels(self) -> torch.Tensor:
         """uint8 [out, 128*groups]."""
         return decode(unpack_trellis(self.qweight, self.bits), self.bits)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:
-        """[out, in] weights; computed in float32, then cast. in_features: as PackedMatrix.dequantize takes it."""
-        centred = to_groups(self.levels()).float() - middle_level(self.bits)
-        weight = self.scales.float().unsqueeze(-1) * centred
-        return from_groups(weight, in_features or self.in_features).to(dtype)
+    def centred(self) -> torch.Tensor:
+        return to_groups(self.levels()).float() - middle_level(self.bits)

@@ -1,4 +1,4 @@
-"""Which model fits which memory, as docs/benchmarks.md shows it: the most bits an expert's weight can have.
+"""Which model fits which memory, as the README shows it: the most bits an expert's weight can have.
 
     python -m tools.which_size [--memory 8 12 16 24] [--kv-tokens 16384]
 
@@ -7,7 +7,7 @@ KV cache besides, and a tenth of the memory left to activations and vLLM. "4+": 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,26 +17,22 @@ from vllm_mcmoe.calibration.evaluate.resources import USABLE_SHARE, plan_resourc
 from vllm_mcmoe.calibration.recipes import RECIPES
 from vllm_mcmoe.errors import PlanError
 
+MEMORY, KV_TOKENS = (8, 12, 16, 24, 48, 80), 16384
 MOST_BITS = written_bits(4, RECIPES["mcmoe"].format_version)
 LEAST_BITS = 1.5  # below, half of the experts' matrices have a single bit
 MODELS = (
     "LFM2-8B-A1B",
     "gpt-oss-20b",
-    "Ernie-4.5-21B-A3B",
     "Gemma-4-26B-A4B",
     "Qwen3-30B-A3B",
-    "Nemotron-3-Nano-30B-A3B",
     "GLM-4.7-Flash",
-    "Granite-4.0-H-Small",
     "Qwen3.6-35B-A3B",
     "Mixtral-8x7B",
     "Qwen3-Next-80B-A3B",
     "GLM-4.5-Air",
     "gpt-oss-120b",
-    "MiniMax-M2",
     "Qwen3-235B-A22B",
     "Hy3",
-    "DeepSeek-V3.2",
 )
 
 
@@ -45,10 +41,15 @@ def main() -> None:
     print(f"| model | 16 bits, GB | {' | '.join(f'{size} GB' for size in options.memory)} |")
     print(f"|---|---:|{'---:|' * len(options.memory)}", flush=True)
     for name in MODELS:
-        print(f"| {name} | {' | '.join(_cells(name, options.memory, options.kv_tokens))} |", flush=True)
+        print(row(name, options.memory, options.kv_tokens), flush=True)
 
 
-def _cells(name: str, memory: list[int], kv_tokens: int) -> Iterator[str]:
+def row(name: str, memory: Sequence[int] = MEMORY, kv_tokens: int = KV_TOKENS) -> str:
+    """A model's line of the table. memory: sizes in GB; kv_tokens: of all requests that are served at once."""
+    return f"| {name} | {' | '.join(_cells(name, memory, kv_tokens))} |"
+
+
+def _cells(name: str, memory: Sequence[int], kv_tokens: int) -> Iterator[str]:
     """GB in 16 bits, then the bits in each memory, empty below LEAST_BITS."""
     with TemporaryDirectory() as directory:
         model = write_config(Path(directory), RELEASED[name])
@@ -69,8 +70,8 @@ def _bits_in(model: Path, size: int) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which model fits which memory.")
-    parser.add_argument("--memory", type=int, nargs="+", default=[8, 12, 16, 24, 48, 80], help="sizes in GB")
-    parser.add_argument("--kv-tokens", type=int, default=16384, help="of all requests that are served at once")
+    parser.add_argument("--memory", type=int, nargs="+", default=MEMORY, help="sizes in GB")
+    parser.add_argument("--kv-tokens", type=int, default=KV_TOKENS, help="of all requests that are served at once")
     return parser.parse_args()
 
 

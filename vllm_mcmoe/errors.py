@@ -34,7 +34,7 @@ class PruningError(McmoeError, ValueError):
 
 
 class HubError(McmoeError, ValueError):
-    """A model that the hub does not have, does not give, or cannot be asked for."""
+    """A model that the hub does not have, does not give or does not take, or a hub that cannot be asked."""
 
 
 class EndpointError(McmoeError, ValueError):

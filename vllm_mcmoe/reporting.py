@@ -29,7 +29,7 @@ WIDTH_STYLES = {
     8: "white on red",
     16: "bold",
 }
-BAR_WIDTH = 28  # of a sweep's plot, beside its numbers on an 80-column terminal
+BAR_WIDTH = 28  # of a sweep's plot, at most: its numbers leave it 18 columns on an 80-column terminal
 WIDTHS_PER_LINE = 32  # 128 experts in four lines, beside the layer's name on an 80-column terminal
 
 

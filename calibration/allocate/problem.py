@@ -61,7 +61,8 @@ class Problem:
 
     budget   in the unit of the items' sizes
     per_ask  budget / per_ask is in the unit the user asked in, which is called unit
-    other    what is asked for besides, in the unit of sizes: a checkpoint's bytes that nobody decides
+    other    what is asked for besides, in the unit of sizes: a checkpoint's bytes that nobody decides, items that have
+             their width
     forced   layer -> experts held at the top width
     where    what errors call it
     """
@@ -77,8 +78,9 @@ class Problem:
 
     def asked(self, size: int, round_up: bool = False) -> str:
         """For people: a size as they ask for it."""
+        size += self.other
         if self.unit == BYTES:
-            return show_size(-(-(size + self.other) // BYTE))
+            return show_size(-(-size // BYTE))
         asked = size / self.per_ask
         return f"{math.ceil(1e4 * asked) / 1e4 if round_up else asked:.4f}"
 

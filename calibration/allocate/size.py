@@ -34,13 +34,18 @@ def size_in_bytes(size: str | int, original: int) -> int:
 
 def show_size(nbytes: int) -> str:
     """For people."""
-    short = short_size(nbytes)
-    return short if short.endswith("bytes") else f"{short} ({nbytes:,} bytes)"
+    short, exact = short_size(nbytes), f"{nbytes:,} bytes"
+    return exact if short == exact else f"{short} ({exact})"
 
 
 def short_size(nbytes: int) -> str:
     """The same to four digits."""
-    for unit in ("GB", "MB", "kB"):
-        if nbytes >= UNITS[unit.upper()]:
-            return f"{nbytes / UNITS[unit.upper()]:.4g} {unit}"
-    return f"{nbytes:,} bytes"
+    size, unit = unit_for(nbytes)
+    return f"{nbytes:,} bytes" if size == 1 else f"{nbytes / size:.4g} {unit}"
+
+
+def unit_for(nbytes: int) -> tuple[int, str]:
+    """The largest unit that this is one of at least: its bytes and its name."""
+    return next(
+        ((UNITS[unit.upper()], unit) for unit in ("GB", "MB", "kB") if nbytes >= UNITS[unit.upper()]), (1, "bytes")
+    )

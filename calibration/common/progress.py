@@ -1,6 +1,6 @@
 """What a user sees of long steps: lines of log, and progress bars on standard error, silent where nobody watches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from huggingface_hub.utils import tqdm
@@ -30,7 +30,6 @@ def progress(items: Iterable[Item], description: str, *, total: int | None = Non
     global _drawn
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), _CountColumn(), TimeRemainingColumn())
-    total = len(items) if total is None and isinstance(items, Sized) else total
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
         outer, _drawn = _drawn, _drawn if bar.disable else bar
         try:

@@ -39,7 +39,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, model: MoeModel):
-        """Raises FormatError: a config that is invalid or newer, tensors that are missing or misshapen."""
+        """Raises FormatError: a config that is invalid or newer, tensors that are missing or misshapen; HubError for
+        files that cannot be had."""
         self.model = model
         self.config: CheckpointConfig = read_checkpoint_config(model.path)
         self.files = TensorFiles(model.folder)

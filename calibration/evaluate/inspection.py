@@ -113,7 +113,6 @@ def inspect_model(model: str | Path | ModelFolder, bits: float) -> ModelSummary:
     """
     description = describe_model(model)
     resources = plan_resources(description.folder, bits=bits)
-    on_hub = description.folder.revision is not None and description.folder.offline is None
     return ModelSummary(
         architecture=description.architecture,
         layers=description.num_layers,
@@ -129,7 +128,7 @@ def inspect_model(model: str | Path | ModelFolder, bits: float) -> ModelSummary:
         model_bytes=resources.quantization.model_bytes,
         bits=bits,
         checkpoint_bytes=resources.serving.checkpoint_bytes,
-        headers=len(WeightFiles(description).files.files) if on_hub else None,
+        headers=len(WeightFiles(description).files.files) if description.folder.can_fetch else None,
         notes=list(description.family.notes),
     )
 

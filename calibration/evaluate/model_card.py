@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData, metadata_load
 
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningReport
-from vllm_mcmoe.calibration.checkpoint.writer import WIDTH_MAP
+from vllm_mcmoe.calibration.checkpoint.writer import MODEL_CARD, WIDTH_MAP
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.matrix.linears import count_by_width
 from vllm_mcmoe.calibration.model.description import MoeModel
@@ -47,7 +47,7 @@ def model_card(
 
 def _metadata(description: MoeModel) -> str:
     """What the hub reads of a card: tags, the original where that is on the hub, and its licence."""
-    entries = _inherited(description.path / "README.md") | {"tags": ["mcmoe", "moe", "vllm"]}
+    entries = _inherited(description.path / MODEL_CARD) | {"tags": ["mcmoe", "moe", "vllm"]}
     if description.folder.on_hub is not None:
         entries |= {"base_model": description.folder.on_hub, "base_model_relation": "quantized"}
     return f"---\n{ModelCardData(**entries).to_yaml()}\n---"

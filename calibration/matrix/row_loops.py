@@ -17,7 +17,7 @@ from numba import njit
 from vllm_mcmoe.calibration.common.threads import side_by_side
 
 # Sums may be reordered (vector instructions), but NaN and infinity keep their meaning.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
+FAST = {"reassoc", "contract", "arcp", "nsz"}
 _LANES = 16  # rows that a vector loop takes at once
 _ROWS_PER_TASK = 64  # a task must outlast the handing over of it, about 50 us
 
@@ -44,12 +44,12 @@ def _run_on_rows(kernel: Callable[..., None], arrays: list[np.ndarray], shared: 
     side_by_side(lambda start: kernel(*(a[start : start + chunk] for a in arrays), *common), range(0, rows, chunk))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _nearest(value, largest):
     return min(max(np.rint(value), np.float32(0.0)), largest)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensate):
     """GPTQ inside one block: quantise column i, then pass its error on to the columns after it.
 
@@ -85,7 +85,7 @@ def gptq_block(weights, codes, errors, scales, zeros, inverse, largest, compensa
 
 
 @njit(nogil=True, cache=True)
-def _to_bits(value, dropped):
+def to_bits(value, dropped):
     """The nearest float32 of which the last `dropped` bits are 0, ties to even. On the bits, because compilers fuse the
     multiply-adds that would do it in floating point."""
     dropped = np.int32(dropped)
@@ -100,10 +100,10 @@ def _to_fp16(value):
     """The nearest number that fp16 has, ties to even. value: float32 of a magnitude up to 65504."""
     if abs(value) < np.float32(2.0**-14):  # subnormal there: multiples of one number
         return np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24)
-    return _to_bits(value, 13)
+    return to_bits(value, 13)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, bounds, limits, zero_is_fixed):
     """Scale and zero of the least loss, as they can be stored, given one row's codes c; those it has, where none fits.
 
@@ -115,7 +115,7 @@ def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, bounds, limit
     if zero_is_fixed:  # one parameter: Q = scale * (codes - zero)
         curvature = by_code - np.float32(2.0) * zero * mixed + zero * zero * by_one
         fitted = (want_code - zero * want_one) / curvature
-        return _to_bits(min(max(fitted, smallest), largest), dropped), zero
+        return to_bits(min(max(fitted, smallest), largest), dropped), zero
     # two: Q = scale * codes + offset, offset = -scale * zero
     determinant = by_code * by_one - mixed * mixed
     if determinant <= np.float32(1e-6) * by_code * by_one:
@@ -123,12 +123,12 @@ def _fitted_grid(by_code, mixed, want_code, want_one, scale, zero, bounds, limit
     fitted = (want_code * by_one - want_one * mixed) / determinant
     if not smallest < fitted < largest:
         return scale, zero
-    stored = _to_bits(fitted, dropped)
+    stored = to_bits(fitted, dropped)
     offset = (want_one - stored * mixed) / by_one  # the best one for the scale as it had to be rounded
     return stored, _to_fp16(min(max(-offset / stored, -largest), largest))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _descend_row(
     codes, product, gradient, change, scale, zero, bounds, hessian, column_sums, step, limits, zero_is_fixed
 ):
@@ -157,7 +157,7 @@ def _descend_row(
     return scale, zero
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def descend_rows(
     codes, product, gradients, change, scales, zeros, bounds, hessian, column_sums, step, limits, zero_is_fixed
 ):
@@ -183,7 +183,7 @@ def descend_rows(
         )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def descend_coupled(
     codes,
     product,
@@ -225,7 +225,7 @@ def descend_coupled(
                 gradients[row, k] += difference * hessian[i, k]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, iterations, zero_is_fixed):
     """Best of several shrunken ranges per group, each improved by alternating nearest codes with the best grid.
 
@@ -259,7 +259,7 @@ def least_squares_grids(groups, scales, zeros, column_weight, largest, shares, i
                             scales[row, index], zeros[row, index] = scale, zero
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _squared_error(weights, importance, scale, zero, largest):
     inverse, total = np.float32(1.0) / scale, np.float32(0.0)
     for k in range(weights.shape[0]):
@@ -268,7 +268,7 @@ def _squared_error(weights, importance, scale, zero, largest):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _fit(weights, importance, scale, zero, largest, codes, zero_is_fixed):
     """Weighted least squares of weights ~ scale * codes + offset, codes nearest under the given grid; offset is
     -scale * zero where the zero is fixed."""

@@ -15,7 +15,7 @@ factors and targets follow it.
 import numpy as np
 from numba import njit
 
-from vllm_mcmoe.calibration.matrix.row_loops import _FAST, _to_bits
+from vllm_mcmoe.calibration.matrix.row_loops import FAST, to_bits
 from vllm_mcmoe.calibration.matrix.trellis_step import STATES, SURVIVOR_ROWS, advance
 from vllm_mcmoe.kernels.cpu.vectors import LANES
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
@@ -34,7 +34,7 @@ def _workspace():
     )
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _solve_rings(targets, factor, scales, table, states, entries, errors, workspace):
     """One ring in each of 16 rows: the codes of (nearly) least cost.
 
@@ -76,7 +76,7 @@ def _solve_rings(targets, factor, scales, table, states, entries, errors, worksp
         states[lane] = state
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def first_pass(targets, entries, errors, scales, factor, turned, table):
     """The codes of one ring in every row, of which nothing is known before.
 
@@ -114,7 +114,7 @@ def first_pass(targets, entries, errors, scales, factor, turned, table):
                 entries[row, column], errors[row, column] = entry[time, lane], error[time, lane]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _refit_scale(row, lane, felt, levels, product, gradients, change, scales, bounds, dropped):
     """The row's best scale given all its codes, as it can be stored. Returns by how much it changes."""
     curvature, slope = np.float32(0.0), np.float32(0.0)
@@ -124,7 +124,7 @@ def _refit_scale(row, lane, felt, levels, product, gradients, change, scales, bo
     if curvature <= 0:
         return np.float32(0.0)
     fitted = min(max(scales[row] - slope / curvature, bounds[row, 0]), bounds[row, 1])
-    stored = _to_bits(fitted, dropped)
+    stored = to_bits(fitted, dropped)
     difference = stored - scales[row]
     scales[row] = stored
     for k in range(GROUP_SIZE):
@@ -133,7 +133,7 @@ def _refit_scale(row, lane, felt, levels, product, gradients, change, scales, bo
     return difference
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _spread(felt, coupling, lane, count, moved, factor):
     """Rows of felt hear of a change of one of them: moved [128], times a factor, is its change times the Hessian."""
     for other in range(count):
@@ -143,7 +143,7 @@ def _spread(felt, coupling, lane, count, moved, factor):
                 felt[other, k] += share * moved[k]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _descend_lanes(
     index, count, felt, coupling, entries, levels, product, gradients, change, scales, bounds,
     hessian, factors, inverses, order, table, dropped, workspace,
@@ -208,7 +208,7 @@ def _descend_lanes(
                 _spread(felt, coupling, lane, count, moved, np.float32(1.0))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def descend_trellis_rows(
     entries, levels, product, gradients, change, scales, bounds, hessian, factors, inverses, order, table, dropped
 ):  # fmt: skip
@@ -243,7 +243,7 @@ def descend_trellis_rows(
         )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _feel(felt, gradients, weights):
     """felt = weights @ gradients: [lanes, 128], [rows, 128], [lanes, rows]; four rows at a time."""
     rows = gradients.shape[0]
@@ -263,7 +263,7 @@ def _feel(felt, gradients, weights):
                 felt[lane, k] += weights[lane, row] * gradients[row, k]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def descend_trellis_coupled(
     entries, levels, product, gradients, change, scales, bounds, coupling, hessian, factors, inverses, order, table,
     dropped,

@@ -108,7 +108,7 @@ class MoeModel:
 
     def read_config(self) -> dict[str, Any]:
         """config.json as it is written, without transformers' defaults and without what its weights are in."""
-        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             part.pop("quantization_config", None)
         return config
@@ -194,22 +194,23 @@ def describe_model(model: str | Path | ModelFolder) -> MoeModel:
     """
     folder = find_model(model)
     path = folder.path
-    if not (path / CONFIG_FILE).is_file():
+    config_path = path / CONFIG_FILE
+    if not config_path.is_file():
         raise UnsupportedModelError(
-            f"{path}: no config.json there; expected a Hugging Face model directory, or ORG/NAME of a model on the hub."
+            f"{path}: no {CONFIG_FILE} there; expected a Hugging Face model directory, or ORG/NAME of one on the hub."
         )
-    whole = _read_config(path / "config.json")
+    whole = _read_config(config_path)
     architecture = (whole.architectures or ["none"])[0]
-    family = _find_family(path / "config.json", architecture)
+    family = _find_family(config_path, architecture)
     config = _asked(path, lambda: family.text_config(whole.get_text_config()))
-    _check_family(path / "config.json", whole, config, family)
+    _check_family(config_path, whole, config, family)
     quantization = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None)
     described = MoeModel(
         folder=folder,
         config=config,
         architecture=architecture,
         family=family,
-        source_format=find_source_format(str(path / "config.json"), quantization),
+        source_format=find_source_format(str(config_path), quantization),
         num_layers=config.num_hidden_layers,
         moe_layers={
             layer: f"{family.text_prefix}{LAYERS}.{layer}.{family.experts}"
@@ -222,7 +223,7 @@ def describe_model(model: str | Path | ModelFolder) -> MoeModel:
         intermediate=getattr(config, family.intermediate_size),
         num_experts=getattr(config, family.num_experts),
         top_k=getattr(config, family.top_k),
-        function=_asked(path, lambda: _function(path / "config.json", config, family)),
+        function=_asked(path, lambda: _function(config_path, config, family)),
     )
     _check_shapes(described)
     return described
@@ -323,7 +324,7 @@ def _check_values(where: Path, config: PretrainedConfig, family: ModelFamily) ->
 
 
 def _check_shapes(model: MoeModel) -> None:
-    where = model.path / "config.json"
+    where = model.path / CONFIG_FILE
     if not model.moe_layers:
         raise UnsupportedModelError(f"{where}: no layer has experts; there is nothing to quantise.")
 

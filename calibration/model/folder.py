@@ -34,21 +34,20 @@ CONFIG_FILE = "config.json"
 # Weights in any format, and what other tools derive from them.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 HEADERS_AT_ONCE = 8
-MAIN = "main"  # the branch that is meant where none is named
 
 
 class ModelFolder:
     """A directory with a model.
 
-    path      where its files are, or will be
-    given     what a user calls it
-    on_hub    its name on the hub, ORG/NAME, if it is known to be from there
-    revision  the commit there, if files are to be fetched from it
-    offline   why no more files can be fetched than there are
+    path       where its files are, or will be
+    given      what a user calls it
+    on_hub     its name on the hub, ORG/NAME, if it is known to be from there
+    revision   the commit there, if files are to be fetched from it
+    can_fetch  whether more files can be had than there are
     """
 
     revision: str | None = None
-    offline: str | None = None
+    can_fetch: bool = False
 
     def __init__(self, path: Path):
         self.path = path
@@ -94,7 +93,6 @@ class HubFolder(ModelFolder):
         with _found_by_name(name, revision):
             self.revision = self._api.resolve_revision(name, revision=revision, cache_dir=_cache()).resolved
             self.path = self._download(CONFIG_FILE).parent
-        self._has_side_files = False
         log(f"{name}: commit {self.revision}; files are kept in {self.path}.")
 
     def _download(self, name: str) -> Path:
@@ -105,23 +103,24 @@ class HubFolder(ModelFolder):
         )
 
     @property
-    def offline(self) -> str | None:
+    def can_fetch(self) -> bool:
         self._list()
-        return self._offline
+        return self._answers
 
     def _list(self) -> set[str]:
         """Names of the files at the commit's top level; where the hub cannot be asked, of those in the cache."""
         if self._listed is None:
-            self._offline = None
             try:
                 siblings = self._api.model_info(self.name, revision=self.revision).siblings
                 self._listed = {sibling.rfilename for sibling in siblings if "/" not in sibling.rfilename}
+                self._answers = True
             except Exception as error:
+                reason = _explain(self.name, error)
                 if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-                    raise HubError(f"{self.name}: {_explain(self.name, error)}.") from error
-                self._offline = _explain(self.name, error)
+                    raise HubError(f"{self.name}: {reason}.") from error
                 self._listed = {path.name for path in self.path.iterdir()}
-                self._log(f"{self.name}: {self._offline}; its files are taken to be those in {self.path}.")
+                self._answers = False
+                self._log(f"{self.name}: {reason}; its files are taken to be those in {self.path}.")
         return self._listed
 
     def has(self, name: str) -> bool:
@@ -137,11 +136,9 @@ class HubFolder(ModelFolder):
         return path
 
     def fetch_side_files(self) -> None:
-        if not self._has_side_files:
-            for name in sorted(self._list()):
-                if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
-                    self.fetch(name)
-            self._has_side_files = True
+        for name in sorted(self._list()):
+            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
+                self.fetch(name)
 
     def read_headers(self, names: Sequence[str]) -> list[SafetensorsFileMetadata]:
         if not names:
@@ -220,9 +217,10 @@ def _found_by_name(name: str, revision: str | None) -> Iterator[None]:
         elif isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             reason = f"no {CONFIG_FILE} in that repository, so it is no model that transformers or vLLM reads"
         elif not isinstance(cause, HfHubHTTPError):
+            asked = revision or constants.DEFAULT_REVISION
             reason = (
-                f"no such directory, and revision {revision or MAIN} of a model of that name is not in the cache "
-                f"folder {_cache()}; {reason}"
+                f"no such directory, and revision {asked} of a model of that name is not in the cache folder "
+                f"{_cache()}; {reason}"
             )
         raise HubError(f"{name}: {reason}.") from error
 

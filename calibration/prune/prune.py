@@ -112,7 +112,7 @@ def prune(
 def _check_writable(checkpoint: Path) -> None:
     """Raises PruningError for what is on the hub, or in its cache, which other programs read as the hub's."""
     cached = hub_name_of_snapshot(checkpoint)
-    name = cached or (None if checkpoint.exists() or not is_hub_name(str(checkpoint)) else str(checkpoint))
+    name = cached or (str(checkpoint) if is_hub_name(str(checkpoint)) and not checkpoint.exists() else None)
     if name is not None:
         where = "lies in the hub's cache" if cached else "is no directory; it may be a name on the hub"
         raise PruningError(

@@ -36,7 +36,7 @@ class Series:
     dashed: bool = False
 
 
-def show_tick(value: float) -> str:
+def _show_tick(value: float) -> str:
     """0.003, but 3e-4."""
     return f"{value:g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
@@ -112,12 +112,12 @@ def _grid(across: _Scale, upwards: _Scale) -> list[ET.Element]:
     for value in upwards.ticks():
         y = upwards(value)
         made.append(element("path", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}", class_="grid"))
-        made.append(element("text", show_tick(value), x=LEFT - 6, y=y + 4, text_anchor="end", class_="muted small"))
+        made.append(element("text", _show_tick(value), x=LEFT - 6, y=y + 4, text_anchor="end", class_="muted small"))
     for value in across.ticks():
         x = across(value)
         made.append(element("path", d=f"M{x:.1f} {HEIGHT - BOTTOM}v4", class_="grid"))
         made.append(
-            element("text", show_tick(value), x=x, y=HEIGHT - BOTTOM + 16, text_anchor="middle", class_="muted small")
+            element("text", _show_tick(value), x=x, y=HEIGHT - BOTTOM + 16, text_anchor="middle", class_="muted small")
         )
     made.append(element("path", d=f"M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="grid"))
     middle = (LEFT + WIDTH - RIGHT) / 2

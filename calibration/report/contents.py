@@ -1,7 +1,7 @@
 """What a checkpoint's directory says of itself: its JSON files, of which config.json alone must be there."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
@@ -71,7 +71,7 @@ def _plan(checkpoint: Path, config: CheckpointConfig, missing: list[str]) -> Pla
     plan = Plan.load(path)
     if plan.layers != of_config:
         raise FormatError(f"{path}: its bit-widths are not those of config.json: it is another checkpoint's.")
-    return plan
+    return replace(plan, layers=of_config)  # in the model's order, which a plan by hand may not have
 
 
 def _factors(checkpoint: Path, config: CheckpointConfig, missing: list[str]) -> Factors | None:
@@ -97,7 +97,7 @@ def _report(checkpoint: Path, config: CheckpointConfig, missing: list[str]) -> Q
         return None
     report = QuantizationReport.load(path)
     if {name: len(experts) for name, experts in report.layers.items()} != _experts(config):
-        raise FormatError(f"{path}: its layers and experts are not those of config.json: it is another checkpoint's")
+        raise FormatError(f"{path}: its layers and experts are not those of config.json: it is another checkpoint's.")
     if report.evaluation is None:
         missing.append(
             f"{REPORT_FILE} has no scores of the whole checkpoint: it was not evaluated when it was made, or by a "

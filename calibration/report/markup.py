@@ -35,18 +35,14 @@ def element(tag: str, *content: Content, **attributes: object) -> ET.Element:
     dropped, attributes of None are left out."""
     named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
     made = ET.Element(tag, {name: _short(value) for name, value in named.items()})
-    return extend(made, *content)
-
-
-def extend(parent: ET.Element, *content: Content) -> ET.Element:
     for part in content:
         if isinstance(part, ET.Element):
-            parent.append(part)
-        elif part and len(parent):
-            parent[-1].tail = (parent[-1].tail or "") + part
+            made.append(part)
+        elif part and len(made):
+            made[-1].tail = (made[-1].tail or "") + part
         elif part:
-            parent.text = (parent.text or "") + part
-    return parent
+            made.text = (made.text or "") + part
+    return made
 
 
 def _short(value: object) -> str:

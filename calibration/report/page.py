@@ -2,7 +2,7 @@
 
 import statistics
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,12 +141,9 @@ def _facts(contents: Contents) -> Iterator[tuple[str, str]]:
         text = "held-out text" if scores.held_out else "the calibration text"
         yield f"{scores.mean_kl:.4f}", f"KL to the original, nats per token, on {text}"
         yield f"{scores.top1_agreement:.1%}", "same first choice as the original"
-        before, after = (_geometric_mean(p) for p in (scores.original_perplexity, scores.perplexity))
+        by_file = scores.original_perplexity, scores.perplexity
+        before, after = (statistics.geometric_mean(perplexities.values()) for perplexities in by_file)
         yield f"{after:.3f}", f"perplexity; {before:.3f} in 16 bits"
-
-
-def _geometric_mean(perplexities: Mapping[str, float]) -> float:
-    return statistics.geometric_mean(perplexities.values())
 
 
 def _footer(missing: Sequence[str]) -> ET.Element:

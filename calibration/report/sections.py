@@ -158,7 +158,7 @@ def _loss_chart(part: str, table: LossTable, unit: str, frame: Sequence[tuple[fl
         points = [(float(w), row[w]) for w in sorted(row) if row[w] > 0]
         if points:
             note = f"layer {label}: " + ", ".join(f"{w:g} bits {v:.3g}" for w, v in points)
-            series.append(Series("", points, [note], depth_colour(number, len(table)), ""))
+            series.append(Series("", points, [note], _depth_colour(number, len(table)), ""))
     medians = [(float(w), statistics.median(row[w] for row in table.values() if w in row)) for w in widths]
     medians = [(w, v) for w, v in medians if v > 0]
     if medians:
@@ -170,7 +170,7 @@ def _loss_chart(part: str, table: LossTable, unit: str, frame: Sequence[tuple[fl
     return chart(f"loss-{part}", title, f"Median of the layers: {described}.", x, Axis(unit, log=True), series, frame)
 
 
-def depth_colour(number: int, layers: int) -> str:
+def _depth_colour(number: int, layers: int) -> str:
     """From violet by blue and green to yellow, lighter with depth, as the widths' colours are."""
     stops = ((138, 111, 214), (74, 136, 204), (47, 174, 155), (155, 211, 90), (214, 178, 40))
     place = number / max(1, layers - 1) * (len(stops) - 1)
@@ -219,7 +219,7 @@ def _load_class(load: float) -> int:
 
 
 def pruning_section(contents: Contents) -> ET.Element | None:
-    if contents.config.pruning is None or not contents.pruned:
+    if not contents.pruned:
         return None
     rule, measured = contents.config.pruning, sorted(contents.pruned, key=lambda point: point.pruned)
     points = [(100 * p.pruned, p.mean_kl) for p in measured]

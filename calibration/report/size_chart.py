@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_mcmoe.calibration.allocate.size import short_size
+from vllm_mcmoe.calibration.allocate.size import short_size, unit_for
 from vllm_mcmoe.calibration.allocate.sweep import SweepPoint
 from vllm_mcmoe.calibration.report.charts import Axis, Series, chart
 from vllm_mcmoe.calibration.report.markup import standing_alone
@@ -27,7 +27,7 @@ def size_chart(points: Sequence[tuple[int, SweepPoint]], what: str, marks: Seque
 
     The axis of KL is logarithmic: plans and marks of no KL at all are not on it.
     """
-    unit, name = _unit(max(nbytes for nbytes, _ in points))
+    unit, name = unit_for(max(nbytes for nbytes, _ in points))
     drawn = [(nbytes, point) for nbytes, point in points if point.predicted_kl > 0]
     series = [
         Series(
@@ -56,7 +56,3 @@ def sweep_file(points: Sequence[SweepPoint]) -> str:
 def describe_point(point: SweepPoint, nbytes: int) -> str:
     """For people."""
     return f"{short_size(nbytes)}, {point.bits:.2f} bits per expert weight: {point.predicted_kl:.4g} nats per token"
-
-
-def _unit(nbytes: int) -> tuple[int, str]:
-    return next(((size, name) for size, name in ((10**9, "GB"), (10**6, "MB")) if nbytes >= size), (1000, "kB"))

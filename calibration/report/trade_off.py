@@ -8,7 +8,7 @@ from vllm_mcmoe.calibration.allocate.program import range_of_bits, range_of_size
 from vllm_mcmoe.calibration.allocate.ranges import Budget
 from vllm_mcmoe.calibration.allocate.sweep import SweepPoint, point_of, predicted_kl, sweep
 from vllm_mcmoe.calibration.measure.factors import Factors
-from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
+from vllm_mcmoe.calibration.recipes import METADATA, RECIPES, Recipe
 from vllm_mcmoe.calibration.report.contents import Contents
 
 POINTS = 13
@@ -72,7 +72,7 @@ def _recipe(contents: Contents) -> Recipe:
     measured = [set(widths) for layer in contents.factors.layers.values() for widths in layer.loss_increase.values()]
     common = set.intersection(*measured)
     widths = [width for width in plan.extra.get("widths", common) if width in common]
-    metadata = {1: "float16", 2: "float8"}[contents.config.format_version]
+    metadata = METADATA[contents.config.format_version]
     return replace(
         default,
         widths=tuple(sorted(widths or common)),

@@ -30,6 +30,7 @@ from vllm_mcmoe.cli import app
 from vllm_mcmoe.errors import FormatError, HubError, PruningError, UnsupportedModelError, WorkDirectoryError
 
 NAME = "org/Tiny-Qwen3"
+FEW = {"sequences": 4, "length": 32, "show_progress": False}
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n"
 
 
@@ -207,20 +208,18 @@ def test_unfinished_work_goes_on_at_its_commit_and_without_the_hub(
 
 
 def test_evaluate_takes_names(hub, model, tiny_checkpoint, calibration_files):
-    few = {"sequences": 4, "length": 32, "show_progress": False}
     hub.add("me/quantised", tiny_checkpoint)
-    named = evaluate("me/quantised", calibration_files[:1], against=NAME, **few)
-    local = evaluate(tiny_checkpoint, calibration_files[:1], against=model, **few)
+    named = evaluate("me/quantised", calibration_files[:1], against=NAME, **FEW)
+    local = evaluate(tiny_checkpoint, calibration_files[:1], against=model, **FEW)
     assert (named.model, named.against) == ("me/quantised", NAME)
     assert named.mean_kl == local.mean_kl and named.average_bits == local.average_bits
 
 
 def test_the_rule_of_a_pruned_checkpoint_is_fetched_with_it(hub, model, tiny_checkpoint, tmp_path, calibration_files):
-    few = {"sequences": 4, "length": 32, "show_progress": False}
     pruned = Path(shutil.copytree(tiny_checkpoint, tmp_path / "pruned"))
-    prune(pruned, calibration_files[:1], method="odp", **few)
+    prune(pruned, calibration_files[:1], method="odp", **FEW)
     hub.add("me/pruned", pruned)
-    assert evaluate("me/pruned", calibration_files[:1], **few).pruned > 0
+    assert evaluate("me/pruned", calibration_files[:1], **FEW).pruned > 0
 
 
 def test_a_checkpoint_on_the_hub_is_inspected_without_its_weights(hub, tiny_checkpoint):
@@ -397,19 +396,27 @@ def test_prune_writes_into_no_checkpoint_but_ones_own(hub, tiny_checkpoint, cali
 
 
 def test_a_download_draws_its_bar_among_those_that_are_drawn(hub, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error counts as a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error counts as a terminal, for rich
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # and for huggingface_hub
+    seen = []
+
+    class Watched(progress_bars._InnerBar):
+        def close(self) -> None:
+            if hasattr(self, "_task"):
+                self.refresh()
+                seen.append([(task.description, task.completed) for task in self._bars.tasks])
+            super().close()
+
+    monkeypatch.setattr(progress_bars, "_InnerBar", Watched)
     source = WeightFiles(describe_model(NAME))
     assert progress_bars.download_bar() is None
-    seen = []
-    for name in progress_bars.progress(source.names(), "Checking weights"):
-        bar = progress_bars.download_bar()(desc=name, total=10, disable=False)
-        bar.update(4)
-        bar.refresh()
-        seen.append([(task.description, task.completed) for task in progress_bars._drawn.tasks])
-        bar.close()
-        seen.append([task.description for task in progress_bars._drawn.tasks])
-        source.read(name)
-        break
     first = source.names()[0]
-    assert seen == [[("Checking weights", 0), (first, 4)], ["Checking weights"]]
+    for name in progress_bars.progress([first], "Checking weights"):
+        source.read(name)
+        seen.append([task.description for task in progress_bars._drawn.tasks])
+    shard = source.files.info[first].file
+    ((outer, inner), left) = seen
+    assert outer == ("Checking weights", 0) and left == ["Checking weights"]
+    assert inner[0].endswith(shard.name) and inner[1] == shard.stat().st_size
+    assert progress_bars.download_bar() is None
     assert "Checking weights" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.allocate.sweep import point_of, sweep
 from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport
+from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.prune.points import PrunedPoint, load_points, save_points
 from vllm_mcmoe.calibration.recipes import find_recipe
@@ -54,25 +55,31 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def contents_of(layers: int, experts: int, **changes) -> Contents:
-    """Of a checkpoint that was never written, at 2.3 bits by random factors."""
+def factors_of(layers: int, experts: int) -> Factors:
+    """Random ones, of layers named as models name them."""
     factors = random_factors(layers, experts, widths=(1, 2, 3, 4))
     factors.layers = {f"model.layers.{i + 3}.mlp.experts": f for i, f in enumerate(factors.layers.values())}
-    plan = allocate(factors, bits=2.3)
+    return factors
+
+
+def never_written(plan: Plan, factors: Factors) -> Contents:
     config = CheckpointConfig({n: ExpertBits(tuple(w["gate_up"]), tuple(w["down"])) for n, w in plan.layers.items()})
-    return dataclasses.replace(Contents("made", "MadeForCausalLM", config, plan, factors, None, None), **changes)
+    return Contents("made", "MadeForCausalLM", config, plan, factors, None, None)
+
+
+def contents_of(layers: int, experts: int, **changes) -> Contents:
+    """Of a checkpoint at 2.3 bits by random factors."""
+    factors = factors_of(layers, experts)
+    return dataclasses.replace(never_written(allocate(factors, bits=2.3), factors), **changes)
 
 
 def large_contents(layers: int, experts: int) -> Contents:
     """Of a model too large to look for its best plan in a test: widths as they come, and no curve of sizes."""
-    factors = random_factors(layers, experts, widths=(1, 2, 3, 4))
-    factors.layers = {f"model.layers.{i + 3}.mlp.experts": f for i, f in enumerate(factors.layers.values())}
+    factors = factors_of(layers, experts)
     for layer in factors.layers.values():
         layer.shapes = None
     row = [1 + i * i % 5 % 4 for i in range(experts)]
-    plan = Plan(layers={name: {"gate_up": row, "down": row[::-1]} for name in factors.layers})
-    config = CheckpointConfig({n: ExpertBits(tuple(w["gate_up"]), tuple(w["down"])) for n, w in plan.layers.items()})
-    return Contents("large", "MadeForCausalLM", config, plan, factors, None, None)
+    return never_written(Plan(layers={name: {"gate_up": row, "down": row[::-1]} for name in factors.layers}), factors)
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +285,15 @@ def test_files_of_another_checkpoint_are_refused_by_name(finished, file, change,
     (finished / file).write_text(json.dumps(document))
     with pytest.raises(FormatError, match=message):
         read_contents(finished)
+
+
+def test_layers_are_drawn_in_the_models_order_whatever_that_of_the_plan(finished):
+    plan = json.loads((finished / "plan.json").read_text())
+    plan["layers"] = dict(reversed(plan["layers"].items()))
+    (finished / "plan.json").write_text(json.dumps(plan))
+    contents = read_contents(finished)
+    assert layer_labels(list(contents.widths)) == [str(i) for i in range(len(plan["layers"]))] != ["0"]
+    assert (finished / "expert_widths.svg").read_text() == width_map_file(contents.widths)
 
 
 def test_what_was_measured_of_an_earlier_pruning_rule_is_not_shown(finished):

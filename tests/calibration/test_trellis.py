@@ -21,7 +21,15 @@ from vllm_mcmoe.calibration.matrix.trellis import (
 from vllm_mcmoe.calibration.matrix.trellis_loops import first_pass
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
 from vllm_mcmoe.kernels.packing import scales_to_bytes
-from vllm_mcmoe.kernels.trellis import RING, TRELLIS_WIDTHS, decode, middle_level, ring_columns, table_entries
+from vllm_mcmoe.kernels.trellis import (
+    RING,
+    TRELLIS_WIDTHS,
+    codes_of_entries,
+    decode,
+    middle_level,
+    ring_columns,
+    table_entries,
+)
 
 TRELLIS = dataclasses.replace(REFINED, metadata="float8", codes="trellis")
 
@@ -141,7 +149,7 @@ def test_what_sweeps_keep_up_to_date_is_what_the_codes_decode_to(bits, outputs):
     first = SeparateRows().losses(iterate.error, iterate.gradient)
     for _ in range(3):
         iterate.sweep(outputs or SeparateRows())
-    codes = QuantizedTrellis(bits, iterate.entries >> 4 << 1 | iterate.entries & 1, iterate.scales.half(), 256)
+    codes = QuantizedTrellis(bits, codes_of_entries(iterate.entries), iterate.scales.half(), 256)
     assert torch.equal(table_entries(codes.codes), iterate.entries)  # the rings close
     assert torch.equal(decode(codes.codes, bits).float() - middle_level(bits), iterate.levels)
     torch.testing.assert_close(codes.dequantize() - weight, iterate.error, rtol=0, atol=1e-5)

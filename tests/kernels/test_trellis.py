@@ -117,10 +117,10 @@ def test_a_weight_is_its_scale_times_its_level_around_the_middle():
     matrix = TrellisMatrix(2, pack_trellis(codes, 2), torch.tensor([[0.5]]).half())
     assert matrix.qweight[0, 0, :3].tolist() == [0b0001_0001, 0b0001_0000, 0]
     assert matrix.qweight[0, 0, 16:19].tolist() == [1, 0, 1]
-    entries = table_entries(codes)[0, [0, 4, 8, 12, 16]].tolist()
-    assert entries == [16 + 0b1011, 0b0101, 0b0010, 0b0001, 16]
-    expected = [0.5 * (int(level_table(2)[entry]) - 31.5) for entry in entries]
-    assert matrix.dequantize(in_features=17)[0, [0, 4, 8, 12, 16]].tolist() == expected
+    columns = [0, 4, 8, 12, 16, 31]
+    assert table_entries(codes)[0, columns].tolist() == [16 + 0b1011, 0b0101, 0b0010, 0b0001, 16, 0b0110]
+    assert matrix.levels()[0, columns].tolist() == [45, 28, 26, 23, 33, 29]
+    assert matrix.dequantize(in_features=32)[0, columns].tolist() == [6.75, -1.75, -2.75, -4.25, 0.75, -1.25]
     assert matrix.dequantize().shape == (1, GROUP_SIZE)
     assert matrix.nbytes == 32 + 2 and (matrix.out_features, matrix.in_features) == (1, GROUP_SIZE)
 

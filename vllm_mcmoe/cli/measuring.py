@@ -181,6 +181,7 @@ def _sweep(factors_path: Path, text: str, options: dict[str, Any], plot: Path | 
     if as_json:
         print_json({"model": factors.model, "points": [vars(point) for point in points]})
     else:
-        print_sweep(points, by_size="size" in budgets[0])
-        flag = "--size" if "size" in budgets[0] else "--bits"
+        by_size = "size" in budgets[0]
+        print_sweep(points, by_size)
+        flag = "--size" if by_size else "--bits"
         log(f"Next, with the budget you choose: mcmoe allocate {factors_path} {flag} ... --out plan.json")

@@ -17,6 +17,7 @@ from vllm_mcmoe.doctor.check import Check, Status, note, ok, problem
 from vllm_mcmoe.doctor.faults import CPU_BUILD, TORCHVISION, VLLM, installed_version, name_fault, torchvision_fault
 from vllm_mcmoe.doctor.probes import Probe, run_probe
 from vllm_mcmoe.errors import InstallationError
+from vllm_mcmoe.vllm_versions import TESTED, is_tested
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mcmoe"
 MEND = "Run `mcmoe doctor --mend`."
@@ -26,6 +27,7 @@ INSTALL_VLLM = (
 )
 PLATFORMS = ("cpu", "cuda")  # vLLM's names; ROCm is "cuda", too
 LITTLE_MEMORY = 4_000_000_000  # the server of the demo, whose model has 9 MB, takes 1.9 GB
+RESOURCES = "What a model takes: mcmoe plan-resources MODEL"
 GB = 1e9
 
 
@@ -42,7 +44,7 @@ def examine() -> list[Check]:
     return [
         _python(),
         _torch(torch),
-        _torchvision(wrong_build),
+        _torchvision(torch, wrong_build),
         *_vllm(vllm, wrong_name, wrong_build),
         _cpu(cpu, serves_on),
         *_gpus(gpus, torch, triton, serves_on),
@@ -81,10 +83,12 @@ def _build(torch: Probe) -> str:
     return f"built for ROCm {torch.found['hip']}" if torch.found["hip"] else "built for CPUs"
 
 
-def _torchvision(fault: str) -> Check:
+def _torchvision(torch: Probe, fault: str) -> Check:
     if fault:
         return problem("torchvision", f"does not import, which breaks transformers: {fault}", MEND)
     version = installed_version(TORCHVISION)
+    if version and torch.error:
+        return note("torchvision", f"{version}; not tried, since torch does not import")
     return ok("torchvision", f"{version} imports" if version else "not installed; serving text needs none")
 
 
@@ -95,11 +99,11 @@ def _vllm(vllm: Probe, wrong_name: str, wrong_build: str) -> list[Check]:
         return [problem("vLLM", "is not installed: checkpoints can be made here, not served", INSTALL_VLLM)]
     if vllm.error:
         checks.append(problem("vLLM", f"does not import: {vllm.error}", MEND if wrong_build else INSTALL_VLLM))
-    elif vllm.found["is_tested"]:
+    elif is_tested(vllm.found["version"]):
         checks.append(ok("vLLM", f"{vllm.found['version']}, a tested version"))
     else:
-        tested = " and ".join(vllm.found["tested"])
-        checks.append(note("vLLM", f"{vllm.found['version']}; tested are {tested}", "Expect that most works."))
+        found = f"{vllm.found['version']}; tested are {' and '.join(TESTED)}"
+        checks.append(note("vLLM", found, "Expect that most works."))
     if wrong_name:
         checks.append(problem("its name", f"{wrong_name}; `vllm serve` asks for one", MEND))
     elif not vllm.error and not vllm.found["platform"]:
@@ -223,11 +227,8 @@ def _memory() -> Check:
     available = available_memory()
     found = f"{available / GB:.1f} GB available"
     if available < LITTLE_MEMORY:
-        return note("memory", found, f"vLLM alone takes some 2 GB. {_RESOURCES}")
-    return ok("memory", f"{found}. {_RESOURCES}")
-
-
-_RESOURCES = "What a model takes: mcmoe plan-resources MODEL"
+        return note("memory", found, f"vLLM alone takes some 2 GB. {RESOURCES}")
+    return ok("memory", f"{found}. {RESOURCES}")
 
 
 def _disk(vllm: Probe) -> list[Check]:
@@ -239,7 +240,8 @@ def _disk(vllm: Probe) -> list[Check]:
     if root is None:
         return [*checks, note("start cache", f"{variable}=off: experts are repacked on every start")]
     folder = _existing(Path(root))
-    free, found = _free_bytes(folder), f"{root}, {_free_bytes(folder) / GB:.1f} GB free"
+    free = _free_bytes(folder)
+    found = f"{root}, {free / GB:.1f} GB free"
     advice = f"Experts will be repacked on every start, into memory. Set {variable} to another folder."
     if not os.access(folder, os.W_OK):
         return [*checks, note("start cache", f"{found}, not writable", advice)]

@@ -30,8 +30,10 @@ ALIAS_SUMMARY = "Distribution-name alias"  # how its summary begins, by which it
 
 
 def torchvision_fault() -> str:
-    """Why the installed torchvision does not import; empty where it does, or where there is none."""
-    return run_probe(TORCHVISION).error if installed_version(TORCHVISION) else ""
+    """Why the installed torchvision does not import. Empty where it does, where there is none, and where torch does not
+    import either: then it is not torchvision that is to blame."""
+    fault = run_probe(TORCHVISION).error if installed_version(TORCHVISION) else ""
+    return "" if fault and run_probe("torch").error else fault
 
 
 def name_fault() -> str:

@@ -1,4 +1,4 @@
-"""Imports that may fail, crash or hang, each in a process of its own: `python -m vllm_mcmoe.doctor.probes NAME`.
+"""Imports that may fail, crash or hang, each in a process of its own.
 
 The process prints what it found as JSON behind a mark, since libraries print, too.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 SECONDS = 180.0  # an import that takes as long hangs; vLLM's takes 8 s on two cores, a minute from a cold disk
 _MARK = "mcmoe-probe:"
+# Not by -m: runpy would warn on stderr that the package has imported this module, which reads like a last word
+_PROGRAM = "from vllm_mcmoe.doctor.probes import main; main()"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Probe:
 
 def run_probe(name: str) -> Probe:
     """Run one of PROBES in a process of its own, with this process's interpreter and environment."""
-    command = [sys.executable, "-P", "-m", "vllm_mcmoe.doctor.probes", name]  # -P: not from the working directory
+    command = [sys.executable, "-P", "-c", _PROGRAM, name]  # -P: not from the working directory
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     try:
         process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
@@ -93,7 +95,7 @@ def _why_not_on(device: Any) -> str:
 def _vllm() -> dict[str, Any]:
     """vLLM with the plugin registered in it, as `vllm serve` does."""
     import vllm_mcmoe
-    from vllm_mcmoe.vllm_versions import TESTED, installed_version, is_tested
+    from vllm_mcmoe.vllm_versions import installed_version
 
     version = installed_version()
     vllm_mcmoe.register()
@@ -106,8 +108,6 @@ def _vllm() -> dict[str, Any]:
     root = cache_root()
     return {
         "version": version,
-        "is_tested": is_tested(version),
-        "tested": list(TESTED),
         "platform": current_platform.device_type,
         "registered": QUANT_METHOD in QUANTIZATION_METHODS,
         "cache": None if root is None else str(root),
@@ -132,7 +132,3 @@ def main() -> None:
     except Exception as error:  # whatever an import may raise is what is asked for
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     print(f"\n{_MARK}{json.dumps(result)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
