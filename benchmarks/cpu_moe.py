@@ -22,7 +22,7 @@ import torch
 from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, packed_bytes_per_group
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 DECODE_TOKENS = 4
@@ -98,8 +98,8 @@ def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str, stored_ze
             (down[b] for b in bits),
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
-            gate_up_bits=bits,
-            down_bits=bits,
+            gate_up_codes=list(map(Code, bits)),
+            down_codes=list(map(Code, bits)),
             stored_zeros=stored_zeros,
         )
 

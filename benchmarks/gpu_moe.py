@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.testing import do_bench
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, packed_bytes_per_group
 from vllm_mcmoe.kernels.triton import experts as backend
 from vllm_mcmoe.kernels.triton.tiles import Shape, Tiles, default_tiles, describe_device, write_table
 
@@ -94,8 +94,8 @@ def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> Callab
         random_matrices(widths, hidden, intermediate),
         hidden_size=hidden,
         intermediate_size=intermediate,
-        gate_up_bits=widths,
-        down_bits=widths,
+        gate_up_codes=list(map(Code, widths)),
+        down_codes=list(map(Code, widths)),
         stored_zeros=False,
         activations=activations,
     )

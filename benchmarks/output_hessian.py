@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 from quality import LENGTH, REFERENCE, corpus
-from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
@@ -61,7 +60,6 @@ def main() -> None:
                 mock.patch.object(two_sided, "output_damping", _always(damping)),
                 mock.patch.object(grids, "HEADROOM", headroom or grids.HEADROOM),
                 mock.patch.object(grids, "ONE_BIT_HEADROOM", headroom or grids.ONE_BIT_HEADROOM),
-                checkpoints_of(codes),
             ):
                 started = time.process_time()
                 out = Path(directory) / "out"

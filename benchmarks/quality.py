@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
@@ -188,20 +187,19 @@ class _Table:
     ) -> Row:
         out = self.work.path / f"{method}-{bits}{self.budget}".replace(" ", "-")
         recipe = RECIPE_OF.get(method, RECIPE_OF["mcmoe"])
-        with checkpoints_of(recipe.gptq.codes):
-            if not out.exists():
-                quantize_model(
-                    self.model,
-                    out,
-                    plan=plan,
-                    sequences=self.sequences,
-                    recipe=recipe,
-                    linear_bits=linear_bits,
-                    gradient_norms=calibration.gradient_norms,
-                    output_gradients=calibration.output_gradients,
-                    show_progress=False,
-                )
-            return _evaluate(self.options, method, bits, out)
+        if not out.exists():
+            quantize_model(
+                self.model,
+                out,
+                plan=plan,
+                sequences=self.sequences,
+                recipe=recipe,
+                linear_bits=linear_bits,
+                gradient_norms=calibration.gradient_norms,
+                output_gradients=calibration.output_gradients,
+                show_progress=False,
+            )
+        return _evaluate(self.options, method, bits, out)
 
 
 def plans(bits: float, factors: dict[str, Factors], full_budget: bool) -> dict[str, Plan]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.matrix.grids import Metadata
+from vllm_mcmoe.checkpoint import FORMAT_VERSION
 
 Objective = Literal["loss_increase", "weighted_error", "uniform"]
 Budget = Literal["<=", "="]
@@ -23,7 +24,7 @@ Effort = Literal["fast", "normal", "best"]
 
 
 # What each version of the checkpoint format stores of a group: GPTQOptions.metadata.
-METADATA: Mapping[int, Metadata] = MappingProxyType({1: "float16", 2: "float8"})
+METADATA: Mapping[int, Metadata] = MappingProxyType({1: "float16", 2: "float8", 3: "float8"})
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Recipe:
     @property
     def format_version(self) -> int:
         """Of the checkpoints it makes."""
+        if self.gptq.codes == "trellis":
+            return FORMAT_VERSION
         return next(version for version, metadata in METADATA.items() if metadata == self.gptq.metadata)
 
 

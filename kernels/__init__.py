@@ -1,7 +1,7 @@
 """Grouped GEMM over experts of different bit-widths.
 
 `experts_class(name)` gives the module that holds one layer's experts. Every backend has the same three methods:
-`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_bits, down_bits, function, device)`, which repacks
+`prepare(gate_up, down, *, hidden_size, intermediate_size, gate_up_codes, down_codes, function, device)`, which repacks
 the checkpoint's matrices one at a time, `set_biases(gate_up, down)`, for experts that have them, and
 `forward(x, topk_weights, topk_ids, expert_map=None)`. `function` is expert_function.py's.
 """

@@ -14,13 +14,46 @@ and kernels, which compute whole groups, meet activations of 0 there.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
 
 GROUP_SIZE = 128
 WIDTHS = (1, 2, 3, 4, 8)
+TRELLIS_WIDTHS = (1, 2, 3, 4)
+
+Kind = Literal["scalar", "trellis"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_TRELLIS_NUMBERS = 16  # added to the width of a trellis code
+
+
+class Code(NamedTuple):
+    """What the weights of one matrix are written in.
+
+    bits  of a weight
+    kind  "scalar": each weight has a code of its own, this module's; "trellis": those of trellis.py
+    """
+
+    bits: int
+    kind: Kind = "scalar"
+
+    @property
+    def number(self) -> int:
+        """What compiled kernels know it by: its width, and 16 more of a trellis code."""
+        return self.bits + (_TRELLIS_NUMBERS if self.kind == "trellis" else 0)
+
+    def has_zeros(self, stored_zeros: bool) -> bool:
+        """Whether matrices have zeros where scalar codes of more than 1 bit do."""
+        return stored_zeros and self.kind == "scalar" and self.bits > 1
+
+    def __str__(self) -> str:
+        if self.kind == "trellis":
+            return f"{self.bits}-bit trellis"
+        return f"{self.bits} bit" if self.bits == 1 else f"{self.bits} bits"
+
+
+CODES = (*(Code(bits) for bits in WIDTHS), *(Code(bits, "trellis") for bits in TRELLIS_WIDTHS))
 
 
 def middle_zero(bits: int) -> float:
@@ -151,7 +184,10 @@ def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class StoredMatrix:
     """One linear map of one expert in whole groups, whose padding it does not know of. PackedMatrix has scalar codes,
-    trellis.TrellisMatrix the others; each says what its qweight and its scales are."""
+    trellis.TrellisMatrix the others; each says what its qweight and its scales are.
+
+    weight[n, k] = scale[n, g] * (level[n, k] - zero[n, g]),  g = k // 128
+    """
 
     bits: int
     qweight: torch.Tensor
@@ -177,8 +213,16 @@ class StoredMatrix:
         """Scales, zeros and the last group's padding included."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
-    def centred(self) -> torch.Tensor:
-        """The weights in units of their group's scale: float32 [out, groups, 128]."""
+    @property
+    def code(self) -> Code:
+        raise NotImplementedError
+
+    def levels(self) -> torch.Tensor:
+        """The integers that kernels multiply: uint8 [out, 128*groups]."""
+        raise NotImplementedError
+
+    def float_zeros(self) -> torch.Tensor:
+        """In units of levels: float32 [out, groups]."""
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, in_features: int | None = None) -> torch.Tensor:
@@ -187,7 +231,8 @@ class StoredMatrix:
         in_features: the matrix' own, where its last group has padding; None if it has none. Padding has no meaning as
         weights.
         """
-        weight = self.scales.float().unsqueeze(-1) * self.centred()
+        centred = to_groups(self.levels()).float() - self.float_zeros().unsqueeze(-1)
+        weight = self.scales.float().unsqueeze(-1) * centred
         return from_groups(weight, in_features or self.in_features).to(dtype)
 
 
@@ -203,15 +248,14 @@ class PackedMatrix(StoredMatrix):
 
     zeros: torch.Tensor | None
 
-    def codes(self) -> torch.Tensor:
-        """uint8 [out, 128*groups]."""
+    @property
+    def code(self) -> Code:
+        return Code(self.bits)
+
+    def levels(self) -> torch.Tensor:
         return unpack_codes(self.qweight, self.bits)
 
     def float_zeros(self) -> torch.Tensor:
-        """float32 [out, groups]."""
         if self.zeros is None:
             return torch.full_like(self.scales, middle_zero(self.bits), dtype=torch.float32)
         return self.zeros.float()
-
-    def centred(self) -> torch.Tensor:
-        return to_groups(self.codes()).float() - self.float_zeros().unsqueeze(-1)

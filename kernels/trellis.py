@@ -20,9 +20,8 @@ from functools import cache
 
 import torch
 
-from vllm_mcmoe.kernels.packing import StoredMatrix, pack_planes, planes, to_groups, unpack_planes
+from vllm_mcmoe.kernels.packing import TRELLIS_WIDTHS, Code, StoredMatrix, pack_planes, planes, unpack_planes
 
-TRELLIS_WIDTHS = (1, 2, 3, 4)
 RING = 32  # weights, and bits of the word that kernels rotate
 STEP = 4  # columns from one weight of a ring to the next: a quad, which CPU kernels multiply at once
 MEMORY = 3  # bits of a window that belong to the weights after
@@ -113,7 +112,7 @@ def unpack_trellis(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TrellisMatrix(StoredMatrix):
-    """One linear map of one expert as a checkpoint will store it: packing.PackedMatrix with trellis codes.
+    """One linear map of one expert as a checkpoint stores it: packing.PackedMatrix with trellis codes.
 
     bits     1, 2, 3 or 4
     qweight  uint8   [out, groups, 16*bits]  see the module's text
@@ -124,9 +123,12 @@ class TrellisMatrix(StoredMatrix):
 
     zeros = None  # the middle of the levels, always
 
+    @property
+    def code(self) -> Code:
+        return Code(self.bits, "trellis")
+
     def levels(self) -> torch.Tensor:
-        """uint8 [out, 128*groups]."""
         return decode(unpack_trellis(self.qweight, self.bits), self.bits)
 
-    def centred(self) -> torch.Tensor:
-        return to_groups(self.levels()).float() - middle_level(self.bits)
+    def float_zeros(self) -> torch.Tensor:
+        return torch.full_like(self.scales, middle_level(self.bits), dtype=torch.float32)

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from vllm_mcmoe.expert_weights import LayerWeights
 from vllm_mcmoe.kernels import experts_class
+from vllm_mcmoe.kernels.packing import Code
 from vllm_mcmoe.memory import release_freed_memory
 from vllm_mcmoe.pruning import ActivationCounts
 from vllm_mcmoe.start_cache import CACHE_VARIABLE, StartCache, cache_root
@@ -77,24 +78,24 @@ class ExpertLoading:
     def compile_kernels(
         self,
         experts: nn.Module,
-        widths: Collection[int],
+        codes: Collection[Code],
         top_k: int,
         dtype: torch.dtype,
         expert_map: torch.Tensor | None,
     ) -> None:
         """What a request would otherwise wait for; nothing on CPUs, whose kernels are compiled as experts are packed.
 
-        widths: of all layers' experts. dtype: of the hidden states. The layers of a model share their kernels, so the
+        codes: of all layers' experts. dtype: of the hidden states. The layers of a model share their kernels, so the
         first one takes the time.
         """
         if self.backend != "triton":
             return
         begin = time.perf_counter()
-        experts.compile_kernels(widths=widths, top_k=top_k, dtype=dtype, expert_map=expert_map)
+        experts.compile_kernels(codes=codes, top_k=top_k, dtype=dtype, expert_map=expert_map)
         seconds = time.perf_counter() - begin
         if seconds > WORTH_REPORTING:
-            found = ", ".join(map(str, sorted(widths)))
-            logger.info("Kernels for experts of %s bits took %.1f s to compile; Triton keeps them.", found, seconds)
+            found = ", ".join(map(str, sorted(codes)))
+            logger.info("Kernels for experts of %s took %.1f s to compile; Triton keeps them.", found, seconds)
 
     def activation_counts(self, device: torch.device) -> ActivationCounts:
         """What all pruned layers of this model count together; they are on one device."""
@@ -114,8 +115,8 @@ class ExpertLoading:
                     weights.down.matrices(),
                     hidden_size=weights.hidden_size,
                     intermediate_size=weights.intermediate_size,
-                    gate_up_bits=weights.gate_up.bits,
-                    down_bits=weights.down.bits,
+                    gate_up_codes=weights.gate_up.codes,
+                    down_codes=weights.down.codes,
                     function=weights.function,
                     stored_zeros=weights.stored_zeros,
                     device=weights.device,

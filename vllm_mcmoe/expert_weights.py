@@ -26,7 +26,14 @@ from vllm_mcmoe.checkpoint import (
 )
 from vllm_mcmoe.errors import FormatError, UnsupportedModelError
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, group_count, packed_bytes_per_group, padded
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    Code,
+    StoredMatrix,
+    group_count,
+    packed_bytes_per_group,
+    padded,
+)
 
 
 # Parameters that hold nothing and take one tensor of the checkpoint each, for vLLM's models that load experts by a
@@ -70,25 +77,25 @@ class Shard:
 
 
 class ProjectionWeights(nn.Module):
-    """One projection of every local expert in checkpoint layout; experts differ in width.
+    """One projection of every local expert in checkpoint layout; experts differ in their codes.
 
-    bits       width per local expert
+    codes      per local expert
     version    of the format
     qweight    uint8 flat, experts one after the other, each [rows, groups, 16*bits]
-    scales     float16, in version 2 uint8 [experts, rows, groups]
-    zeros      float16 [experts, rows, groups] in version 1, unused where bits is 1; empty in version 2
-    exponents  int8 [experts, rows] in version 2; empty in version 1
+    scales     float16, from version 2 on uint8 [experts, rows, groups]
+    zeros      float16 [experts, rows, groups] in version 1, unused at 1 bit; empty in later ones
+    exponents  int8 [experts, rows] from version 2 on; empty in version 1
 
     All are empty before `allocate` and after `release`. Rows are whole groups; those the model lacks get scale 0, which
     matrices() sees to.
     """
 
-    def __init__(self, bits: Sequence[int], version: int, rows: int, groups: int, padding: Sequence[slice]):
+    def __init__(self, codes: Sequence[Code], version: int, rows: int, groups: int, padding: Sequence[slice]):
         """padding: the rows that no tensor of the checkpoint fills."""
         super().__init__()
-        self.bits, self.version = tuple(bits), version
+        self.codes, self.version = tuple(codes), version
         self.rows, self.groups, self.padding = rows, groups, padding
-        self.sizes = [rows * groups * packed_bytes_per_group(width) for width in bits]
+        self.sizes = [rows * groups * packed_bytes_per_group(code.bits) for code in codes]
         self.allocated = False
         self.qweight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         scales = torch.float16 if version == 1 else torch.uint8
@@ -102,7 +109,7 @@ class ProjectionWeights(nn.Module):
 
     def allocate(self) -> None:
         """Memory for the tensors that the format's version has."""
-        experts, groups = len(self.bits), (self.rows, self.groups)
+        experts, groups = len(self.codes), (self.rows, self.groups)
         shapes = {QWEIGHT: (sum(self.sizes),), SCALES: (experts, *groups)}
         shapes |= {ZEROS: (experts, *groups)} if self.version == 1 else {EXPONENTS: (experts, self.rows)}
         for suffix, shape in shapes.items():
@@ -124,13 +131,13 @@ class ProjectionWeights(nn.Module):
         flat = self.qweight.data.narrow(0, sum(self.sizes[:expert]), self.sizes[expert])
         return flat.view(self.rows, self.groups, -1)
 
-    def matrices(self) -> Iterator[PackedMatrix]:
-        for expert, bits in enumerate(self.bits):
-            tensors = {suffix: self.view(expert, suffix) for suffix in tensor_dtypes(bits, self.version)}
+    def matrices(self) -> Iterator[StoredMatrix]:
+        for expert, code in enumerate(self.codes):
+            tensors = {suffix: self.view(expert, suffix) for suffix in tensor_dtypes(code, self.version)}
             for rows in self.padding:
                 for tensor in tensors.values():
                     tensor[rows] = 0
-            matrix = matrix_of(bits, self.version, tensors.__getitem__)
+            matrix = matrix_of(code, self.version, tensors.__getitem__)
             for rows in self.padding:
                 matrix.scales[rows] = 0
             yield matrix
@@ -158,8 +165,8 @@ class LayerWeights:
         self,
         layer_name: str,
         shard: Shard,
-        gate_up_bits: Sequence[int],
-        down_bits: Sequence[int],
+        gate_up_codes: Sequence[Code],
+        down_codes: Sequence[Code],
         model_hidden_size: int,
         model_intermediate_size: int,
         function: ExpertFunction = SILU,
@@ -181,14 +188,14 @@ class LayerWeights:
         self.hidden_size, self.intermediate_size = padded(model_hidden_size), len(groups) * GROUP_SIZE
         first_rows = [part * self.intermediate_size for part in range(function.factor)]  # of gate and up, or of up
         self.gate_up = ProjectionWeights(
-            gate_up_bits,
+            gate_up_codes,
             version,
             function.factor * self.intermediate_size,
             self.hidden_size // GROUP_SIZE,
             padding=[slice(first + len(rows), first + self.intermediate_size) for first in first_rows],
         )
         self.down = ProjectionWeights(
-            down_bits, version, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
+            down_codes, version, self.hidden_size, len(groups), padding=[slice(model_hidden_size, self.hidden_size)]
         )
         self.gate_up_bias = self.down_bias = None
         if has_bias:
@@ -201,19 +208,19 @@ class LayerWeights:
             (expert, shard_id, suffix)
             for expert in range(len(shard.expert_ids))
             for shard_id in self._projections.values()
-            for suffix in self._suffixes((self.down if shard_id == DOWN else self.gate_up).bits[expert])
+            for suffix in self._suffixes((self.down if shard_id == DOWN else self.gate_up).codes[expert])
         ]
         self._missing = set(self._tensors)
         self.loading_seconds = 0.0
         self.finished = False
         self.on_complete: Callable[[], None] | None = None
 
-    def _suffixes(self, bits: int) -> tuple[str, ...]:
-        return (*tensor_dtypes(bits, self.version), *self._biases)
+    def _suffixes(self, code: Code) -> tuple[str, ...]:
+        return (*tensor_dtypes(code, self.version), *self._biases)
 
     @property
     def stored_zeros(self) -> bool:
-        """Whether matrices of more than 1 bit have zeros."""
+        """Whether matrices of scalar codes of more than 1 bit have zeros."""
         return self.version == 1
 
     @property
@@ -285,20 +292,20 @@ class LayerWeights:
                 "them in another layout. Quantise the new weights and start another engine."
             )
         projection = self.down if shard_id == DOWN else self.gate_up
-        bits = projection.bits[expert]
-        if suffix not in self._suffixes(bits) or shard_id not in self._projections.values():
-            raise FormatError(f"{where}: present in the checkpoint, but a {bits}-bit matrix has none.")
+        code = projection.codes[expert]
+        if suffix not in self._suffixes(code) or shard_id not in self._projections.values():
+            raise FormatError(f"{where}: present in the checkpoint, but a matrix of {code} has none.")
         which = DOWN if shard_id == DOWN else GATE
         (rows, groups), first = self._part[which], self.intermediate_size if shard_id == UP else 0
         if suffix == BIAS:
             dtype, expected = loaded.dtype, [self._model_shape[which][0]]
         else:
-            dtype = TORCH_DTYPES[tensor_dtypes(bits, self.version)[suffix]]
-            expected = list(tensor_shape(suffix, bits, *self._model_shape[which]))
+            dtype = TORCH_DTYPES[tensor_dtypes(code, self.version)[suffix]]
+            expected = list(tensor_shape(suffix, code, *self._model_shape[which]))
         if list(loaded.shape) != expected or loaded.dtype != dtype:
             raise FormatError(
                 f"{where}: found {loaded.dtype} {list(loaded.shape)}, expected {dtype} {expected} for "
-                f"{bits} bits. config.json and the safetensors files do not belong together, or a file is damaged."
+                f"{code}. config.json and the safetensors files do not belong together, or a file is damaged."
             )
         if (expert, shard_id, suffix) not in self._missing:
             raise FormatError(

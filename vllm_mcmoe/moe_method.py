@@ -19,7 +19,7 @@ from vllm_mcmoe.checkpoint import ExpertBits
 from vllm_mcmoe.errors import UnsupportedModelError
 from vllm_mcmoe.expert_loading import expert_loading
 from vllm_mcmoe.expert_weights import LayerWeights, Shard
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code
 from vllm_mcmoe.pruning import LayerPruning
 from vllm_mcmoe.pruning_monitor import PruningMonitor
 from vllm_mcmoe.start_report import StartReport
@@ -49,7 +49,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
     version       of the checkpoint's format
     exact_names   whether tensors come under the names of LayerWeights.exact_parameters
     pruning       the rule that drops some of a token's experts, or None
-    model_widths  of the experts of all layers, where this is not the only one
+    model_codes   of the experts of all layers, where this is not the only one
     report        told when the model's experts are loaded, or None
 
     Where ranks hold different tokens, data or sequence parallel, each routes its own, and `apply` gathers them and
@@ -63,13 +63,13 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         bits: ExpertBits,
         version: int,
         pruning: LayerPruning | None = None,
-        model_widths: frozenset[int] = frozenset(),
+        model_codes: frozenset[Code] = frozenset(),
         exact_names: bool = False,
         report: StartReport | None = None,
     ):
         super().__init__(moe)
         self.bits, self.version = bits, version
-        self.model_widths = model_widths | bits.widths
+        self.model_codes = model_codes | bits.used_codes
         self.pruning = pruning
         self.exact_names = exact_names
         self.report = report
@@ -135,8 +135,8 @@ class McmoeMoEMethod(FusedMoEMethodBase):
         self.weights = LayerWeights(
             layer.layer_name,
             shard,
-            gate_up_bits=[self.bits.gate_up[expert] for expert in shard.expert_ids],
-            down_bits=[self.bits.down[expert] for expert in shard.expert_ids],
+            gate_up_codes=[self.bits.gate_up_codes[expert] for expert in shard.expert_ids],
+            down_codes=[self.bits.down_codes[expert] for expert in shard.expert_ids],
             model_hidden_size=hidden_size,
             model_intermediate_size=self.moe.intermediate_size,
             function=function,
@@ -167,7 +167,7 @@ class McmoeMoEMethod(FusedMoEMethodBase):
             delattr(layer, name)
         layer.mcmoe_experts = self.loading.finish(self.weights)
         top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype
-        self.loading.compile_kernels(layer.mcmoe_experts, self.model_widths, top_k, dtype, layer.expert_map)
+        self.loading.compile_kernels(layer.mcmoe_experts, self.model_codes, top_k, dtype, layer.expert_map)
         self.weights.finished = True
         if self.pruning is not None:
             counts = self.loading.activation_counts(device)

@@ -154,10 +154,10 @@ class McmoeConfig(QuantizationConfig):
             bits = self.experts[name]
             self._refuse_requantisation(prefix, layer)
             _note_kernels(select_backend())
-            widths = frozenset().union(*(layer_bits.widths for layer_bits in self.experts.values()))
+            codes = frozenset().union(*(layer_bits.used_codes for layer_bits in self.experts.values()))
             version, pruning = self.checkpoint.format_version, self._layer_pruning(name, layer)
             report = StartReport(self.checkpoint, self._pruning_target()[0])
-            return McmoeMoEMethod(layer.moe_config, bits, version, pruning, widths, self.exact_names, report)
+            return McmoeMoEMethod(layer.moe_config, bits, version, pruning, codes, self.exact_names, report)
         if self.linear is not None:
             self.linear.packed_modules_mapping = self._fused_linears(prefix)
             method = self.linear.get_quant_method(layer, prefix)

@@ -196,8 +196,8 @@ def _sizes(weights: LayerWeights) -> dict[str, Any]:
     return {
         "hidden_size": weights.hidden_size,
         "intermediate_size": weights.intermediate_size,
-        "gate_up_bits": weights.gate_up.bits,
-        "down_bits": weights.down.bits,
+        "gate_up_codes": weights.gate_up.codes,
+        "down_codes": weights.down.codes,
         "stored_zeros": weights.stored_zeros,
     }
 

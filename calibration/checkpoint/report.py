@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm_mcmoe.errors import FormatError
+from vllm_mcmoe.kernels.packing import Code, Kind
 
 FORMAT_VERSION = 1
 
@@ -19,6 +20,7 @@ class ExpertReport:
     output_error    relative change (Frobenius norms) of its output on them, on the inputs the quantised layers below
                     give; None without tokens
     pooled_hessian  it had too few tokens and was calibrated on the layer's (experts.calibration_tokens)
+    gate_up_kind, down_kind   of their codes
     """
 
     gate_up: int
@@ -26,6 +28,12 @@ class ExpertReport:
     tokens: int
     output_error: float | None
     pooled_hessian: bool
+    gate_up_kind: Kind = "scalar"
+    down_kind: Kind = "scalar"
+
+    def code(self, part: str) -> Code:
+        """Of gate_up or down."""
+        return Code(getattr(self, part), getattr(self, f"{part}_kind"))
 
 
 @dataclass(frozen=True)

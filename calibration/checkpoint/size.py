@@ -24,9 +24,10 @@ from vllm_mcmoe.calibration.model.description import HEAD_MODULE, MoeModel
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.weight_files import ELEMENT_BYTES
 from vllm_mcmoe.checkpoint import BIAS, FORMAT_VERSION, tensor_dtypes
+from vllm_mcmoe.kernels.packing import Code
 
 FILE_BYTES = 8 + 8 + len('{"__metadata__":{"format":"pt"}}')  # header's length, its padding, its one fixed entry
-EXPERT_SUFFIXES = tuple(tensor_dtypes(2, FORMAT_VERSION))  # those of version 1 are no longer, and no more
+EXPERT_SUFFIXES = tuple(tensor_dtypes(Code(2), FORMAT_VERSION))  # those of version 1 are no longer, and no more
 
 
 @dataclass(frozen=True)

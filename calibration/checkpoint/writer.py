@@ -15,8 +15,7 @@ from vllm_mcmoe.calibration.model.folder import CONFIG_FILE, WEIGHT_SUFFIXES
 from vllm_mcmoe.calibration.model.weight_files import INDEX_FILE
 from vllm_mcmoe.checkpoint import SCALES, matrix_tensors
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import SMALLEST_EXPONENT, PackedMatrix
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.packing import SMALLEST_EXPONENT, StoredMatrix
 
 REPORT_FILE, PLAN_FILE, FACTORS_FILE, MODEL_CARD = (
     "quantization_report.json",
@@ -52,7 +51,7 @@ class Shard:
             raise FormatError(f"tensor {name} would be written twice.")
         self._tensors[name] = tensor.cpu().contiguous()
 
-    def add_matrix(self, name: str, matrix: PackedMatrix | TrellisMatrix, version: int) -> None:
+    def add_matrix(self, name: str, matrix: StoredMatrix, version: int) -> None:
         """One quantised matrix of an expert, in this version of the format. Raises FormatError for scales that it
         cannot hold precisely."""
         smallest = torch.finfo(torch.float16).smallest_normal if version == 1 else 2.0**SMALLEST_EXPONENT

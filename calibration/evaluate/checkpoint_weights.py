@@ -29,7 +29,7 @@ from vllm_mcmoe.checkpoint import (
     tensor_shape,
 )
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import PackedMatrix, group_count
+from vllm_mcmoe.kernels.packing import Code, StoredMatrix, group_count
 
 
 class CheckpointWeights:
@@ -53,24 +53,24 @@ class CheckpointWeights:
                     if model.has_biases:
                         self._check_bias(model.expert_tensor(layer_name, expert, projection))
 
-    def _bits(self, layer_name: str, expert: int, projection: str) -> int:
+    def _code(self, layer_name: str, expert: int, projection: str) -> Code:
         layer = self.config.experts[layer_name]
-        return (layer.down if projection == self.model.family.down else layer.gate_up)[expert]
+        return (layer.down_codes if projection == self.model.family.down else layer.gate_up_codes)[expert]
 
     def _check_matrix(self, layer_name: str, expert: int, projection: str) -> None:
         base = self.model.expert_tensor(layer_name, expert, projection)
-        bits = self._bits(layer_name, expert, projection)
+        code = self._code(layer_name, expert, projection)
         rows, columns = self.model.projection_shape(projection)
         groups = group_count(columns)
-        for suffix, dtype in tensor_dtypes(bits, self.config.format_version).items():
-            name, shape = f"{base}.{suffix}", tensor_shape(suffix, bits, rows, groups)
+        for suffix, dtype in tensor_dtypes(code, self.config.format_version).items():
+            name, shape = f"{base}.{suffix}", tensor_shape(suffix, code, rows, groups)
             info = self.files.info.get(name)
             if info is None:
                 raise FormatError(f"{self.model.path}: tensor {name} is missing; the checkpoint is incomplete.")
             if (info.dtype, info.shape) != (dtype, shape):
                 raise FormatError(
                     f"{info.file}: {name} is {info.dtype} {list(info.shape)}; "
-                    f"a {bits}-bit {projection} needs {dtype} {list(shape)}."
+                    f"a {projection} of {code} needs {dtype} {list(shape)}."
                 )
 
     def _check_bias(self, base: str) -> None:
@@ -109,11 +109,11 @@ class CheckpointWeights:
                 raise FormatError(f"{file}: {base}.{PACKED} cannot be unpacked: {error}") from error
         return self.files.read(name)
 
-    def read_matrix(self, base: str) -> PackedMatrix:
+    def read_matrix(self, base: str) -> StoredMatrix:
         """A matrix of an expert as stored; base: "{layer}.{expert}.{projection}"."""
         layer_name, expert, projection = base.rsplit(".", 2)
-        bits = self._bits(layer_name, int(expert), projection)
-        return matrix_of(bits, self.config.format_version, lambda suffix: self.files.read(f"{base}.{suffix}"))
+        code = self._code(layer_name, int(expert), projection)
+        return matrix_of(code, self.config.format_version, lambda suffix: self.files.read(f"{base}.{suffix}"))
 
     def numel(self, name: str) -> int:
         base = name.removesuffix(".weight")

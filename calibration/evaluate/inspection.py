@@ -20,6 +20,7 @@ from vllm_mcmoe.calibration.model.folder import ModelFolder, find_model
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles, TensorInfo
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.checkpoint import QWEIGHT, CheckpointConfig, read_checkpoint_config, tensor_dtypes, tensor_shape
+from vllm_mcmoe.kernels.packing import Code
 
 # Kinds of tensors in the order a reader wants them; the first pattern that matches a name decides.
 KINDS = (
@@ -201,22 +202,22 @@ def _check_experts(config: CheckpointConfig, headers: dict[str, TensorInfo]) -> 
             parameters += len(rows) * min(rows, default=0) * max(rows, default=0)
             for projection in projections:
                 base = f"{layer}.{expert}.{projection}"
-                width = bits.down[expert] if projection in ("w2", "down_proj") else bits.gate_up[expert]
-                warnings += _check_matrix(base, width, config.format_version, headers)
+                codes = bits.down_codes if projection in ("w2", "down_proj") else bits.gate_up_codes
+                warnings += _check_matrix(base, codes[expert], config.format_version, headers)
     warnings += [f"{layer}, expert {expert}: stored, but config.json does not list it" for layer, expert in found]
     return parameters, warnings
 
 
-def _check_matrix(base: str, bits: int, version: int, headers: dict[str, TensorInfo]) -> list[str]:
+def _check_matrix(base: str, code: Code, version: int, headers: dict[str, TensorInfo]) -> list[str]:
     rows, groups, _ = headers[f"{base}.{QWEIGHT}"].shape
     warnings = []
-    for suffix, dtype in tensor_dtypes(bits, version).items():
-        info, shape = headers.get(f"{base}.{suffix}"), tensor_shape(suffix, bits, rows, groups)
+    for suffix, dtype in tensor_dtypes(code, version).items():
+        info, shape = headers.get(f"{base}.{suffix}"), tensor_shape(suffix, code, rows, groups)
         if info is None:
-            warnings.append(f"{base}.{suffix} is missing; {bits}-bit experts have one")
+            warnings.append(f"{base}.{suffix} is missing; experts of {code} have one")
         elif (info.dtype, info.shape) != (dtype, shape):
             warnings.append(
                 f"{info.file.name}: {base}.{suffix} is {info.dtype} {list(info.shape)}, "
-                f"{bits} bits need {dtype} {list(shape)}"
+                f"{code} need {dtype} {list(shape)}"
             )
     return warnings

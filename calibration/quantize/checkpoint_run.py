@@ -38,7 +38,7 @@ from vllm_mcmoe.calibration.model.folder import CONFIG_FILE
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer, restore
 from vllm_mcmoe.calibration.recipes import Recipe
-from vllm_mcmoe.checkpoint import CheckpointConfig, ExpertBits
+from vllm_mcmoe.checkpoint import SCALAR_VERSION, CheckpointConfig, ExpertBits
 
 REST = "rest"  # the unit of work besides one per layer
 
@@ -248,14 +248,18 @@ class CheckpointRun:
             linear = None if self._uniform == 16 else linear_config(self._uniform, self.linear_group, ignore)
         else:
             linear = self._mixed_config(ignore)
+        experts = {
+            name: ExpertBits.of_codes([e.code("gate_up") for e in experts], [e.code("down") for e in experts])
+            for name, experts in report.layers.items()
+        }
+        version = self.recipe.format_version
+        if all(code.kind == "scalar" for layer in experts.values() for code in layer.used_codes):
+            version = min(version, SCALAR_VERSION)
         config = CheckpointConfig(
-            experts={
-                name: ExpertBits(tuple(e.gate_up for e in experts), tuple(e.down for e in experts))
-                for name, experts in report.layers.items()
-            },
+            experts=experts,
             linear=linear,
             average_bits=report.average_bits,
-            format_version=self.recipe.format_version,
+            format_version=version,
         )
         return {**self.description.read_config(), "quantization_config": config.to_dict()}
 

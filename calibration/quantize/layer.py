@@ -43,8 +43,7 @@ from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.layerwise import DecoderLayer, LayerwiseModel
 from vllm_mcmoe.calibration.recipes import Recipe
 from vllm_mcmoe.checkpoint import matrix_of
-from vllm_mcmoe.kernels.packing import PackedMatrix
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.packing import Kind, StoredMatrix
 
 ERROR_TOKENS = 2048  # tokens an expert's output error is measured on; more change its second digit only
 
@@ -117,7 +116,7 @@ class _QuantizedExpert:
     """matrices: on-disk name of each projection, without a suffix, to what is written."""
 
     report: ExpertReport
-    matrices: dict[str, PackedMatrix | TrellisMatrix]
+    matrices: dict[str, StoredMatrix]
 
 
 class _LayerJob:
@@ -213,7 +212,8 @@ class _LayerJob:
         outputs = self._output_hessians(layer_name, expert, inputs)
         weights = hessian_weights(tokens, recipe.hessian_weighting, self.options.gradient_norms)
         transforms = {"gate_up": None, "down": layer.expert(expert).intermediate}
-        matrices: dict[str, PackedMatrix | TrellisMatrix] = {}
+        matrices: dict[str, StoredMatrix] = {}
+        kinds: dict[str, Kind] = {}
         for part, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
             name = f"{layer_name}.{expert}.{part}"
             factor = build_factor(tokens, weights, transforms[part], recipe, name)
@@ -223,9 +223,13 @@ class _LayerJob:
             for projection, rows in zip(self.description.projections(part), all_rows, strict=True):
                 packed = matrix.part(rows).pack()
                 matrices[self.description.expert_tensor(layer_name, expert, projection)] = packed
+                kinds[part] = packed.code.kind
         after = layer.expert(expert)(sample.x)
         error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
-        report = ExpertReport(**bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled)
+        report = ExpertReport(
+            **bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled,
+            **{f"{part}_kind": kind for part, kind in kinds.items()},
+        )  # fmt: skip
         return _QuantizedExpert(report, matrices)
 
     def add_unquantized(self) -> None:
@@ -257,8 +261,9 @@ def restore(
                 all_rows = description.projection_rows(part)
                 for projection, rows in zip(description.projections(part), all_rows, strict=True):
                     name = description.expert_tensor(description.moe_layers[index], expert, projection)
-                    bits = getattr(report, part)
-                    matrix = matrix_of(bits, version, lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}"))
+                    matrix = matrix_of(
+                        report.code(part), version, lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}")
+                    )
                     stack[expert, rows] = matrix.dequantize(in_features=stack.shape[2])
 
 

@@ -10,6 +10,7 @@ from vllm_mcmoe.calibration.allocate.sweep import SweepPoint, point_of, predicte
 from vllm_mcmoe.calibration.measure.factors import Factors
 from vllm_mcmoe.calibration.recipes import METADATA, RECIPES, Recipe
 from vllm_mcmoe.calibration.report.contents import Contents
+from vllm_mcmoe.checkpoint import SCALAR_VERSION
 
 POINTS = 13
 STEPS = (10**9, 10**8, 10**7, 10**6, 10**5)  # bytes; the largest that is at most a fifth of the checkpoint
@@ -72,14 +73,15 @@ def _recipe(contents: Contents) -> Recipe:
     measured = [set(widths) for layer in contents.factors.layers.values() for widths in layer.loss_increase.values()]
     common = set.intersection(*measured)
     widths = [width for width in plan.extra.get("widths", common) if width in common]
-    metadata = METADATA[contents.config.format_version]
+    version = contents.config.format_version
+    codes = "trellis" if version > SCALAR_VERSION else "scalar"
     return replace(
         default,
         widths=tuple(sorted(widths or common)),
         scope=plan.extra.get("scope", default.scope),
         granularity=plan.extra.get("granularity", default.granularity),
         keep_super_experts=bool(plan.forced_experts),
-        gptq=replace(default.gptq, metadata=metadata),
+        gptq=replace(default.gptq, metadata=METADATA[version], codes=codes),
     )
 
 

@@ -16,26 +16,26 @@ from vllm_mcmoe.kernels.cpu.records_file import PrivateRecords, RecordsWriter, m
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
 from vllm_mcmoe.kernels.cpu.vectors import function_code
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, Code, StoredMatrix
 from vllm_mcmoe.kernels.reference import check_matrix, local_ids
 
 
 def record_sizes(
     hidden_size: int,
     intermediate_size: int,
-    gate_up_bits: Sequence[int],
-    down_bits: Sequence[int],
+    gate_up_codes: Sequence[Code],
+    down_codes: Sequence[Code],
     factor: int,
     stored_zeros: bool = True,
 ) -> dict[str, list[int]]:
     """Bytes of every expert's records, by buffer. factor: of the experts' function."""
     shapes = {
-        "gate_up": (gate_up_bits, factor * intermediate_size, hidden_size),
-        "down": (down_bits, hidden_size, intermediate_size),
+        "gate_up": (gate_up_codes, factor * intermediate_size, hidden_size),
+        "down": (down_codes, hidden_size, intermediate_size),
     }
     return {
-        name: [matrix_bytes(expert_record(width, stored_zeros), rows, columns) for width in bits]
-        for name, (bits, rows, columns) in shapes.items()
+        name: [matrix_bytes(expert_record(code.bits, stored_zeros), rows, columns) for code in codes]
+        for name, (codes, rows, columns) in shapes.items()
     }
 
 
@@ -43,7 +43,7 @@ class CpuExperts(torch.nn.Module):
     """Experts of mixed bit-widths, repacked for the CPU kernels.
 
     gate_up, down              uint8 [bytes]       every expert's records, see layout.py
-    gate_up_table, down_table  int64 [experts, 3]  bit-width, offset of the expert's first byte, bytes of a record
+    gate_up_table, down_table  int64 [experts, 3]  number of its code, offset of its first byte, bytes of a record
     gate_up_bias, down_bias    float32 [experts, rows], gate_up's in the order of its row blocks; None without biases
     """
 
@@ -65,13 +65,13 @@ class CpuExperts(torch.nn.Module):
     @classmethod
     def prepare(
         cls,
-        gate_up: Iterable[PackedMatrix],
-        down: Iterable[PackedMatrix],
+        gate_up: Iterable[StoredMatrix],
+        down: Iterable[StoredMatrix],
         *,
         hidden_size: int,
         intermediate_size: int,
-        gate_up_bits: Sequence[int],
-        down_bits: Sequence[int],
+        gate_up_codes: Sequence[Code],
+        down_codes: Sequence[Code],
         function: ExpertFunction = SILU,
         stored_zeros: bool = True,
         device: torch.device | str = "cpu",
@@ -81,7 +81,7 @@ class CpuExperts(torch.nn.Module):
         """Repack, experts side by side on torch's number of threads, and compile.
 
         gate_up yields [2I, H] matrices, gate rows first, or [I, H] for a function without a gate; down yields [H, I].
-        stored_zeros: whether those of more than 1 bit have zeros. Raises ValueError for a width, size or device the
+        stored_zeros: whether those of more than 1 bit have zeros. Raises ValueError for a code, size or device the
         kernels lack, and for a matrix other than announced.
 
         With `file` the records are written there and mapped from there, for `from_file` to find under the same key (see
@@ -90,18 +90,18 @@ class CpuExperts(torch.nn.Module):
         if torch.device(device).type != "cpu":
             raise ValueError(f"the cpu kernels run on CPUs, not on {device}")
         experts = cls(hidden_size, intermediate_size, function, stored_zeros)
-        for name, bits in (("gate_up", gate_up_bits), ("down", down_bits)):
-            unknown = sorted(set(bits) - set(WIDTHS))
+        for name, codes in (("gate_up", gate_up_codes), ("down", down_codes)):
+            unknown = sorted(set(codes) - set(map(Code, WIDTHS)))
             if unknown:
-                raise ValueError(f"{name}: the cpu kernels have no {unknown[0]}-bit matrices; supported: {WIDTHS}")
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor, stored_zeros)
+                raise ValueError(f"{name}: the cpu kernels have no matrices of {unknown[0]}; supported: {WIDTHS} bits")
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_codes, down_codes, function.factor, stored_zeros)
         gate_up_shape, down_shape = (function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size)
         gate_up_blocks = gate_up_row_blocks(intermediate_size, function.factor)
         down_blocks = torch.arange(hidden_size // ROWS).numpy()
         with PrivateRecords(sizes) if file is None else RecordsWriter(file, key or {}, sizes) as records:
-            _fill(records, "gate_up", gate_up, gate_up_bits, stored_zeros, gate_up_shape, gate_up_blocks)
-            _fill(records, "down", down, down_bits, stored_zeros, down_shape, down_blocks)
-            experts._hold(records.publish(), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
+            _fill(records, "gate_up", gate_up, gate_up_codes, stored_zeros, gate_up_shape, gate_up_blocks)
+            _fill(records, "down", down, down_codes, stored_zeros, down_shape, down_blocks)
+            experts._hold(records.publish(), {"gate_up": gate_up_codes, "down": down_codes}, sizes)
         return experts
 
     @classmethod
@@ -112,8 +112,8 @@ class CpuExperts(torch.nn.Module):
         *,
         hidden_size: int,
         intermediate_size: int,
-        gate_up_bits: Sequence[int],
-        down_bits: Sequence[int],
+        gate_up_codes: Sequence[Code],
+        down_codes: Sequence[Code],
         function: ExpertFunction = SILU,
         stored_zeros: bool = True,
     ) -> Self:
@@ -122,17 +122,18 @@ class CpuExperts(torch.nn.Module):
         Raises OSError where the file cannot be read, RecordsError where it is damaged or of another key.
         """
         experts = cls(hidden_size, intermediate_size, function, stored_zeros)
-        sizes = record_sizes(hidden_size, intermediate_size, gate_up_bits, down_bits, function.factor, stored_zeros)
-        experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_bits, "down": down_bits}, sizes)
+        sizes = record_sizes(hidden_size, intermediate_size, gate_up_codes, down_codes, function.factor, stored_zeros)
+        experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_codes, "down": down_codes}, sizes)
         return experts
 
     def _hold(
-        self, buffers: Mapping[str, torch.Tensor], bits: Mapping[str, Sequence[int]], sizes: Mapping[str, list[int]]
+        self, buffers: Mapping[str, torch.Tensor], codes: Mapping[str, Sequence[Code]], sizes: Mapping[str, list[int]]
     ) -> None:
         for name, records in buffers.items():
             offsets = [0, *itertools.accumulate(sizes[name])][:-1]
-            record_bytes = [expert_record(width, self.stored_zeros).nbytes for width in bits[name]]
-            table = torch.tensor(list(zip(bits[name], offsets, record_bytes, strict=True)), dtype=torch.int64)
+            numbers = [code.number for code in codes[name]]
+            record_bytes = [expert_record(code.bits, self.stored_zeros).nbytes for code in codes[name]]
+            table = torch.tensor(list(zip(numbers, offsets, record_bytes, strict=True)), dtype=torch.int64)
             self.register_buffer(name, records, persistent=False)
             self.register_buffer(f"{name}_table", table, persistent=False)
 
@@ -177,25 +178,25 @@ class CpuExperts(torch.nn.Module):
 def _fill(
     records: PrivateRecords | RecordsWriter,
     name: str,
-    matrices: Iterable[PackedMatrix],
-    bits: Sequence[int],
+    matrices: Iterable[StoredMatrix],
+    codes: Sequence[Code],
     stored_zeros: bool,
     shape: tuple[int, int],
     row_blocks: np.ndarray,
 ) -> None:
     """Repack the matrices of one buffer."""
 
-    def repack_one(index: int, matrix: PackedMatrix) -> None:
+    def repack_one(index: int, matrix: StoredMatrix) -> None:
         repack(matrix, row_blocks, records.matrix(name, index))
         records.filled(name, index)
 
     iterator, repacked = iter(matrices), []
     with thread_pool() as pool:
-        for index, width in enumerate(bits):
+        for index, code in enumerate(codes):
             matrix = next(iterator, None)
             if matrix is None:
-                raise ValueError(f"{name}: {len(bits)} widths were given, but only {index} matrices")
-            check_matrix(f"{name} of expert {index}", matrix, width, shape, stored_zeros)
+                raise ValueError(f"{name}: {len(codes)} codes were given, but only {index} matrices")
+            check_matrix(f"{name} of expert {index}", matrix, code, shape, stored_zeros)
             repacked.append(pool.submit(repack_one, index, matrix))
     for future in repacked:
         future.result()

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, middle_zero, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, StoredMatrix, middle_zero, planes
 
 LAYOUT_VERSION = 1
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
@@ -120,7 +120,7 @@ def _plane_mover(bits: int):
     return move
 
 
-def repack(matrix: PackedMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
+def repack(matrix: StoredMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> None:
     """Write an expert's matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
     words = matrix.qweight.contiguous().numpy().view(np.uint32)
     write_records(

@@ -1,7 +1,8 @@
 """The kernel contract in plain torch: what every backend computes, written to be read and compared against.
 
-    y[t, n] = sum_g a_scale[t, g] * w_scale[n, g] * (sum_k code[n, k] * a_code[t, k] - zero[n, g] * sum_k a_code[t, k])
+    y[t, n] = sum_g a_scale[t, g] * w_scale[n, g] * (sum_k level[n, k] * a_code[t, k] - zero[n, g] * sum_k a_code[t, k])
 
+A level is the code itself of scalar codes, and what a trellis code decodes to (kernels/trellis.py).
 The sums over the k of one group of 128 are exact integers; only the scaling is rounded, so backends agree to float32
 rounding. Slow, on any device: it is the oracle of the tests, and `ReferenceExperts` serves a model with it.
 """
@@ -12,7 +13,7 @@ from typing import Literal, Self
 import torch
 
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, StoredMatrix
 
 INT8_MAX = 127  # codes stay symmetric: -128 is never used, so negating an activation negates its code
 
@@ -33,20 +34,20 @@ def quantize_activations(x: torch.Tensor, group_size: int = GROUP_SIZE) -> tuple
     return codes.reshape(tokens, features), scales
 
 
-def linear_int8(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+def linear_int8(x: torch.Tensor, matrix: StoredMatrix) -> torch.Tensor:
     """One quantised linear map on int8 activations. x: float [T, K] -> float32 [T, N]."""
     a_codes, a_scales = quantize_activations(x)
     grouped = (-1, matrix.in_features // GROUP_SIZE, GROUP_SIZE)
     # float64 holds these sums of at most 128 * 255 * 127 exactly and has a fast matmul on every device
     a = a_codes.reshape(grouped).double()  # [T, G, 128]
-    w = matrix.codes().reshape(grouped).double()  # [N, G, 128]
+    w = matrix.levels().reshape(grouped).double()  # [N, G, 128]
     products = torch.einsum("tgk,ngk->tng", a, w).float()  # [T, N, G], exact
     sums = a.sum(dim=-1).float()  # [T, G], exact
     centred = products - matrix.float_zeros() * sums.unsqueeze(1)
     return torch.einsum("tng,ng,tg->tn", centred, matrix.scales.float(), a_scales)
 
 
-def linear_float(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+def linear_float(x: torch.Tensor, matrix: StoredMatrix) -> torch.Tensor:
     """The same map on unquantised activations, to measure what int8 costs. x: float [T, K] -> float32 [T, N]."""
     return x.float() @ matrix.dequantize().T
 
@@ -55,8 +56,8 @@ def fused_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    gate_up: Sequence[PackedMatrix],
-    down: Sequence[PackedMatrix],
+    gate_up: Sequence[StoredMatrix],
+    down: Sequence[StoredMatrix],
     *,
     function: ExpertFunction = SILU,
     gate_up_bias: torch.Tensor | None = None,
@@ -90,10 +91,10 @@ def fused_experts(
 class ReferenceExperts(torch.nn.Module):
     """The experts of one layer, computed by `fused_experts`; interchangeable with the fast backends.
 
-    gate_up, down: lists of PackedMatrix, in checkpoint layout.
+    gate_up, down: lists of StoredMatrix, in checkpoint layout, each of its own code.
     """
 
-    def __init__(self, gate_up: Sequence[PackedMatrix], down: Sequence[PackedMatrix], function: ExpertFunction):
+    def __init__(self, gate_up: Sequence[StoredMatrix], down: Sequence[StoredMatrix], function: ExpertFunction):
         super().__init__()
         self.gate_up, self.down, self.function = list(gate_up), list(down), function
         self.register_buffer("gate_up_bias", None, persistent=False)
@@ -102,13 +103,13 @@ class ReferenceExperts(torch.nn.Module):
     @classmethod
     def prepare(
         cls,
-        gate_up: Iterable[PackedMatrix],
-        down: Iterable[PackedMatrix],
+        gate_up: Iterable[StoredMatrix],
+        down: Iterable[StoredMatrix],
         *,
         hidden_size: int,
         intermediate_size: int,
-        gate_up_bits: Sequence[int],
-        down_bits: Sequence[int],
+        gate_up_codes: Sequence[Code],
+        down_codes: Sequence[Code],
         function: ExpertFunction = SILU,
         stored_zeros: bool = True,
         device: torch.device | str = "cpu",
@@ -116,14 +117,14 @@ class ReferenceExperts(torch.nn.Module):
         """Collect the experts on `device`. Raises ValueError where a matrix is not what was announced."""
         shapes = ((function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         collected = []
-        for name, matrices, bits, shape in zip(
-            ("gate_up", "down"), (gate_up, down), (gate_up_bits, down_bits), shapes, strict=True
+        for name, matrices, codes, shape in zip(
+            ("gate_up", "down"), (gate_up, down), (gate_up_codes, down_codes), shapes, strict=True
         ):
             experts = [matrix.to(device) for matrix in matrices]
-            if len(experts) != len(bits):
-                raise ValueError(f"{name}: {len(bits)} widths were given for {len(experts)} experts")
-            for expert, (matrix, width) in enumerate(zip(experts, bits, strict=True)):
-                check_matrix(f"{name} of expert {expert}", matrix, width, shape, stored_zeros)
+            if len(experts) != len(codes):
+                raise ValueError(f"{name}: {len(codes)} codes were given for {len(experts)} experts")
+            for expert, (matrix, code) in enumerate(zip(experts, codes, strict=True)):
+                check_matrix(f"{name} of expert {expert}", matrix, code, shape, stored_zeros)
             collected.append(experts)
         return cls(*collected, function)
 
@@ -165,13 +166,11 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
     return torch.where(topk_ids >= 0, local.to(topk_ids.dtype), topk_ids)
 
 
-def check_matrix(name: str, matrix: PackedMatrix, bits: int, shape: tuple[int, int], stored_zeros: bool) -> None:
-    """Raises ValueError when a matrix has not the width and [out, in] shape that were announced for it, or has zeros
-    where none were."""
+def check_matrix(name: str, matrix: StoredMatrix, code: Code, shape: tuple[int, int], stored_zeros: bool) -> None:
+    """Raises ValueError when a matrix has not the code and [out, in] shape that were announced for it, or has zeros
+    where none were. stored_zeros: whether scalar codes of more than 1 bit have them."""
     found = (matrix.out_features, matrix.in_features)
-    if matrix.bits != bits or found != shape:
-        raise ValueError(
-            f"{name}: expected {bits} bits and shape {list(shape)}, found {matrix.bits} bits and {list(found)}"
-        )
-    if (matrix.zeros is not None) != (stored_zeros and bits > 1):
+    if matrix.code != code or found != shape:
+        raise ValueError(f"{name}: expected {code} and shape {list(shape)}, found {matrix.code} and {list(found)}")
+    if (matrix.zeros is not None) != code.has_zeros(stored_zeros):
         raise ValueError(f"{name}: zeros were {'' if stored_zeros else 'not '}announced; they must be as announced")

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.kernels.packing import Code, StoredMatrix
 from vllm_mcmoe.kernels.triton.launches import Routing, are_few, compile_kernel, run_kernel, run_layer
 from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_bias, pack_experts
 from vllm_mcmoe.kernels.triton.tiles import Device, Shape, Tiles, choose_tiles, describe_device
@@ -175,13 +175,13 @@ class TritonExperts(torch.nn.Module):
     @classmethod
     def prepare(
         cls,
-        gate_up: Iterable[PackedMatrix],
-        down: Iterable[PackedMatrix],
+        gate_up: Iterable[StoredMatrix],
+        down: Iterable[StoredMatrix],
         *,
         hidden_size: int,
         intermediate_size: int,
-        gate_up_bits: Sequence[int],
-        down_bits: Sequence[int],
+        gate_up_codes: Sequence[Code],
+        down_codes: Sequence[Code],
         function: ExpertFunction = SILU,
         stored_zeros: bool = True,
         device: torch.device | str = "cuda",
@@ -204,7 +204,7 @@ class TritonExperts(torch.nn.Module):
         return cls(
             pack_experts(
                 gate_up,
-                bits=gate_up_bits,
+                codes=gate_up_codes,
                 out_features=function.factor * intermediate_size,
                 in_features=hidden_size,
                 gated=function.gated,
@@ -213,7 +213,7 @@ class TritonExperts(torch.nn.Module):
             ),
             pack_experts(
                 down,
-                bits=down_bits,
+                codes=down_codes,
                 out_features=hidden_size,
                 in_features=intermediate_size,
                 gated=False,
@@ -247,16 +247,16 @@ class TritonExperts(torch.nn.Module):
         return torch.ops.vllm_mcmoe.triton_experts(*self.arguments(x.contiguous(), topk_weights, topk_ids, expert_map))
 
     def compile_kernels(
-        self, *, widths: Iterable[int], top_k: int, dtype: torch.dtype, expert_map: torch.Tensor | None = None
+        self, *, codes: Iterable[Code], top_k: int, dtype: torch.dtype, expert_map: torch.Tensor | None = None
     ) -> None:
         """Compiles every kernel that `forward` can ask for, where it is not yet.
 
-        widths: of all layers of the model: those of the same shape then share their kernels. dtype: of x; topk_weights
+        codes: of all layers of the model: those of the same shape then share their kernels. dtype: of x; topk_weights
         are float32 and topk_ids int32.
         """
         if triton.knobs.runtime.interpret:
             return
-        self.widths |= sum(1 << width for width in set(widths))
+        self.widths |= sum(1 << code.number for code in set(codes))
         hidden_size, experts = self.hidden_size, self.gate_up_bits.numel()
         all_experts = experts if expert_map is None else expert_map.numel()
         shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)

@@ -31,7 +31,15 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, pack_codes, unpack_codes
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    WIDTHS,
+    Code,
+    PackedMatrix,
+    StoredMatrix,
+    pack_codes,
+    unpack_codes,
+)
 from vllm_mcmoe.kernels.triton.fields import (
     TILE_FEATURES,
     field_count,
@@ -137,9 +145,9 @@ class ExpertStack:
     codes    uint8 [bytes]        every expert's tiles, see pack_tiles
     scales   int32 [words]        every expert's scales and zeros, see pack_scales
     offsets  int64 [experts, 2]   where an expert begins: byte of codes, word of scales
-    bits     int32 [experts]      width of each expert
+    bits     int32 [experts]      Code.number of each expert
     gated    rows are gate and up, interleaved by interleave_gate_up
-    widths   bit b is set where some expert has b bits, of this layer or another that shares its kernels
+    widths   bit b is set where some expert has the code of number b, of this layer or another that shares its kernels
     stored_zeros  whether experts of more than 1 bit have zeros
     bias     float32 [experts, whole tiles], see pack_bias; None without biases
     """
@@ -191,28 +199,29 @@ def pack_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
 
 
 def _offsets(
-    bits: Sequence[int], out_features: int, in_features: int, stored_zeros: bool
+    codes: Sequence[Code], out_features: int, in_features: int, stored_zeros: bool
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Where each expert begins, then the totals: bytes of codes, words of scales."""
     begins, byte, word = [], 0, 0
-    for width in bits:
+    for code in codes:
         begins.append((byte, word))
-        byte += code_bytes(out_features, in_features, width)
-        word += scale_words(out_features, in_features, stored_zeros and width > 1)
+        byte += code_bytes(out_features, in_features, code.bits)
+        word += scale_words(out_features, in_features, code.has_zeros(stored_zeros))
     return begins, byte, word
 
 
 def _take(
-    matrices: Iterator[PackedMatrix], expert: int, bits: int, shape: tuple[int, int], has_zeros: bool
-) -> PackedMatrix:
+    matrices: Iterator[StoredMatrix], expert: int, code: Code, shape: tuple[int, int], has_zeros: bool
+) -> StoredMatrix:
     """The next matrix, if it is what was announced."""
     matrix = next(matrices, None)
     if matrix is None:
-        raise ValueError(f"expert {expert}: no matrix; the number of widths and of matrices must agree")
-    found = (matrix.bits, matrix.out_features, matrix.in_features, matrix.zeros is not None)
-    if found != (bits, *shape, has_zeros):
+        raise ValueError(f"expert {expert}: no matrix; the number of codes and of matrices must agree")
+    found = (str(matrix.code), matrix.out_features, matrix.in_features, matrix.zeros is not None)
+    expected = (str(code), *shape, has_zeros)
+    if found != expected:
         raise ValueError(
-            f"expert {expert}: matrix has (bits, out, in, zeros) = {found}, expected {(bits, *shape, has_zeros)}; "
+            f"expert {expert}: matrix has (code, out, in, zeros) = {found}, expected {expected}; "
             "check that the checkpoint's config.json belongs to its tensors"
         )
     return matrix
@@ -228,9 +237,9 @@ def _pack_matrix(matrix: PackedMatrix, gated: bool, device: torch.device) -> tup
 
 
 def pack_experts(
-    matrices: Iterable[PackedMatrix],
+    matrices: Iterable[StoredMatrix],
     *,
-    bits: Sequence[int],
+    codes: Sequence[Code],
     out_features: int,
     in_features: int,
     gated: bool,
@@ -239,30 +248,30 @@ def pack_experts(
 ) -> ExpertStack:
     """Repack one projection of a layer. Only one matrix is held at a time, besides the packed buffers.
 
-    matrices: in expert order, shapes [out_features, in_features], widths as in `bits`; consumed lazily.
-    Raises ValueError where a matrix is missing, left over, or of another shape or width.
+    matrices: in expert order, shapes [out_features, in_features], each of the code in `codes`; consumed lazily.
+    Raises ValueError where a matrix is missing, left over, or of another shape or code.
     """
-    if unknown := sorted(set(bits) - set(WIDTHS)):
-        raise ValueError(f"bit-widths {unknown} are not among {WIDTHS}")
-    begins, total_bytes, total_words = _offsets(bits, out_features, in_features, stored_zeros)
-    codes = torch.empty(total_bytes, dtype=torch.uint8, device=device)
+    if unknown := sorted(set(codes) - set(map(Code, WIDTHS))):
+        raise ValueError(f"the triton kernels have no matrices of {unknown[0]}; supported: {WIDTHS} bits")
+    begins, total_bytes, total_words = _offsets(codes, out_features, in_features, stored_zeros)
+    packed = torch.empty(total_bytes, dtype=torch.uint8, device=device)
     scales = torch.empty(total_words, dtype=torch.int32, device=device)
     source = iter(matrices)
-    for expert, (width, (byte, word)) in enumerate(zip(bits, begins, strict=True)):
-        shape, has_zeros = (out_features, in_features), stored_zeros and width > 1
-        tiles, words = _pack_matrix(_take(source, expert, width, shape, has_zeros), gated, device)
-        codes[byte : byte + tiles.numel()] = tiles
+    for expert, (code, (byte, word)) in enumerate(zip(codes, begins, strict=True)):
+        shape, has_zeros = (out_features, in_features), code.has_zeros(stored_zeros)
+        tiles, words = _pack_matrix(_take(source, expert, code, shape, has_zeros), gated, device)
+        packed[byte : byte + tiles.numel()] = tiles
         scales[word : word + words.numel()] = words
     if next(source, None) is not None:
-        raise ValueError(f"more matrices than the {len(bits)} widths that were announced")
+        raise ValueError(f"more matrices than the {len(codes)} codes that were announced")
     return ExpertStack(
-        codes,
+        packed,
         scales,
         torch.tensor(begins, dtype=torch.int64, device=device).view(-1, 2),
-        torch.tensor(bits, dtype=torch.int32, device=device),
+        torch.tensor([code.number for code in codes], dtype=torch.int32, device=device),
         out_features,
         in_features,
         gated,
-        widths=sum(1 << width for width in set(bits)),
+        widths=sum(1 << code.number for code in set(codes)),
         stored_zeros=stored_zeros,
     )

@@ -202,8 +202,8 @@ def open_checkpoint(path) -> CheckpointWeights:
 
 
 def test_a_newer_format_is_refused(editable_checkpoint):
-    edit_config(editable_checkpoint, lambda config: config.update(format_version=3))
-    with pytest.raises(FormatError, match=r"format_version is 3.*upgrade"):
+    edit_config(editable_checkpoint, lambda config: config.update(format_version=4))
+    with pytest.raises(FormatError, match=r"format_version is 4.*upgrade"):
         open_checkpoint(editable_checkpoint)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from vllm_mcmoe.calibration.checkpoint.writer import Shard, copy_side_files, sha
 from vllm_mcmoe.calibration.matrix.grids import quantize_rtn
 from vllm_mcmoe.checkpoint import matrix_of, matrix_tensors, tensor_dtypes, tensor_shape
 from vllm_mcmoe.errors import FormatError
-from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.kernels.packing import Code, PackedMatrix, StoredMatrix
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 
 
 def names_in(directory) -> list[str]:
@@ -71,16 +73,30 @@ def test_matrices_of_version_2_have_a_byte_per_group_and_one_per_row(bits):
     assert shard.nbytes == {"e.w1.qweight": 8 * 32 * bits, "e.w1.scales": 8 * 2, "e.w1.exponents": 8}
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("bits", [1, 2, 8])
-def test_a_matrix_is_read_as_it_was_written(bits, version):
-    matrix = quantized(bits, "float16" if version == 1 else "float8")
+def matrix_of_code(code: Code, version: int) -> StoredMatrix:
+    scalar = quantized(code.bits, "float16" if version == 1 else "float8")
+    return TrellisMatrix(code.bits, scalar.qweight, scalar.scales) if code.kind == "trellis" else scalar
+
+
+@pytest.mark.parametrize(
+    ("code", "version"),
+    [*itertools.product(map(Code, [1, 2, 8]), [1, 2, 3]), (Code(1, "trellis"), 3), (Code(3, "trellis"), 3)],
+)
+def test_a_matrix_is_read_as_it_was_written(code, version):
+    matrix = matrix_of_code(code, version)
     tensors = matrix_tensors(matrix, version)
     names = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
-    assert {suffix: names[tensor.dtype] for suffix, tensor in tensors.items()} == tensor_dtypes(bits, version)
-    assert all(tuple(t.shape) == tensor_shape(suffix, bits, 8, 2) for suffix, t in tensors.items())
-    found = matrix_of(bits, version, tensors.__getitem__)
+    assert {suffix: names[tensor.dtype] for suffix, tensor in tensors.items()} == tensor_dtypes(code, version)
+    assert all(tuple(t.shape) == tensor_shape(suffix, code, 8, 2) for suffix, t in tensors.items())
+    found = matrix_of(code, version, tensors.__getitem__)
+    assert type(found) is type(matrix) and found.code == code
     assert torch.equal(found.dequantize(), matrix.dequantize())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_trellis_codes_have_no_place_before_version_3(version):
+    with pytest.raises(ValueError, match=f"format version {version} has no trellis codes"):
+        matrix_tensors(matrix_of_code(Code(2, "trellis"), version), version)
 
 
 def test_zeros_have_no_place_in_version_2():

@@ -12,7 +12,7 @@ import torch
 from tests.kernels.matrices import FUNCTIONS, random_biases
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU
-from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.packing import WIDTHS, Code
 from vllm_mcmoe.kernels.reference import fused_experts
 
 pytestmark = [
@@ -154,7 +154,7 @@ def test_nothing_is_compiled_after_loading(backend, function):
     if function == GPT_OSS:
         layer.set_biases(**random_biases(2, 1280, 1152))
     before = compiled()
-    layer.compile_kernels(widths=[1, 2, 3], top_k=2, dtype=torch.bfloat16)
+    layer.compile_kernels(codes=map(Code, [1, 2, 3]), top_k=2, dtype=torch.bfloat16)
     at_load = compiled()
     assert at_load > before
     for tokens in (1, 4, 5, 37, 300, 4097):

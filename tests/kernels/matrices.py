@@ -1,9 +1,12 @@
 """Random quantised experts, and what a layer of them is called with."""
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_mcmoe.kernels.expert_function import ACTIVATIONS, GPT_OSS, SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, StoredMatrix, pack_codes
+from vllm_mcmoe.kernels.trellis import TrellisMatrix, pack_trellis
 
 # Every kind of function: with and without a gate, and each parameter by itself.
 FUNCTIONS = [
@@ -15,22 +18,28 @@ FUNCTIONS = [
 ]
 
 
+def as_code(code: int | Code) -> Code:
+    """A number is the width of a scalar code."""
+    return code if isinstance(code, Code) else Code(code)
+
+
 def random_matrix(
-    bits: int, out_features: int, in_features: int, generator: torch.Generator, stored_zeros: bool = True
-) -> PackedMatrix:
+    code: int | Code, out_features: int, in_features: int, generator: torch.Generator, stored_zeros: bool = True
+) -> StoredMatrix:
     """Uniform codes, scales of 0.01 to 0.02 and unrounded zeros inside the range of the codes, or none."""
-    groups = (out_features, in_features // GROUP_SIZE)
+    code = as_code(code)
+    bits, groups = code.bits, (out_features, in_features // GROUP_SIZE)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(groups, generator=generator) + 1) / 100
-    zeros = torch.rand(groups, generator=generator) * ((1 << bits) - 1)
-    return PackedMatrix(
-        bits, pack_codes(codes, bits), scales.half(), zeros.half() if stored_zeros and bits > 1 else None
-    )
+    scales = ((torch.rand(groups, generator=generator) + 1) / 100).half()
+    zeros = (torch.rand(groups, generator=generator) * ((1 << bits) - 1)).half()
+    if code.kind == "trellis":
+        return TrellisMatrix(bits, pack_trellis(codes, bits), scales)
+    return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros if code.has_zeros(stored_zeros) else None)
 
 
 def random_layer(
-    gate_up_bits: list[int],
-    down_bits: list[int],
+    gate_up: Sequence[int | Code],
+    down: Sequence[int | Code],
     hidden: int,
     intermediate: int,
     seed: int = 0,
@@ -41,12 +50,12 @@ def random_layer(
     generator = torch.Generator().manual_seed(seed)
     rows = function.factor * intermediate
     return {
-        "gate_up": [random_matrix(bits, rows, hidden, generator, stored_zeros) for bits in gate_up_bits],
-        "down": [random_matrix(bits, hidden, intermediate, generator, stored_zeros) for bits in down_bits],
+        "gate_up": [random_matrix(code, rows, hidden, generator, stored_zeros) for code in gate_up],
+        "down": [random_matrix(code, hidden, intermediate, generator, stored_zeros) for code in down],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "gate_up_bits": gate_up_bits,
-        "down_bits": down_bits,
+        "gate_up_codes": list(map(as_code, gate_up)),
+        "down_codes": list(map(as_code, down)),
         "function": function,
         "stored_zeros": stored_zeros,
     }

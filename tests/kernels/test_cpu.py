@@ -11,7 +11,7 @@ from tests.kernels.matrices import FUNCTIONS, random_biases, random_call, random
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
 from vllm_mcmoe.kernels.cpu.op import MAX_TOKENS
 from vllm_mcmoe.kernels.expert_function import GPT_OSS
-from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.packing import WIDTHS, Code
 from vllm_mcmoe.kernels.reference import ReferenceExperts
 
 HIDDEN, INTERMEDIATE = 384, 256  # 3 and 2 groups: neither a power of two nor the same
@@ -294,9 +294,9 @@ def test_an_instruction_set_this_cpu_lacks_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gate_up_bits": [2, 5]}, "gate_up: the cpu kernels have no 5-bit matrices"),
-        ({"down_bits": [3, 4]}, "down of expert 1: expected 4 bits and shape .* found 2 bits"),
-        ({"down_bits": [3, 2, 2]}, "down: 3 widths were given, but only 2 matrices"),
+        ({"gate_up_codes": [Code(2), Code(5)]}, "gate_up: the cpu kernels have no matrices of 5 bits"),
+        ({"down_codes": [Code(3), Code(4)]}, "down of expert 1: expected 4 bits and shape .* found 2 bits"),
+        ({"down_codes": [Code(3), Code(2), Code(2)]}, "down: 3 codes were given, but only 2 matrices"),
         ({"hidden_size": 100}, "hidden_size 100 is not a positive multiple of the group size 128"),
         ({"intermediate_size": 256}, r"gate_up of expert 0: expected 2 bits and shape \[512, 128\]"),
     ],

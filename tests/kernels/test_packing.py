@@ -134,10 +134,10 @@ def test_records_hold_the_matrix(bits, blocks, groups, stored_zeros, seed):
     shape = (blocks * layout.ROWS, groups * GROUP_SIZE)
     matrix = random_matrix(bits, *shape, torch.Generator().manual_seed(seed), stored_zeros)
     codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), record_of(matrix), *shape)
-    assert torch.equal(codes, matrix.codes())
+    assert torch.equal(codes, matrix.levels())
     assert torch.equal(scales, matrix.scales)
     assert zeros is None if matrix.zeros is None else torch.equal(zeros, matrix.zeros)
-    per_weight = 8 * layout.matrix_bytes(record_of(matrix), *shape) / matrix.codes().numel()
+    per_weight = 8 * layout.matrix_bytes(record_of(matrix), *shape) / matrix.levels().numel()
     assert per_weight == pytest.approx(bits + (0.125 if bits == 1 or not stored_zeros else 0.25), abs=0.16 / groups)
 
 

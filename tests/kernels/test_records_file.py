@@ -18,7 +18,7 @@ from vllm_mcmoe.kernels.cpu import LAYOUT_VERSION, CpuExperts, RecordsError, rem
 from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.records_file import RecordsWriter
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, Code, PackedMatrix, packed_bytes_per_group
 
 HIDDEN, INTERMEDIATE = 384, 256
 BITS = list(WIDTHS)
@@ -155,8 +155,8 @@ def test_a_changed_byte_of_any_expert_is_noticed(file, name, expert):
     [
         {"key": KEY | {"checkpoint": "/models/other"}},
         {"key": KEY | {"experts": (0, 1, 2, 3, 5)}},
-        {"gate_up_bits": BITS[::-1]},
-        {"down_bits": BITS[::-1][:4]},
+        {"gate_up_codes": list(map(Code, BITS[::-1]))},
+        {"down_codes": list(map(Code, BITS[::-1][:4]))},
         {"intermediate_size": 128},
     ],
 )
@@ -194,7 +194,7 @@ def test_the_file_has_its_name_only_when_it_is_complete(file):
 
 
 def test_a_failed_repack_leaves_nothing_behind(file):
-    with pytest.raises(ValueError, match="down: 5 widths were given, but only 1 matrices"):
+    with pytest.raises(ValueError, match="down: 5 codes were given, but only 1 matrices"):
         CpuExperts.prepare(**(layer() | {"down": layer()["down"][:1]}), file=file, key=KEY)
     assert list(file.parent.iterdir()) == []
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.kernels.matrices import random_biases, random_call, random_layer, random_matrix
 from vllm_mcmoe.kernels import experts_class
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
+from vllm_mcmoe.kernels.packing import CODES, Code
 from vllm_mcmoe.kernels.reference import fused_experts, linear_int8, quantize_activations
 
 
@@ -28,9 +29,9 @@ def test_activations_of_a_wrong_width_are_refused():
         quantize_activations(torch.zeros(1, 100))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_int8_linear_equals_dequantized_weights_times_dequantized_activations(bits):
-    matrix = random_matrix(bits, 48, 384, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_int8_linear_equals_dequantized_weights_times_dequantized_activations(code):
+    matrix = random_matrix(code, 48, 384, torch.Generator().manual_seed(0))
     x = torch.randn(5, 384, generator=torch.Generator().manual_seed(1))
     codes, scales = quantize_activations(x)
     dequantized = codes.double() * scales.double().repeat_interleave(128, dim=1)
@@ -75,8 +76,8 @@ def plain_moe(layer: dict, x, topk_weights, topk_ids, formula, biases=None) -> t
 
 
 def test_float_activations_give_the_plain_dequantized_layer():
-    layer = random_layer([1, 2, 3, 4, 8], [8, 4, 3, 2, 1], hidden=256, intermediate=128)
-    x, weights, ids = random_call(7, 256, 5, 2)
+    layer = random_layer(CODES, CODES[::-1], hidden=256, intermediate=128)
+    x, weights, ids = random_call(7, 256, len(CODES), 2)
     ids[0] = -1
     ids[1, 1] = -1
     found = fused_experts(x, weights, ids, layer["gate_up"], layer["down"], activations="float")
@@ -155,6 +156,6 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_a_matrix_other_than_announced_is_refused():
-    layer = random_layer([2, 3], [3, 2], hidden=128, intermediate=128) | {"down_bits": [3, 4]}
+    layer = random_layer([2, 3], [3, 2], hidden=128, intermediate=128) | {"down_codes": [Code(3), Code(4)]}
     with pytest.raises(ValueError, match=r"down of expert 1: expected 4 bits .* found 2 bits"):
         experts_class("reference").prepare(**layer)

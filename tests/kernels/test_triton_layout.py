@@ -5,9 +5,9 @@ import weakref
 import pytest
 import torch
 
-from tests.kernels.triton_cases import random_matrix
+from tests.kernels.matrices import random_matrix
 from tests.kernels.triton_interpreter import import_interpreted
-from vllm_mcmoe.kernels.packing import WIDTHS, PackedMatrix
+from vllm_mcmoe.kernels.packing import WIDTHS, Code, PackedMatrix
 
 fields = import_interpreted("vllm_mcmoe.kernels.triton.fields")
 layout = import_interpreted("vllm_mcmoe.kernels.triton.layout")
@@ -30,7 +30,13 @@ def test_unpacking_a_layer_of_all_widths_gives_the_checkpoints_bytes_back(gated,
     bits = [3, 1, 8, 2, 4, 1, 3]
     matrices = [random_matrix(b, 512, 384, generator, zeros) for b in bits]
     stack = layout.pack_experts(
-        matrices, bits=bits, out_features=512, in_features=384, gated=gated, stored_zeros=zeros, device=CPU
+        matrices,
+        codes=list(map(Code, bits)),
+        out_features=512,
+        in_features=384,
+        gated=gated,
+        stored_zeros=zeros,
+        device=CPU,
     )
     for expert, matrix in enumerate(matrices):
         assert_same(stack.matrix(expert), matrix)
@@ -41,7 +47,7 @@ def test_unpacking_a_layer_of_all_widths_gives_the_checkpoints_bytes_back(gated,
 def test_features_that_fill_no_whole_tile_survive(bits, features):
     matrix = random_matrix(bits, features, 128, torch.Generator().manual_seed(bits))
     stack = layout.pack_experts(
-        [matrix], bits=[bits], out_features=features, in_features=128, gated=False, stored_zeros=True, device=CPU
+        [matrix], codes=[Code(bits)], out_features=features, in_features=128, gated=False, stored_zeros=True, device=CPU
     )
     assert_same(stack.matrix(0), matrix)
 
@@ -51,7 +57,7 @@ def test_features_that_fill_no_whole_tile_survive(bits, features):
 def test_whole_tiles_take_exactly_bits_over_8_bytes_per_weight_plus_scales(bits, zeros):
     matrix = random_matrix(bits, 512, 256, torch.Generator().manual_seed(0), zeros)
     stack = layout.pack_experts(
-        [matrix], bits=[bits], out_features=512, in_features=256, gated=False, stored_zeros=zeros, device=CPU
+        [matrix], codes=[Code(bits)], out_features=512, in_features=256, gated=False, stored_zeros=zeros, device=CPU
     )
     assert stack.codes.nbytes == 512 * 256 * bits // 8
     assert stack.scales.nbytes == matrix.nbytes - matrix.qweight.nbytes
@@ -103,24 +109,24 @@ def test_a_matrix_is_released_before_the_next_is_taken():
             assert taken() is None
 
     layout.pack_experts(
-        matrices(), bits=[2] * 3, out_features=256, in_features=128, gated=True, stored_zeros=True, device=CPU
+        matrices(), codes=[Code(2)] * 3, out_features=256, in_features=128, gated=True, stored_zeros=True, device=CPU
     )
 
 
 @pytest.mark.parametrize(
     ("announced", "message"),
     [
-        ({"bits": [3]}, r"expert 0.*\(2, 256, 128, True\).*expected \(3, 256, 128, True\)"),
-        ({"out_features": 512}, r"expert 0.*\(2, 256, 128, True\).*expected \(2, 512, 128, True\)"),
-        ({"stored_zeros": False}, r"expert 0.*\(2, 256, 128, True\).*expected \(2, 256, 128, False\)"),
-        ({"bits": [5]}, r"\[5\] are not among"),
-        ({"bits": [2, 2]}, "expert 1: no matrix"),
-        ({"bits": []}, "more matrices than the 0 widths"),
+        ({"codes": [Code(3)]}, r"expert 0.*\('2 bits', 256, 128, True\).*expected \('3 bits', 256, 128, True\)"),
+        ({"out_features": 512}, r"expert 0.*\('2 bits', 256, 128, True\).*expected \('2 bits', 512, 128, True\)"),
+        ({"stored_zeros": False}, r"expert 0.*\('2 bits', 256, 128, True\).*expected \('2 bits', 256, 128, False\)"),
+        ({"codes": [Code(5)]}, "no matrices of 5 bits"),
+        ({"codes": [Code(2)] * 2}, "expert 1: no matrix"),
+        ({"codes": []}, "more matrices than the 0 codes"),
     ],
-    ids=["width", "shape", "zeros", "unknown width", "missing matrix", "surplus matrix"],
+    ids=["code", "shape", "zeros", "unknown code", "missing matrix", "surplus matrix"],
 )
 def test_a_matrix_that_is_not_what_was_announced_is_named(announced, message):
     matrix = random_matrix(2, 256, 128, torch.Generator().manual_seed(0))
-    arguments = {"bits": [2], "out_features": 256, "in_features": 128, "stored_zeros": True} | announced
+    arguments = {"codes": [Code(2)], "out_features": 256, "in_features": 128, "stored_zeros": True} | announced
     with pytest.raises(ValueError, match=message):
         layout.pack_experts([matrix], gated=False, device=CPU, **arguments)

@@ -5,29 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.kernels.matrices import random_matrix
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, pack_codes
-
-
-def random_matrix(
-    bits: int, out_features: int, in_features: int, generator: torch.Generator, stored_zeros: bool = True
-) -> PackedMatrix:
-    """Codes over the whole range, scales of the size of real ones, zeros with a fraction, or none."""
-    groups = in_features // GROUP_SIZE
-    codes = torch.randint(0, 1 << bits, (out_features, in_features), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(out_features, groups, generator=generator) * 0.02 + 0.01
-    zeros = torch.rand(out_features, groups, generator=generator) * ((1 << bits) - 1)
-    return PackedMatrix(
-        bits, pack_codes(codes, bits), scales.half(), zeros.half() if stored_zeros and bits > 1 else None
-    )
+from vllm_mcmoe.kernels.packing import Code, StoredMatrix
 
 
 @dataclass(frozen=True)
 class Layer:
     """One MoE layer in checkpoint layout."""
 
-    gate_up: list[PackedMatrix]
-    down: list[PackedMatrix]
+    gate_up: list[StoredMatrix]
+    down: list[StoredMatrix]
     hidden_size: int
     intermediate_size: int
     function: ExpertFunction = SILU
@@ -38,26 +26,26 @@ class Layer:
         return {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "gate_up_bits": [matrix.bits for matrix in self.gate_up],
-            "down_bits": [matrix.bits for matrix in self.down],
+            "gate_up_codes": [matrix.code for matrix in self.gate_up],
+            "down_codes": [matrix.code for matrix in self.down],
             "function": self.function,
             "stored_zeros": self.stored_zeros,
         }
 
 
 def random_layer(
-    bits: Sequence[int],
+    codes: Sequence[int | Code],
     hidden_size: int,
     intermediate_size: int,
     seed: int = 0,
     function: ExpertFunction = SILU,
     stored_zeros: bool = True,
 ) -> Layer:
-    """Down projections take the widths in reverse, so that an expert's two widths differ."""
+    """Down projections take the codes in reverse, so that an expert's two codes differ."""
     generator = torch.Generator().manual_seed(seed)
     rows = function.factor * intermediate_size
-    gate_up = [random_matrix(b, rows, hidden_size, generator, stored_zeros) for b in bits]
-    down = [random_matrix(b, hidden_size, intermediate_size, generator, stored_zeros) for b in reversed(bits)]
+    gate_up = [random_matrix(code, rows, hidden_size, generator, stored_zeros) for code in codes]
+    down = [random_matrix(code, hidden_size, intermediate_size, generator, stored_zeros) for code in reversed(codes)]
     return Layer(gate_up, down, hidden_size, intermediate_size, function, stored_zeros)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.kernels.triton_launcher import Recorder, pretended_gpu
 from vllm_mcmoe.kernels.expert_function import SILU
+from vllm_mcmoe.kernels.packing import Code
 from vllm_mcmoe.kernels.triton import experts, launches, tiles
 from vllm_mcmoe.kernels.triton.layout import ExpertStack
 
@@ -63,7 +64,7 @@ def counts(shape: tiles.Shape, layers: tuple[Layer, ...]) -> dict:
     with pretended_gpu() as recorder:
         modules = [experts_of(shape, layer) for layer in layers]
         for module in modules:
-            module.compile_kernels(widths=WIDTHS, top_k=shape.top_k, dtype=torch.bfloat16)
+            module.compile_kernels(codes=map(Code, WIDTHS), top_k=shape.top_k, dtype=torch.bfloat16)
         at_load, by_tokens = names(recorder), {}
         for module in modules:
             for tokens in TOKENS:

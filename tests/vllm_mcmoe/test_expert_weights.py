@@ -9,15 +9,16 @@ from vllm_mcmoe.checkpoint import EXPONENTS, FORMAT_VERSION, VERSIONS, ZEROS, ma
 from vllm_mcmoe.errors import FormatError
 from vllm_mcmoe.expert_weights import PROJECTIONS, LayerWeights, Shard, exact_name
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
-from vllm_mcmoe.kernels.packing import PackedMatrix, group_count, pack_codes, padded
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, StoredMatrix, group_count, pack_codes, padded
 from vllm_mcmoe.kernels.reference import fused_experts
+from vllm_mcmoe.kernels.trellis import TrellisMatrix, pack_trellis
 
 LAYER = "model.layers.0.mlp.experts"
 HIDDEN, INTERMEDIATE = 256, 512
 GATE_UP_BITS, DOWN_BITS = (1, 2, 3, 4), (8, 1, 2, 3)
 
 
-VERSION = FORMAT_VERSION  # of the matrices and layers made here
+VERSION = FORMAT_VERSION  # of the matrices and layers made here; those of version 3 have trellis codes below 4 bits
 
 
 @pytest.fixture(autouse=True, params=VERSIONS, ids="version {}".format)
@@ -26,7 +27,11 @@ def version(request, monkeypatch) -> int:
     return request.param
 
 
-def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix:
+def code_of(bits: int) -> Code:
+    return Code(bits, "trellis" if VERSION == 3 and bits < 4 else "scalar")
+
+
+def random_matrix(bits: int, rows: int, columns: int, seed: int) -> StoredMatrix:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     groups = group_count(columns)
@@ -34,15 +39,21 @@ def random_matrix(bits: int, rows: int, columns: int, seed: int) -> PackedMatrix
     zeros = torch.rand(rows, groups, generator=generator).half()
     if VERSION > 1:
         scales = (scales * 32).round() / 32  # from 0.5 to 1.5: five bits of mantissa
+    if code_of(bits).kind == "trellis":
+        return TrellisMatrix(bits, pack_trellis(padded_codes(codes), bits), scales)
     return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros if VERSION == 1 and bits > 1 else None)
 
 
+def padded_codes(codes: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % GROUP_SIZE))
+
+
 @pytest.fixture
-def checkpoint(version) -> dict[tuple[int, str], PackedMatrix]:
+def checkpoint(version) -> dict[tuple[int, str], StoredMatrix]:
     return random_checkpoint(HIDDEN, INTERMEDIATE)
 
 
-def random_checkpoint(hidden: int, intermediate: int) -> dict[tuple[int, str], PackedMatrix]:
+def random_checkpoint(hidden: int, intermediate: int) -> dict[tuple[int, str], StoredMatrix]:
     """(expert, shard id) -> matrix: w1 gate, w3 up, w2 down."""
     matrices = {}
     for expert, (gate_up, down) in enumerate(zip(GATE_UP_BITS, DOWN_BITS, strict=True)):
@@ -58,8 +69,8 @@ def layer_weights(
     weights = LayerWeights(
         LAYER,
         shard,
-        gate_up_bits=[GATE_UP_BITS[e] for e in shard.expert_ids],
-        down_bits=[DOWN_BITS[e] for e in shard.expert_ids],
+        gate_up_codes=[code_of(GATE_UP_BITS[e]) for e in shard.expert_ids],
+        down_codes=[code_of(DOWN_BITS[e]) for e in shard.expert_ids],
         model_hidden_size=hidden,
         model_intermediate_size=intermediate,
         version=VERSION,
@@ -71,7 +82,7 @@ def layer_weights(
 
 
 def load(
-    weights: LayerWeights, checkpoint: dict[tuple[int, str], PackedMatrix], skip: str = "", device: str = "cpu"
+    weights: LayerWeights, checkpoint: dict[tuple[int, str], StoredMatrix], skip: str = "", device: str = "cpu"
 ) -> None:
     """Feed every tensor through the parameter's loader, except the one named `expert.shard.suffix`."""
     parameters = dict(weights.parameters())
@@ -266,7 +277,7 @@ def test_expert_parallel_ranks_take_their_own_experts_and_decline_the_others(che
 
 @pytest.mark.parametrize("missing", ["2.w1.qweight", "0.w2.zeros", "0.w2.exponents", "3.w3.scales"])
 def test_a_missing_tensor_is_named(checkpoint, version, missing):
-    if missing.rpartition(".")[2] not in tensor_dtypes(8, version):
+    if missing.rpartition(".")[2] not in tensor_dtypes(Code(8), version):
         pytest.skip(f"version {version} has no such tensor")
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
     load(weights, checkpoint, skip=missing)
@@ -303,13 +314,13 @@ def test_a_misshapen_tensor_is_named_with_what_was_expected(checkpoint, allocate
 
 @pytest.mark.parametrize("expert", [0, 1])
 def test_zeros_that_the_format_has_not_are_refused(version, expert):
-    """At 1 bit, and in version 2."""
+    """At 1 bit, and from version 2 on."""
     if version == 1 and expert == 1:
         pytest.skip("2 bits have zeros in version 1")
     weights = layer_weights(Shard(expert_ids=(0, 1, 2, 3), tp_rank=0, tp_size=1))
     parameter = dict(weights.parameters())["w13_zeros"]
     zeros = torch.ones(INTERMEDIATE, group_count(HIDDEN)).half()
-    with pytest.raises(FormatError, match=rf"expert {expert}, w1 zeros: present .*but a {expert + 1}-bit matrix has"):
+    with pytest.raises(FormatError, match=rf"expert {expert}, w1 zeros: present .*but a matrix of {expert + 1}.bit"):
         parameter.weight_loader(param=parameter, loaded_weight=zeros, weight_name="", shard_id="w1", expert_id=expert)
 
 

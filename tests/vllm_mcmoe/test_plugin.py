@@ -76,8 +76,8 @@ def test_naming_another_method_for_our_checkpoint_is_refused(checkpoint):
 
 
 def test_a_newer_format_version_is_refused(checkpoint, tmp_path):
-    newer = with_config(checkpoint, tmp_path / "newer", format_version=3)
-    with pytest.raises(ValueError, match="format_version is 3, this vllm-mcmoe reads versions 1 and 2; upgrade"):
+    newer = with_config(checkpoint, tmp_path / "newer", format_version=4)
+    with pytest.raises(ValueError, match="format_version is 4, this vllm-mcmoe reads versions 1 to 3; upgrade"):
         engine_config(newer)
 
 
