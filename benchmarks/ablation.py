@@ -18,6 +18,7 @@ from quality import LENGTH, REFERENCE, corpus, half_of
 
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
+from vllm_mcmoe.calibration.matrix.grids import Metadata
 from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
@@ -25,15 +26,18 @@ from vllm_mcmoe.calibration.model.text import TokenSequences, load_calibration_d
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
 from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
+from vllm_mcmoe.kernels.packing import Kind
 
 BITS = (1.53125, 1.9375, 2.47265625)  # what the authors' recipe uses of 1.55, 2.0 and 2.5: those of quality.py's table
 DEFAULT = RECIPES["mcmoe"]
-NONE = replace(DEFAULT, gptq=replace(DEFAULT.gptq, output_sweeps=0, metadata="float16"), tuning=None)
+NONE = replace(DEFAULT, gptq=replace(DEFAULT.gptq, output_sweeps=0, metadata="float16", codes="scalar"), tuning=None)
 LEVERS = {
     "none": NONE,
     "the outputs' Hessian": replace(NONE, gptq=replace(NONE.gptq, output_sweeps=DEFAULT.gptq.output_sweeps)),
     "scales of a byte": replace(NONE, gptq=replace(NONE.gptq, metadata="float8")),
     "tuned norms": replace(NONE, tuning=DEFAULT.tuning),
+    "trellis codes, scales of a byte": replace(NONE, gptq=replace(NONE.gptq, metadata="float8", codes="trellis")),
+    "all but trellis codes": replace(DEFAULT, gptq=replace(DEFAULT.gptq, codes="scalar")),
     "all but tuned norms": replace(DEFAULT, tuning=None),
     "all": DEFAULT,
 }
@@ -51,13 +55,13 @@ class _Table:
     def _sequences(self, count: int) -> TokenSequences:
         return load_calibration_data(self.model.description, corpus("calibration"), count, LENGTH, lambda line: None)
 
-    def _measure(self, metadata: str, count: int) -> Calibration:
-        """Widths cost what they do with these scales, whatever comes after them."""
-        recipe = replace(DEFAULT, gptq=replace(DEFAULT.gptq, metadata=metadata))
+    def _measure(self, metadata: Metadata, codes: Kind, count: int) -> Calibration:
+        """Widths cost what they do with these scales and codes, whatever comes after them."""
+        recipe = replace(DEFAULT, gptq=replace(DEFAULT.gptq, metadata=metadata, codes=codes))
         return measure(self.model, self.sequences(count), recipe=recipe, show_progress=False)
 
     def row(self, recipe: Recipe, bits: float, count: int) -> Evaluation:
-        calibration = self._measured(recipe.gptq.metadata, count)
+        calibration = self._measured(recipe.gptq.metadata, recipe.gptq.codes, count)
         with tempfile.TemporaryDirectory(dir=self.work) as directory:
             out = Path(directory) / "out"
             quantize_model(

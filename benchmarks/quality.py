@@ -1,8 +1,8 @@
 """Quality at equal bytes: what a user would pick instead, the authors' own recipe, and ours.
 
     python benchmarks/quality.py --bits 1.55 2.0 2.5 [--json FILE]
-    python benchmarks/quality.py --bits 1.55 2.0 2.5 --methods mcmoe "mcmoe trellis"         # docs/trellis.md
-    python benchmarks/quality.py --bits 2.0 2.2 --methods mcmoe "mcmoe trellis" --full-budget
+    python benchmarks/quality.py --bits 1.55 2.0 2.5 --methods mcmoe "mcmoe scalar"         # docs/trellis.md
+    python benchmarks/quality.py --bits 2.0 2.2 --methods mcmoe "mcmoe scalar" --full-budget
     python benchmarks/quality.py --whole [--half 1]                  # the whole checkpoint under one budget
     python benchmarks/quality.py --bits 2 2.1 2.5 3 4 --model SMOL --length 512 --work DIR     # upcycle.py's model
 
@@ -44,7 +44,7 @@ from vllm_mcmoe.calibration.model.text import TokenSequences, load_calibration_d
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.calibration.model.weights import WeightFiles
 from vllm_mcmoe.calibration.pipeline import quantize_model
-from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, needs_gradients
+from vllm_mcmoe.calibration.recipes import RECIPES, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 
 REFERENCE = Path(__file__).parent / "reference_model"
@@ -55,11 +55,9 @@ RECIPE_OF = {
     "uniform GPTQ": RECIPES["uniform"],
     "paper-code": RECIPES["paper-code"],
     "mcmoe": RECIPES["mcmoe"],
-    "mcmoe trellis": replace(
-        RECIPES["mcmoe"], name="mcmoe-trellis", gptq=replace(RECIPES["mcmoe"].gptq, codes="trellis")
-    ),
+    "mcmoe scalar": replace(find_recipe("mcmoe", "best", codes="scalar"), name="mcmoe-scalar"),
 }
-OURS = ("mcmoe", "mcmoe trellis")
+OURS = ("mcmoe", "mcmoe scalar")
 
 
 @dataclass
@@ -294,7 +292,7 @@ def _arguments() -> argparse.Namespace:
         "--bits", type=float, nargs="+", default=[1.55, 2.0, 2.5], help="written bits per expert weight"
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=RECIPE_OF, default=[method for method in RECIPE_OF if method != "mcmoe trellis"]
+        "--methods", nargs="+", choices=RECIPE_OF, default=[method for method in RECIPE_OF if method != "mcmoe scalar"]
     )
     parser.add_argument("--full-budget", action="store_true", help="give mcmoe what was asked for, whatever others use")
     parser.add_argument(

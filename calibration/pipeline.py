@@ -76,6 +76,7 @@ from vllm_mcmoe.calibration.recipes import (
 from vllm_mcmoe.calibration.report.width_map import width_map_file, widths_of
 from vllm_mcmoe.calibration.tune.tuning import tune
 from vllm_mcmoe.errors import PlanError
+from vllm_mcmoe.kernels.packing import Kind
 
 ALLOCATED = "allocated"  # the unit of work between measuring and quantising
 
@@ -87,6 +88,7 @@ def calibrate(
     *,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
+    codes: Kind | None = None,
     widths: Sequence[int] | None = None,
     sequences: int = DEFAULT_SEQUENCES,
     length: int = DEFAULT_LENGTH,
@@ -104,6 +106,7 @@ def calibrate(
     out          where to write factors.json; with it, measured layers are kept beside it until the file is complete,
                  and the same call goes on from there after having been killed
     effort       how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
+    codes        that are measured, "scalar" or "trellis"; None takes the recipe's
     widths       bit-widths to measure; None takes the recipe's
     seed         of the labels sampled for the loss gradient
     activations  "memory", "disk" (beside out, or in the system's temporary directory) or "auto", memory if they fit
@@ -114,7 +117,7 @@ def calibrate(
     WorkDirectoryError where there is unfinished work of other arguments.
     """
     device = choose_device(device, log)
-    recipe = find_recipe(recipe, effort)
+    recipe = find_recipe(recipe, effort, codes=codes)
     source = WeightFiles(describe_model(find_model(model_dir, log=log)))
     tokens = load_calibration_data(source.model, data, sequences, length, log)
     identity = {
@@ -151,6 +154,7 @@ def quantize(
     size: str | int | None = None,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
+    codes: Kind | None = None,
     widths: Sequence[int] | None = None,
     linear_bits: int | None = None,
     tuned: bool = True,
@@ -172,6 +176,7 @@ def quantize(
                      allocate)
     factors          what calibrate measured; None measures, where the plan or the recipe's Hessians need it
     effort           how much work goes into each matrix, see recipes.find_recipe; of a recipe by name
+    codes            that experts are written in, "scalar" or "trellis"; None takes the recipe's
     widths           bit-widths an expert may get; None takes the recipe's
     linear_bits      attention and dense linears: 4, 8 or 16; None takes the recipe's, with `size` and for plans that
                      have them widths of their own
@@ -191,7 +196,7 @@ def quantize(
     """
     started = time.monotonic()
     device = choose_device(device, log)
-    recipe = find_recipe(recipe, effort, tune=tuned)
+    recipe = find_recipe(recipe, effort, tune=tuned, codes=codes)
     if sum(given is not None for given in (plan, bits, bits_per_layer, size)) != 1:
         raise PlanError("give exactly one of plan, bits, bits_per_layer and size.")
     check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)

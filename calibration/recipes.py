@@ -5,7 +5,7 @@ paper-code  what the authors' published code does (PMQ, arXiv 2410.06270), inclu
 uniform     the baseline: the same width everywhere, standard GPTQ
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.matrix.grids import Metadata
 from vllm_mcmoe.checkpoint import FORMAT_VERSION
+from vllm_mcmoe.kernels.packing import KINDS, Kind
 
 Objective = Literal["loss_increase", "weighted_error", "uniform"]
 Budget = Literal["<=", "="]
@@ -120,7 +121,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # half the time. Measuring the widths with 1 sweep instead of 8 gives 0.0426.)
             # Sweeps under the outputs' Hessian: KL at 2 bits everywhere 0.0343 / 0.0268 / 0.0257 / 0.0262 after
             # 0 / 4 / 8 / 16 (benchmarks/output_hessian.py).
-            gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8, metadata="float8"),
+            # Those are of scalar codes. Trellis codes: 0.0181 for 0.0280 at 2 bits everywhere, 0.0047 for 0.0072 at 3
+            # (docs/trellis.md).
+            gptq=GPTQOptions(act_order=True, refinement_sweeps=8, output_sweeps=8, metadata="float8", codes="trellis"),
             # KL and perplexity at 1.965 bits: 0.0355 and 28.64; "gradient" 0.0381 and 28.74, "none" 0.0352 and 28.83.
             hessian_weighting="routing",
             tuning=TuningOptions(),
@@ -145,16 +148,33 @@ MEASURED_TOKENS: Mapping[Effort, int | None] = MappingProxyType({"fast": 16384, 
 FAST_SWEEPS = 2
 
 
-def find_recipe(recipe: str | Recipe, effort: Effort = "normal", *, tune: bool = True) -> Recipe:
+def find_recipe(
+    recipe: str | Recipe, effort: Effort = "normal", *, tune: bool = True, codes: Kind | None = None
+) -> Recipe:
     """The recipe of that name, with as much effort, or the given one as it is; without its tuning unless `tune`.
 
-    Raises ValueError naming the known recipes or efforts.
+    codes: in the place of the recipe's. Raises ValueError naming the known recipes, efforts or codes, and for codes
+    that the recipe cannot have.
     """
-    if isinstance(recipe, Recipe):
-        return recipe if tune else replace(recipe, tuning=None)
-    for kind, name, known in (("recipe", recipe, RECIPES), ("effort", effort, MEASURED_ROWS)):
-        if name not in known:
-            raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+    found = recipe if isinstance(recipe, Recipe) else _named(recipe, effort)
+    if codes is not None:
+        _check_known("codes", codes, KINDS)
+        if codes == "trellis" and found.gptq.metadata != "float8":
+            raise ValueError(
+                f"recipe {found.name} has scalar codes alone: trellis codes have no zeros, which it stores"
+            )
+        found = replace(found, gptq=replace(found.gptq, codes=codes))
+    return found if tune else replace(found, tuning=None)
+
+
+def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+
+
+def _named(recipe: str, effort: Effort) -> Recipe:
+    _check_known("recipe", recipe, RECIPES)
+    _check_known("effort", effort, MEASURED_ROWS)
     found = RECIPES[recipe]
     if found.objective == "loss_increase":  # what the authors' code measures is quick, and compared as it is
         found = replace(
@@ -167,7 +187,7 @@ def find_recipe(recipe: str | Recipe, effort: Effort = "normal", *, tune: bool =
         gptq = found.gptq
         fewer = {name: min(getattr(gptq, name), FAST_SWEEPS) for name in ("refinement_sweeps", "output_sweeps")}
         found = replace(found, gptq=replace(gptq, **fewer), tuning=None)
-    return found if tune else replace(found, tuning=None)
+    return found
 
 
 def needs_gradients(recipe: Recipe) -> bool:

@@ -18,7 +18,8 @@ Version 3 is version 2 in which a matrix of 1 to 4 bits may have trellis codes; 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,14 @@ class ExpertBits:
         return {name: list(values) for name, values in asdict(self).items() if values}
 
 
+def describe_kinds(codes: Iterable[Code]) -> str:
+    """ "trellis", "scalar", or where there are both "scalar 12%, trellis 88%", of the matrices."""
+    counts = Counter(code.kind for code in codes)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{kind} {count / counts.total():.0%}" for kind, count in sorted(counts.items()))
+
+
 def _codes(widths: tuple[int, ...], kinds: tuple[Kind, ...]) -> tuple[Code, ...]:
     return tuple(map(Code, widths, kinds)) if kinds else tuple(map(Code, widths))
 
@@ -145,6 +154,11 @@ class CheckpointConfig:
     pruning: PruningConfig | None = None
     average_bits: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def codes(self) -> list[Code]:
+        """Of all matrices, gate_up counted as one."""
+        return [code for layer in self.experts.values() for code in (*layer.gate_up_codes, *layer.down_codes)]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object written to config.json; absent optional parts are left out."""

@@ -17,6 +17,7 @@ from vllm_mcmoe.calibration.evaluate.inspection import CheckpointSummary, ModelS
 from vllm_mcmoe.calibration.evaluate.resources import ResourcePlan
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.prune.points import PrunedPoint
+from vllm_mcmoe.checkpoint import describe_kinds
 
 console = Console()
 
@@ -122,7 +123,8 @@ def print_summary(checkpoint: Path | str, summary: CheckpointSummary) -> None:
         table.add_row(kind, f"{size:,}", f"{size / summary.total_bytes:.1%}")
     table.add_row("total", f"{summary.total_bytes:,}", "", style="bold")
     console.print(table)
-    console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included.")
+    kinds = describe_kinds(summary.config.codes)
+    console.print(f"Experts: {summary.expert_bits:.3f} bits per weight, scales and zeros included; codes: {kinds}.")
     if summary.tuning is not None:
         done = "Tuned" if summary.tuning.kept else "Tuning was tried and not kept"
         console.print(f"{done}: {summary.tuning.describe()}.")
@@ -197,6 +199,7 @@ def print_resources(plan: ResourcePlan, flops: float) -> None:
     table.add_column(style="dim")
     table.add_row("parameters", f"{weights.total / 1e9:.1f} B", f"{weights.experts / weights.total:.1%} in experts")
     table.add_row("active per token", f"{weights.active / 1e9:.1f} B")
+    table.add_row("codes of experts", plan.codes)
     if plan.size is not None:
         range_ = f"possible: {_gigabytes(plan.size.least_bytes)} to {_gigabytes(plan.size.largest_bytes)}"
         table.add_row("size asked for", _gigabytes(plan.size.requested_bytes), range_)

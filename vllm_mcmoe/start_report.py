@@ -15,7 +15,7 @@ from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.logger import init_logger
 
 import vllm_mcmoe
-from vllm_mcmoe.checkpoint import CheckpointConfig
+from vllm_mcmoe.checkpoint import CheckpointConfig, describe_kinds
 from vllm_mcmoe.graph_cache import choices
 
 logger = init_logger("vllm.mcmoe")
@@ -24,6 +24,7 @@ LABELS = (
     "version",
     "expert_bits",
     "expert_widths",
+    "expert_codes",
     "linear_widths",
     "backend",
     "instruction_set",
@@ -54,6 +55,7 @@ class StartReport:
             "version": vllm_mcmoe.__version__,
             "expert_bits": "unknown" if average is None else f"{average:.2f}",
             "expert_widths": _expert_widths(self.checkpoint),
+            "expert_codes": describe_kinds(self.checkpoint.codes),
             "linear_widths": _linear_widths(self.checkpoint),
             "backend": backend,
             "instruction_set": _instruction_set(backend, device),
@@ -69,15 +71,15 @@ class StartReport:
     def _line(self, facts: dict[str, str]) -> str:
         return (
             f"vllm-mcmoe {facts['version']}: {len(self.checkpoint.experts)} MoE layers, {facts['expert_bits']} bits "
-            f"per expert weight (widths {facts['expert_widths']}), {facts['backend']} kernels, "
-            f"{facts['instruction_set']}; other linears of {facts['linear_widths']} bits by {facts['linears']}; "
-            f"pruning of expert activations: {facts['pruning']}."
+            f"per expert weight (widths {facts['expert_widths']}; codes {facts['expert_codes']}), {facts['backend']} "
+            f"kernels, {facts['instruction_set']}; other linears of {facts['linear_widths']} bits by "
+            f"{facts['linears']}; pruning of expert activations: {facts['pruning']}."
         )
 
 
 def _expert_widths(checkpoint: CheckpointConfig) -> str:
     """ "2: 60%, 3: 40%", of the matrices."""
-    counts = Counter(width for bits in checkpoint.experts.values() for width in (*bits.gate_up, *bits.down))
+    counts = Counter(code.bits for code in checkpoint.codes)
     return ", ".join(f"{width}: {count / counts.total():.0%}" for width, count in sorted(counts.items()))
 
 

@@ -9,8 +9,10 @@ from vllm_mcmoe.calibration.checkpoint.report import QuantizationReport, TuningR
 from vllm_mcmoe.calibration.checkpoint.writer import MODEL_CARD, WIDTH_MAP
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
 from vllm_mcmoe.calibration.matrix.linears import count_by_width
+from vllm_mcmoe.calibration.measure.factors import PROJECTIONS
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.model.text import TokenSequences, name_files
+from vllm_mcmoe.checkpoint import describe_kinds
 
 HERE = "PATH_TO_THIS_DIRECTORY"  # until it is known: `mcmoe push` writes the name on the hub instead
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")  # from the original's card
@@ -69,6 +71,7 @@ def _quantization(description: MoeModel, report: QuantizationReport, calibration
         for expert in experts:
             widths.update((*[expert.gate_up] * gate_up_matrices, expert.down))  # all have the same size
     share = ", ".join(f"{bits} bit: {count / widths.total():.0%}" for bits, count in sorted(widths.items()))
+    codes = [expert.code(part) for experts in report.layers.values() for expert in experts for part in PROJECTIONS]
     head = None
     if report.linear_bits is None:
         in_layers = {name: bits for name, bits in report.linears.items() if name != description.family.head}
@@ -87,6 +90,7 @@ def _quantization(description: MoeModel, report: QuantizationReport, calibration
         ("expert bytes", f"{report.expert_bytes:,} of {report.original_expert_bytes:,} in 16 bits"),
         ("model bytes", f"{report.total_bytes:,} of {report.original_total_bytes:,} in 16 bits"),
         ("share of expert weights by code width", share),
+        ("expert codes", describe_kinds(codes)),
         ("attention and dense linears", linears),
     ]
     if head is not None:

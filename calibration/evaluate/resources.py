@@ -38,7 +38,7 @@ from vllm_mcmoe.calibration.model.folder import ModelFolder
 from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, find_linear, skeleton
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
-from vllm_mcmoe.kernels.packing import group_count
+from vllm_mcmoe.kernels.packing import Kind, group_count
 
 BITS_16 = 2  # bytes
 DEFAULT_BITS = 2.5
@@ -149,10 +149,12 @@ class SizeNeeds:
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """bits: of an expert's weight; with a size, the most there can be. size: None where bits were asked for."""
+    """bits: of an expert's weight; with a size, the most there can be. codes: of those of up to 4 bits.
+    size: None where bits were asked for."""
 
     architecture: str
     bits: float
+    codes: Kind
     size: SizeNeeds | None
     parameters: Parameters
     quantization: QuantizationNeeds
@@ -173,6 +175,7 @@ def plan_resources(
     length: int = 2048,
     recipe: str | Recipe = "mcmoe",
     effort: Effort = "normal",
+    codes: Kind | None = None,
     tuned: bool = True,
     kv_tokens: int = 65536,
 ) -> ResourcePlan:
@@ -181,12 +184,12 @@ def plan_resources(
     bits: of expert weights, scales and zeros included, DEFAULT_BITS if neither they nor a size are given. size: of
     the whole checkpoint, as allocate takes it. sequences x length calibration tokens.
 
-    tuned: as pipeline.quantize takes it. kv_tokens: of all requests that are served at once.
+    tuned, codes: as pipeline.quantize takes them. kv_tokens: of all requests that are served at once.
 
     Raises UnsupportedModelError and HubError as describe_model does, PlanError for a size that no checkpoint of this
     model can have.
     """
-    description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned)
+    description, recipe = describe_model(model_dir), find_recipe(recipe, effort, tune=tuned, codes=codes)
     if bits is not None and size is not None:
         raise PlanError("give either bits or size.")
     model = skeleton(description)
@@ -238,7 +241,8 @@ def plan_resources(
             for name, size in MEMORY_SIZES.items()
         ],
     )
-    return ResourcePlan(description.architecture, bits, size_needs, parameters, quantization, serving)
+    codes = recipe.gptq.codes
+    return ResourcePlan(description.architecture, bits, codes, size_needs, parameters, quantization, serving)
 
 
 def _size_needs(

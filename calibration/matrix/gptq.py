@@ -7,7 +7,6 @@ H belongs to the inputs, not to a width: build its factor once, then quantise to
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +23,7 @@ from vllm_mcmoe.calibration.matrix.refinement import Iterate, refine
 from vllm_mcmoe.calibration.matrix.row_loops import gptq_block, over_rows
 from vllm_mcmoe.calibration.matrix.trellis import QuantizedTrellis, quantize_trellis, ring_order
 from vllm_mcmoe.calibration.matrix.two_sided import OutputHessian
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
-from vllm_mcmoe.kernels.trellis import TRELLIS_WIDTHS
-
-Codes = Literal["scalar", "trellis"]  # what the weights of a matrix are quantised to; 8 bits are always scalar
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, TRELLIS_WIDTHS, Kind
 
 BLOCK = GROUP_SIZE  # columns quantised between two updates of all later columns; a block is one group of the grid
 DAMPING_ESCALATION = 10.0
@@ -50,7 +46,8 @@ class GPTQOptions:
                              plain GPTQ
     output_sweeps            rounds of the same under the Hessian of the outputs, too, where one is given
     metadata                 of each group: "float16" scale and zero, or "float8" scale alone
-    codes                    "trellis" is for "float8", and goes through the columns in an order of its own
+    codes                    of up to 4 bits, those of 8 are scalar; "trellis" is for "float8", and goes through the
+                             columns in an order of its own
     """
 
     damping: float = 0.01
@@ -61,7 +58,7 @@ class GPTQOptions:
     refinement_sweeps: int = 0
     output_sweeps: int = 0
     metadata: Metadata = "float16"
-    codes: Codes = "scalar"
+    codes: Kind = "scalar"
 
     def __post_init__(self) -> None:
         if self.codes == "trellis" and not (self.metadata == "float8" and self.compensate):

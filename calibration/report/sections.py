@@ -22,6 +22,7 @@ from vllm_mcmoe.calibration.report.width_map import (
     layer_labels,
     width_maps,
 )
+from vllm_mcmoe.checkpoint import describe_kinds
 
 # Load of an expert as a multiple of what all would have if they were used alike: up to which, colour, label.
 LOADS = (
@@ -52,7 +53,9 @@ def widths_section(contents: Contents) -> ET.Element:
     heads = ["layer", *(f"{p} {text}" for p in PROJECTIONS for text in (*(f"at {w}" for w in used), "mean"))]
     text = (
         "Every expert has one width for its gate and up projections, and one for its down projection. The integer "
-        "program gives bits to those that lower the loss most. " + describe_widths(contents.widths)
+        "program gives bits to those that lower the loss most. "
+        + describe_widths(contents.widths)
+        + f" Codes: {describe_kinds(contents.config.codes)}."
     )
     held = {name: ids for name, ids in contents.plan.forced_experts.items() if ids}
     if held:

@@ -218,13 +218,13 @@ def test_a_missing_tensor_is_named(editable_checkpoint, suffix):
 def test_a_misshapen_tensor_is_named_with_both_shapes(editable_checkpoint):
     name = f"{LAYER}.0.w2.scales"
     edit_tensors(editable_checkpoint, lambda tensors: tensors.update({name: torch.ones(256, 2).half()}))
-    with pytest.raises(FormatError, match=rf"{name} is F16 \[256, 2\]; a 3-bit w2 needs F16 \[256, 4\]"):
+    with pytest.raises(FormatError, match=rf"{name} is F16 \[256, 2\]; a w2 of 3 bits needs F16 \[256, 4\]"):
         open_checkpoint(editable_checkpoint)
 
 
 def test_widths_that_contradict_the_tensors_are_refused(editable_checkpoint):
     edit_config(editable_checkpoint, lambda config: config["experts"][LAYER]["gate_up"].__setitem__(0, 4))
-    with pytest.raises(FormatError, match=rf"{LAYER}\.0\.w1\.qweight is U8 \[512, 2, 32\]; a 4-bit w1 needs"):
+    with pytest.raises(FormatError, match=rf"{LAYER}\.0\.w1\.qweight is U8 \[512, 2, 32\]; a w1 of 4 bits needs"):
         open_checkpoint(editable_checkpoint)
 
 

@@ -24,12 +24,12 @@ from vllm_mcmoe.calibration.quantize import layer as layer_quantization
 from vllm_mcmoe.calibration.recipes import TuningOptions
 from vllm_mcmoe.errors import FormatError, WorkDirectoryError
 
-# Gradients for the Hessians, too, so that every kind of unit there is gets written and read.
+# Gradients for the Hessians, too, so that every kind of unit there is gets written and read; and trellis codes.
 RECIPE = dataclasses.replace(
     QUICK,
     hessian_weighting="gradient",
     widths=(1, 2, 4),
-    gptq=dataclasses.replace(QUICK.gptq, output_sweeps=1),
+    gptq=dataclasses.replace(QUICK.gptq, output_sweeps=1, metadata="float8", codes="trellis"),
     tuning=TuningOptions(steps=3),
 )
 

@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 
 def report(target: float | None = None, **changes) -> StartReport:
-    layers = {f"model.layers.{layer}.mlp.experts": ExpertBits((1, 2, 2, 3), (2, 2, 3, 3)) for layer in range(2)}
+    widths, kinds = ((1, 2, 2, 3), (2, 2, 3, 3)), (("trellis",) * 4, ("scalar",) * 4)
+    layers = {f"model.layers.{layer}.mlp.experts": ExpertBits(*widths, *kinds) for layer in range(2)}
     checkpoint = CheckpointConfig(experts=layers, average_bits={"experts": 2.3456, "model": 3.0}, **changes)
     return StartReport(checkpoint, target)
 
@@ -37,6 +38,7 @@ def test_facts_are_those_of_the_checkpoint_and_of_what_was_chosen(config):
         "version": __version__,
         "expert_bits": "2.35",
         "expert_widths": "1: 12%, 2: 50%, 3: 38%",
+        "expert_codes": "scalar 50%, trellis 50%",
         "linear_widths": "4, 8",
         "backend": "cpu",
         "instruction_set": select_isa(),

@@ -9,6 +9,7 @@ from vllm_mcmoe.cli.console import log, print_json
 from vllm_mcmoe.cli.options import (
     Activations,
     AsJson,
+    Codes,
     Data,
     Device,
     Effort,
@@ -234,6 +235,7 @@ def plan_resources(
     linear_bits: LinearBits = None,
     recipe: Recipe = RecipeName.mcmoe,
     effort: Effort = EffortName.normal,
+    codes: Codes = None,
     tune: Tune = True,
     sequences: Sequences = 128,
     length: Length = 2048,
@@ -263,6 +265,7 @@ def plan_resources(
         linear_bits=linear_bits,
         recipe=recipe.value,
         effort=effort.value,
+        codes=codes and codes.value,
         tuned=tune,
         sequences=sequences,
         length=length,

@@ -21,6 +21,11 @@ class EffortName(StrEnum):
     best = "best"
 
 
+class CodesName(StrEnum):
+    trellis = "trellis"
+    scalar = "scalar"
+
+
 class Scope(StrEnum):
     layer = "layer"
     model = "model"
@@ -190,6 +195,15 @@ EvaluationData = Annotated[
 ]
 Evaluate = Annotated[
     bool, typer.Option("--evaluate/--no-evaluate", help="Score the result: two more passes over the model.")
+]
+Codes = Annotated[
+    CodesName | None,
+    typer.Option(
+        help="What experts of up to 4 bits are written in. `trellis`: a bit counts for several weights, and a third "
+        "less is lost at the same size. `scalar`: a code of its own for each weight, quicker to find; recipes "
+        "paper-code and uniform have no other.",
+        show_default="by recipe; mcmoe trellis",
+    ),
 ]
 Tune = Annotated[
     bool,
