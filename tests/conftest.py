@@ -11,6 +11,7 @@ from tests.tiny_models import make_qwen3
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.measure.factors import Factors, parse_factors
 from vllm_mcmoe.calibration.pipeline import quantize
+from vllm_mcmoe.checkpoint import read_checkpoint_config
 
 # The matrices of tests are too small to share: quantising the reference model takes 58 s with one thread and 137 s with
 # two, on a machine that has nothing else to do.
@@ -63,17 +64,15 @@ def checkpoint(reference_model, calibration_files, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint_16bit_linears(checkpoint, reference_model, calibration_files, tmp_path_factory) -> Path:
-    """The same experts' widths with attention left alone, for comparisons in float32."""
+    """The same with attention left alone, for comparisons in float32, and in each layer two matrices of 8 bits, which
+    have scalar codes beside the others' trellis codes."""
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-2.5bit-linear16"
-    quantize(
-        reference_model,
-        out,
-        calibration_files,
-        plan=Plan.load(checkpoint / "plan.json"),
-        recipe="uniform",
-        linear_bits=16,
-        **CALIBRATION,
-    )
+    plan = Plan.load(checkpoint / "plan.json")
+    for widths in plan.layers.values():
+        widths["gate_up"][0] = widths["down"][1] = 8
+    quantize(reference_model, out, calibration_files, plan=plan, linear_bits=16, tuned=False, **CALIBRATION)
+    kinds = {code.kind for code in read_checkpoint_config(out).codes}
+    assert kinds == {"scalar", "trellis"}
     return out
 
 

@@ -20,13 +20,18 @@ from vllm_mcmoe.calibration.measure.expert_tokens import (
 from vllm_mcmoe.calibration.measure.sensitivity import MoeTrace
 from vllm_mcmoe.calibration.model.experts import Expert
 from vllm_mcmoe.calibration.recipes import Recipe
+from vllm_mcmoe.kernels.packing import Kind
 
 # Tokens an expert's errors are measured on. The loss increase from 4096 tokens varies by 6% between seeds of the
 # sampled labels (reference model, 2 bits), where one bit more or less changes it fourfold.
 MEASURED_TOKENS = 4096
 # Rows add up coherently as far as rounding makes weights smaller, which is to say as far as the error points against
-# the weight itself: by its squared error, here that of the best uniform quantiser of a Gaussian (Max 1960).
-SQUARED_ERROR = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}
+# the weight itself: by its squared error, here that of a Gaussian, by the best uniform quantiser (Max 1960) and by the
+# trellis codes (docs/trellis.md).
+SQUARED_ERROR: dict[Kind, dict[int, float]] = {
+    "scalar": {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001},
+    "trellis": {1: 0.3059, 2: 0.0824, 3: 0.0215, 4: 0.0057, 8: 0.0001},
+}
 
 
 @dataclass
@@ -91,7 +96,7 @@ def measure_expert(
                 ("gate_up", _columns(gradients_at_h, units) * h_change, of_units),
                 ("down", _columns(gradients, features) * output_change, of_features),
             ):
-                squares = sample_of.loss_of_all(products, width)
+                squares = sample_of.loss_of_all(products, SQUARED_ERROR[recipe.gptq.codes][width])
                 measured.loss_increase[part][width] = 0.5 * represented * squares / trace.inputs.num_tokens
         if units is None and features is None:
             # D'h' - Dh = D'h - Dh + D'(h' - h)
@@ -167,12 +172,13 @@ class _Sample:
 
         return cls(torch.cat([costly, spaced]), weights(losses), weights(changes), coherence)
 
-    def loss_of_all(self, products: torch.Tensor, width: int) -> float:
-        """(sum_r g_r dy_r)^2 of all rows, summed over tokens. products: g_r dy_r, float32 [tokens, n]."""
+    def loss_of_all(self, products: torch.Tensor, squared_error: float) -> float:
+        """(sum_r g_r dy_r)^2 of all rows, summed over tokens. products: g_r dy_r, float32 [tokens, n]; squared_error:
+        of what the rows were quantised to."""
         if self.rows is None:
             return _energy(products.sum(-1))
         of_rows = float((products.double().square().sum(0) * self.loss_weight).sum())
-        return of_rows * (1 + (self.coherence - 1) * SQUARED_ERROR[width] / SQUARED_ERROR[1])
+        return of_rows * (1 + (self.coherence - 1) * squared_error / SQUARED_ERROR["scalar"][1])
 
 
 def _down_output_max(tokens: ExpertTokens, expert: Expert) -> float:
