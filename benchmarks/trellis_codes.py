@@ -185,7 +185,8 @@ def _show_codes(options: argparse.Namespace) -> None:
     print("| bits | coded | states | entries | ring | squared error | of Lloyd-Max | bits gained |")
     print("|---|---|---|---|---|---|---|---|")
     for bits in options.bits:
-        print(f"| {bits} | - | - | {1 << bits} | - | {LLOYD_MAX[bits]:.4g}, even {SQUARED_ERROR["scalar"][bits]:.4g} | | |")
+        even = SQUARED_ERROR["scalar"][bits]
+        print(f"| {bits} | - | - | {1 << bits} | - | {LLOYD_MAX[bits]:.4g}, even {even:.4g} | | |")
         codes = [Code(bits, memory=memory) for memory in options.memories]
         codes += [Code(bits, coded=2, memory=memory) for memory in (2, 4) if bits > 1]
         for code in (replace(code, ring=ring) for code in codes for ring in options.rings):
