@@ -99,7 +99,10 @@ def random_matrix(code: Code, out_features: int, in_features: int, stored_zeros:
     return PackedMatrix(code.bits, qweight, scales, zeros if code.has_zeros(stored_zeros) else None)
 
 
-def quantised_variant(shape: Shape, mix: tuple[Code, ...], isa: str, stored_zeros: bool) -> Variant:
+def quantised_variant(
+    shape: Shape, mix: tuple[Code, ...], isa: str, stored_zeros: bool, layer_copies: int | None = None
+) -> Variant:
+    """layer_copies: instead of as many as hold CACHES_OF_WEIGHTS."""
     os.environ[ISA_VARIABLE] = isa
     codes = [mix[expert % len(mix)] for expert in range(shape.experts)]
     gate_up = {c: random_matrix(c, 2 * shape.intermediate, shape.hidden, stored_zeros) for c in set(codes)}
@@ -125,7 +128,7 @@ def quantised_variant(shape: Shape, mix: tuple[Code, ...], isa: str, stored_zero
         )
     ]
     expert_bytes = (sizes[0] + sizes[1]).tolist()
-    layers += [prepare() for _ in range(copies(sum(expert_bytes)) - 1)]
+    layers += [prepare() for _ in range((layer_copies or copies(sum(expert_bytes))) - 1)]
     return Variant([lambda call, layer=layer: layer(*call) for layer in layers], expert_bytes)
 
 
@@ -163,20 +166,21 @@ def random_call(shape: Shape, tokens: int) -> Call:
     return x, weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Bandwidth:
     """Bytes per second of reading a tensor larger than the caches with torch's threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.data = torch.ones(4 * last_level_cache_bytes() // 8, dtype=torch.int64)
 
     def measure(self) -> float:
-        return self.data.nbytes / seconds(self.data.sum)
+        return self.data.nbytes / seconds(self.data.sum, self.clock)
 
 
 def measure(
@@ -198,7 +202,7 @@ def measure(
             call = random_call(shape, tokens)
             used = sum(variant.expert_bytes[expert] for expert in call[2].unique().tolist())
             layer = variant.layers[rounds % len(variant.layers)]
-            elapsed = seconds(lambda layer=layer, call=call: layer(call))
+            elapsed = seconds(lambda layer=layer, call=call: layer(call), bandwidth.clock)
             if rounds:  # the first round warms up
                 times[name].append(elapsed)
                 rates[name].append(used / elapsed)
@@ -256,6 +260,16 @@ def main() -> None:
     parser.add_argument(
         "--zeros", choices=("none", "stored", "both"), default="none", help="of checkpoints in format version 2, or 1"
     )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        help=f"layers of each width; by default as many as fill the cache {CACHES_OF_WEIGHTS} times",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the thread's own time, for a machine that is busy with other things; with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="per number of tokens")
     parser.add_argument("--json", type=Path, help="write all results there")
     arguments = parser.parse_args()
@@ -277,7 +291,9 @@ def main() -> None:
         parser.error(f"--baseline {baseline}: expected {BASELINE} or one of {', '.join(ours)}")
     names = [BASELINE, *ours] if baseline == BASELINE else list(ours)
 
-    bandwidth = Bandwidth()
+    if arguments.cpu_time and torch.get_num_threads() != 1:
+        parser.error("--cpu-time is that of one thread: set OMP_NUM_THREADS=1")
+    bandwidth = Bandwidth(time.thread_time if arguments.cpu_time else time.perf_counter)
     gbytes = statistics.median(bandwidth.measure() for _ in range(9)) / 1e9
     print(f"{torch.get_num_threads()} threads, {'/'.join(isas)}, read bandwidth {gbytes:.1f} GB/s", flush=True)
     everything: list[Result] = []
@@ -289,7 +305,7 @@ def main() -> None:
         print(f"\n{name}: {shape}")
         print(f"Cells: median, speed-up over {baseline}, share of bandwidth up to {DECODE_TOKENS} tokens\n")
         variants = {BASELINE: bf16_variant(shape)} if baseline == BASELINE else {}
-        variants |= {label: quantised_variant(shape, *choice) for label, choice in ours.items()}
+        variants |= {label: quantised_variant(shape, *choice, arguments.copies) for label, choice in ours.items()}
         results = [
             result
             for count in tokens
