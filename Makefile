@@ -53,9 +53,13 @@ bench-linear: $(READY)
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/streaming_memory.py $(ARGS)
 
-# Mixtral-8x7B's full shape at 2.5 bits, served here: writes 28 GB to build/, wants 20 GB of memory and fifteen minutes
+# Mixtral-8x7B's full shape at 2.5 bits, served here: writes 28 GB to build/, wants 20 GB of memory and fifteen minutes.
+# Trellis codes: make bench-mixtral BITS=2.0 CODES=trellis
+BITS  := 2.5
+CODES := scalar
 bench-mixtral: $(READY)
-	$(BIN)/python benchmarks/full_size.py mixtral-8x7b build/mixtral-8x7b-2.5bit --pruned 0 0.3 $(ARGS)
+	$(BIN)/python benchmarks/full_size.py mixtral-8x7b build/mixtral-8x7b-$(BITS)bit-$(CODES) \
+		--bits $(BITS) --codes $(CODES) --pruned 0 0.3 $(ARGS)
 
 bench-pruning: $(READY)
 	$(BIN)/python benchmarks/pruning.py $(ARGS)

@@ -1,7 +1,7 @@
 """One MoE layer on the CPU: ours at several widths against vLLM's own bf16 kernel, in one process.
 
     python benchmarks/cpu_moe.py [--shape mixtral] [--tokens 1,16,256] [--intermediate-fraction 0.25] [--json FILE]
-                                 [--isa avx2 --isa portable]
+                                 [--isa avx2 --isa portable] [--widths "2 bit,2 bit trellis" --baseline "2 bit"]
 
 Every round calls every variant once with fresh random activations and routing, so noise of the machine falls on all
 alike; medians over the rounds are printed. Every variant holds several times the last-level cache in weights and goes
@@ -22,11 +22,22 @@ import torch
 from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    Code,
+    PackedMatrix,
+    StoredMatrix,
+    middle_zero,
+    packed_bytes_per_group,
+)
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 DECODE_TOKENS = 4
-WIDTHS = {"1 bit": (1,), "2 bit": (2,), "2.5 bit mix": (2, 3, 2, 3, 1, 4, 2, 3), "3 bit": (3,), "4 bit": (4,)}
+SCALAR = {"1 bit": (1,), "2 bit": (2,), "2.5 bit mix": (2, 3, 2, 3, 1, 4, 2, 3), "3 bit": (3,), "4 bit": (4,)}
+TRELLIS = {f"{name} trellis": tuple(Code(width, "trellis") for width in widths) for name, widths in SCALAR.items()}
+TRELLIS["2 bit mix trellis"] = tuple(Code(width, "trellis") for width in (2, 2, 3, 1, 2, 2, 3, 1))
+WIDTHS = {name: tuple(map(Code, widths)) for name, widths in SCALAR.items()} | TRELLIS
 CACHES_OF_WEIGHTS = 4  # least weights per variant, in sizes of the last-level cache
 BASELINE = "bf16"
 
@@ -64,7 +75,7 @@ class Result:
     tokens: int
     milliseconds: float
     spread: float  # (third quartile - first quartile) / median
-    speedup: float  # median over rounds of bf16's time / this variant's
+    speedup: float  # median over rounds of the baseline's time / this variant's
     gbytes_per_second: float  # weights of the experts in use / time
     bandwidth_share: float  # of the bandwidth measured in the same rounds
 
@@ -77,29 +88,34 @@ def last_level_cache_bytes() -> int:
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=64 * 2**20)
 
 
-def random_matrix(bits: int, out_features: int, in_features: int, stored_zeros: bool) -> PackedMatrix:
+def random_matrix(code: Code, out_features: int, in_features: int, stored_zeros: bool) -> StoredMatrix:
     """Random bytes as codes: every code is equally likely."""
     groups = (out_features, in_features // GROUP_SIZE)
-    qweight = torch.randint(0, 256, (*groups, packed_bytes_per_group(bits)), dtype=torch.uint8)
+    qweight = torch.randint(0, 256, (*groups, packed_bytes_per_group(code.bits)), dtype=torch.uint8)
     scales = torch.full(groups, 0.01, dtype=torch.float16)
-    zeros = torch.full(groups, (2**bits - 1) / 2, dtype=torch.float16)
-    return PackedMatrix(bits, qweight, scales, zeros if stored_zeros and bits > 1 else None)
+    if code.kind == "trellis":
+        return TrellisMatrix(code.bits, qweight, scales)
+    zeros = torch.full(groups, middle_zero(code.bits), dtype=torch.float16)
+    return PackedMatrix(code.bits, qweight, scales, zeros if code.has_zeros(stored_zeros) else None)
 
 
-def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str, stored_zeros: bool) -> Variant:
+def quantised_variant(
+    shape: Shape, mix: tuple[Code, ...], isa: str, stored_zeros: bool, layer_copies: int | None = None
+) -> Variant:
+    """layer_copies: instead of as many as hold CACHES_OF_WEIGHTS."""
     os.environ[ISA_VARIABLE] = isa
-    bits = [widths[expert % len(widths)] for expert in range(shape.experts)]
-    gate_up = {b: random_matrix(b, 2 * shape.intermediate, shape.hidden, stored_zeros) for b in set(bits)}
-    down = {b: random_matrix(b, shape.hidden, shape.intermediate, stored_zeros) for b in set(bits)}
+    codes = [mix[expert % len(mix)] for expert in range(shape.experts)]
+    gate_up = {c: random_matrix(c, 2 * shape.intermediate, shape.hidden, stored_zeros) for c in set(codes)}
+    down = {c: random_matrix(c, shape.hidden, shape.intermediate, stored_zeros) for c in set(codes)}
 
     def prepare() -> CpuExperts:
         return CpuExperts.prepare(
-            (gate_up[b] for b in bits),
-            (down[b] for b in bits),
+            (gate_up[code] for code in codes),
+            (down[code] for code in codes),
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
-            gate_up_codes=list(map(Code, bits)),
-            down_codes=list(map(Code, bits)),
+            gate_up_codes=codes,
+            down_codes=codes,
             stored_zeros=stored_zeros,
         )
 
@@ -112,7 +128,7 @@ def quantised_variant(shape: Shape, widths: tuple[int, ...], isa: str, stored_ze
         )
     ]
     expert_bytes = (sizes[0] + sizes[1]).tolist()
-    layers += [prepare() for _ in range(copies(sum(expert_bytes)) - 1)]
+    layers += [prepare() for _ in range((layer_copies or copies(sum(expert_bytes))) - 1)]
     return Variant([lambda call, layer=layer: layer(*call) for layer in layers], expert_bytes)
 
 
@@ -150,24 +166,31 @@ def random_call(shape: Shape, tokens: int) -> Call:
     return x, weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Bandwidth:
     """Bytes per second of reading a tensor larger than the caches with torch's threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.data = torch.ones(4 * last_level_cache_bytes() // 8, dtype=torch.int64)
 
     def measure(self) -> float:
-        return self.data.nbytes / seconds(self.data.sum)
+        return self.data.nbytes / seconds(self.data.sum, self.clock)
 
 
 def measure(
-    shape_name: str, shape: Shape, variants: dict[str, Variant], tokens: int, bandwidth: Bandwidth, budget: float
+    shape_name: str,
+    shape: Shape,
+    variants: dict[str, Variant],
+    tokens: int,
+    bandwidth: Bandwidth,
+    budget: float,
+    baseline: str,
 ) -> Iterator[Result]:
     """Rounds over all variants until `budget` seconds are spent, 5 at least."""
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -179,7 +202,7 @@ def measure(
             call = random_call(shape, tokens)
             used = sum(variant.expert_bytes[expert] for expert in call[2].unique().tolist())
             layer = variant.layers[rounds % len(variant.layers)]
-            elapsed = seconds(lambda layer=layer, call=call: layer(call))
+            elapsed = seconds(lambda layer=layer, call=call: layer(call), bandwidth.clock)
             if rounds:  # the first round warms up
                 times[name].append(elapsed)
                 rates[name].append(used / elapsed)
@@ -187,7 +210,7 @@ def measure(
         rounds += 1
     for name in variants:
         low, middle, high = statistics.quantiles(times[name], n=4)
-        ratios = [base / own for base, own in zip(times[BASELINE], times[name], strict=True)]
+        ratios = [base / own for base, own in zip(times[baseline], times[name], strict=True)]
         rate = statistics.median(rates[name])
         yield Result(
             shape_name,
@@ -201,8 +224,8 @@ def measure(
         )
 
 
-def table(results: list[Result], names: list[str]) -> Iterator[str]:
-    """Markdown: milliseconds, speed-up over bf16, and for decode the share of the measured bandwidth.
+def table(results: list[Result], names: list[str], baseline: str = BASELINE) -> Iterator[str]:
+    """Markdown: milliseconds, speed-up over the baseline, and for decode the share of the measured bandwidth.
 
     Also of cpu_linear.py's results, which have the fields it shows.
     """
@@ -212,7 +235,7 @@ def table(results: list[Result], names: list[str]) -> Iterator[str]:
         cells = []
         for result in (r for name in names for r in results if (r.tokens, r.variant) == (tokens, name)):
             cell = f"{result.milliseconds:.2f} ms"
-            if result.variant != BASELINE:
+            if result.variant != baseline:
                 cell += f", {result.speedup:.1f}x"
             if tokens <= DECODE_TOKENS:
                 cell += f", {result.bandwidth_share:.0%}"
@@ -225,12 +248,27 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable; all by default")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated")
     parser.add_argument("--intermediate-fraction", type=float, default=0.25, help="of Mixtral's intermediate size")
-    parser.add_argument("--widths", default=",".join(WIDTHS), help="comma-separated names of widths")
+    parser.add_argument(
+        "--widths",
+        default=",".join(SCALAR),
+        help=f"comma-separated, each several times the cache in memory, of: {', '.join(WIDTHS)}",
+    )
+    parser.add_argument("--baseline", default=BASELINE, help="of the widths, instead of bf16, which is then left out")
     parser.add_argument(
         "--isa", choices=available_isas(), action="append", help="instruction set of our kernels; repeatable"
     )
     parser.add_argument(
         "--zeros", choices=("none", "stored", "both"), default="none", help="of checkpoints in format version 2, or 1"
+    )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        help=f"layers of each width; by default as many as fill the cache {CACHES_OF_WEIGHTS} times",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the thread's own time, for a machine that is busy with other things; with OMP_NUM_THREADS=1",
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="per number of tokens")
     parser.add_argument("--json", type=Path, help="write all results there")
@@ -248,9 +286,14 @@ def main() -> None:
         for isa in isas
         for stored in zeros
     }
-    names = [BASELINE, *ours]
+    baseline = arguments.baseline
+    if baseline not in (BASELINE, *ours):
+        parser.error(f"--baseline {baseline}: expected {BASELINE} or one of {', '.join(ours)}")
+    names = [BASELINE, *ours] if baseline == BASELINE else list(ours)
 
-    bandwidth = Bandwidth()
+    if arguments.cpu_time and torch.get_num_threads() != 1:
+        parser.error("--cpu-time is that of one thread: set OMP_NUM_THREADS=1")
+    bandwidth = Bandwidth(time.thread_time if arguments.cpu_time else time.perf_counter)
     gbytes = statistics.median(bandwidth.measure() for _ in range(9)) / 1e9
     print(f"{torch.get_num_threads()} threads, {'/'.join(isas)}, read bandwidth {gbytes:.1f} GB/s", flush=True)
     everything: list[Result] = []
@@ -259,13 +302,16 @@ def main() -> None:
         if name == "mixtral":
             kept = int(shape.intermediate * arguments.intermediate_fraction) // GROUP_SIZE * GROUP_SIZE
             shape = Shape(shape.hidden, kept, shape.experts, shape.top_k)
-        print(
-            f"\n{name}: {shape}\nCells: median, speed-up over bf16, share of bandwidth up to {DECODE_TOKENS} tokens\n"
-        )
-        variants = {BASELINE: bf16_variant(shape)}
-        variants |= {label: quantised_variant(shape, *choice) for label, choice in ours.items()}
-        results = [r for count in tokens for r in measure(name, shape, variants, count, bandwidth, arguments.seconds)]
-        print("\n".join(table(results, names)))
+        print(f"\n{name}: {shape}")
+        print(f"Cells: median, speed-up over {baseline}, share of bandwidth up to {DECODE_TOKENS} tokens\n")
+        variants = {BASELINE: bf16_variant(shape)} if baseline == BASELINE else {}
+        variants |= {label: quantised_variant(shape, *choice, arguments.copies) for label, choice in ours.items()}
+        results = [
+            result
+            for count in tokens
+            for result in measure(name, shape, variants, count, bandwidth, arguments.seconds, baseline)
+        ]
+        print("\n".join(table(results, names, baseline)))
         print(
             f"\nspread (interquartile range / median): {statistics.median(r.spread for r in results):.0%}", flush=True
         )

@@ -1,6 +1,6 @@
 """A published model's full shape, quantised, served by `vllm serve` here: start, memory, tokens per second.
 
-    python benchmarks/full_size.py mixtral-8x7b CHECKPOINT [--bits 2.5] [--pruned 0.3] [--json FILE]
+    python benchmarks/full_size.py mixtral-8x7b CHECKPOINT [--bits 2.5] [--codes trellis] [--pruned 0.3] [--json FILE]
 
 CHECKPOINT is written by benchmarks/synthetic_checkpoint.py where it does not exist. Decoding reads every weight of the
 layers, the output head and the chosen experts once per step: those bytes over the bandwidth measured with the same
@@ -33,6 +33,7 @@ from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 
 from vllm_mcmoe.calibration.model.layerwise import EMBEDDING
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
+from vllm_mcmoe.kernels.packing import KINDS
 from vllm_mcmoe.local_server import serve
 from vllm_mcmoe.start_cache import CACHE_VARIABLE
 
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--bits", type=float, default=2.5, help="of a checkpoint that is to be written")
+    parser.add_argument("--codes", choices=KINDS, default="scalar", help="likewise")
     parser.add_argument("--linear-bits", type=int, choices=(4, 8, 16), default=4, help="likewise, of attention")
     parser.add_argument("--layers", type=int, help="likewise, fewer than the model has")
     parser.add_argument("--pruned", type=float, nargs="*", default=[0.0], help="fractions; a server each")
@@ -215,6 +217,7 @@ def main() -> None:
             layers=arguments.layers,
             bits=arguments.bits,
             linear_bits=arguments.linear_bits,
+            kind=arguments.codes,
         )
     cache = arguments.checkpoint.with_name(f"{arguments.checkpoint.name}.cache").resolve()
     server = Server(arguments.checkpoint, cache, arguments.threads, options)

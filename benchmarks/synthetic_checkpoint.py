@@ -1,6 +1,7 @@
 """Write a quantised checkpoint of a published model's shape, without ever having the model.
 
-    python benchmarks/synthetic_checkpoint.py mixtral-8x7b OUT [--bits 2.5] [--linear-bits 4] [--layers N]
+    python benchmarks/synthetic_checkpoint.py mixtral-8x7b OUT [--bits 2.5] [--codes trellis] [--linear-bits 4]
+        [--layers N]
 
 Codes are random bytes and scales make every matrix keep the variance of its input, so that hidden states stay of normal
 size, tokens differ, and the router spreads them over all experts. Experts of a layer have widths from 1 to 4 that
@@ -30,7 +31,16 @@ from vllm_mcmoe.calibration.common.progress import progress
 from vllm_mcmoe.calibration.matrix.grids import scale_ranges, storable_scales
 from vllm_mcmoe.calibration.matrix.linears import PACKED, SCALE, SHAPE, linear_config
 from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import (
+    GROUP_SIZE,
+    KINDS,
+    Code,
+    Kind,
+    PackedMatrix,
+    StoredMatrix,
+    packed_bytes_per_group,
+)
+from vllm_mcmoe.kernels.trellis import TrellisMatrix, level_table
 from vllm_mcmoe.pruning import PruningRules
 
 MASK_ROUTER_RANK = 8  # as mcmoe prune trains them
@@ -104,11 +114,15 @@ def mixed_widths(bits: float, experts: int) -> tuple[int, ...]:
 
 
 class Writer:
-    """The tensors of one synthetic model. bits: of the experts, None for bfloat16."""
+    """The tensors of one synthetic model. bits: of the experts, None for bfloat16; kind: of their codes."""
 
-    def __init__(self, shape: Shape, layers: int, bits: float | None, linear_bits: int, seed: int = 0):
+    def __init__(
+        self, shape: Shape, layers: int, bits: float | None, linear_bits: int, kind: Kind = "scalar", seed: int = 0
+    ):
         self.shape, self.layers = shape, layers
-        self.widths = None if bits is None else mixed_widths(bits, shape.num_experts)
+        self.codes = None
+        if bits is not None:
+            self.codes = tuple(Code(width, kind) for width in mixed_widths(bits, shape.num_experts))
         self.linear_bits = linear_bits
         self.random = np.random.default_rng(seed)
 
@@ -138,10 +152,10 @@ class Writer:
             for projection in (gate, up, down):
                 rows, columns = (hidden, shape.intermediate) if projection == down else (shape.intermediate, hidden)
                 name = f"{base}.{shape.experts}.{expert}.{projection}"
-                if self.widths is None:
+                if self.codes is None:
                     shard.add(f"{name}.weight", self._matrix(rows, columns))
                 else:
-                    shard.add_matrix(name, self._packed(self.widths[expert], rows, columns), FORMAT_VERSION)
+                    shard.add_matrix(name, self._packed(self.codes[expert], rows, columns), FORMAT_VERSION)
         return shard
 
     def rest(self) -> Shard:
@@ -160,12 +174,15 @@ class Writer:
         values = self.random.standard_normal((rows, columns), dtype=np.float32)
         return (torch.from_numpy(values) * (columns**-0.5 if deviation is None else deviation)).bfloat16()
 
-    def _packed(self, bits: int, rows: int, columns: int) -> PackedMatrix:
-        """Uniform codes around their mean, which is the zero: variance (4^bits - 1) / 12."""
-        groups = (rows, columns // GROUP_SIZE)
-        scales = torch.full(groups, columns**-0.5 / math.sqrt((4**bits - 1) / 12))
+    def _packed(self, code: Code, rows: int, columns: int) -> StoredMatrix:
+        """Uniform codes around their mean, which is the zero: variance (4^bits - 1) / 12, or that of the levels."""
+        bits, groups = code.bits, (rows, columns // GROUP_SIZE)
+        trellis = code.kind == "trellis"
+        variance = float(level_table(bits).float().var(correction=0)) if trellis else (4**bits - 1) / 12
+        scales = torch.full(groups, columns**-0.5 / math.sqrt(variance))
         scales = storable_scales(scales, "float8", scale_ranges(scales, bits, "float8")).half()
-        return PackedMatrix(bits, self._bytes(*groups, packed_bytes_per_group(bits)), scales, zeros=None)
+        qweight = self._bytes(*groups, packed_bytes_per_group(bits))
+        return TrellisMatrix(bits, qweight, scales) if trellis else PackedMatrix(bits, qweight, scales, zeros=None)
 
     def _linear(self, shard: Shard, name: str, rows: int, columns: int) -> None:
         if self.linear_bits == 16:
@@ -200,11 +217,17 @@ class Writer:
 
 
 def write_checkpoint(
-    out: Path, shape: Shape, *, layers: int | None = None, bits: float | None = 2.5, linear_bits: int = 4
+    out: Path,
+    shape: Shape,
+    *,
+    layers: int | None = None,
+    bits: float | None = 2.5,
+    linear_bits: int = 4,
+    kind: Kind = "scalar",
 ) -> None:
     """config.json comes last: a directory without one is unfinished. bits None writes the experts in bfloat16."""
     layers = shape.config["num_hidden_layers"] if layers is None else layers
-    writer = Writer(shape, layers, bits, linear_bits)
+    writer = Writer(shape, layers, bits, linear_bits, kind)
     out.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, dict[str, int]] = {}
 
@@ -224,12 +247,12 @@ def write_checkpoint(
         **shape.config,
         "num_hidden_layers": layers,
     }
-    if writer.widths is not None:
+    if writer.codes is not None:
         rules = writer.pruning_rules()
         (out / rules.config.file_name).write_bytes(rules.serialize())
         unquantised = ["lm_head", rf"re:.*\.{shape.router}$"]
         quantization = CheckpointConfig(
-            {name: ExpertBits(writer.widths, writer.widths) for name in writer.expert_layers()},
+            {name: ExpertBits.of_codes(writer.codes, writer.codes) for name in writer.expert_layers()},
             linear=None if linear_bits == 16 else linear_config(linear_bits, GROUP_SIZE, unquantised),
             pruning=rules.config,
             average_bits=_average_bits(shape, sizes.values()),
@@ -258,6 +281,7 @@ def main() -> None:
     parser.add_argument(
         "--bits", type=float, default=2.5, help="average bits of the experts, scales and zeros included"
     )
+    parser.add_argument("--codes", choices=KINDS, default="scalar", help="of the experts")
     parser.add_argument("--linear-bits", type=int, choices=(4, 8, 16), default=4, help="of attention")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     arguments = parser.parse_args()
@@ -267,6 +291,7 @@ def main() -> None:
         layers=arguments.layers,
         bits=arguments.bits,
         linear_bits=arguments.linear_bits,
+        kind=arguments.codes,
     )
     total = sum(path.stat().st_size for path in arguments.out.iterdir())
     print(f"{arguments.out}: {total / 1e9:.2f} GB")

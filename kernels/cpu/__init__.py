@@ -1,10 +1,11 @@
 """The CPU backend: numba with vector intrinsics, on torch's own threads.
 
 layout     the records weights are repacked into          records_file  a layer's records on disk, mapped into memory
-products   the matrix products, emitted per width         chunks        the activations that matrices multiply
-avx2, amx  the same in 256 bits, and in tiles             vectors       quantising, gating, converting 16 lanes
-team       tasks, shared out to threads                   threads       torch's OpenMP team
-isa        instruction sets, chosen at run time           pruning       online pruning
+codes      a record's bytes, trellis codes decoded        chunks        the activations that matrices multiply
+products   the matrix products, emitted per width         vectors       quantising, gating, converting 16 lanes
+avx2, amx  the same in 256 bits, and in tiles             threads       torch's OpenMP team
+team       tasks, shared out to threads                   pruning       online pruning
+isa        instruction sets, chosen at run time
 
              experts         linears (attention, dense layers, shared experts)
 module       experts         linear

@@ -17,18 +17,19 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.chunks import TILE
+from vllm_mcmoe.kernels.cpu.codes import READERS_512, VECTOR_BYTES, Codes
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I64
 from vllm_mcmoe.kernels.cpu.layout import (
+    SCALAR_WITH_ZEROS,
     Record,
     code_bytes_compiled,
-    expert_record,
+    constant_zero_compiled,
+    family_records,
     linear_record,
     linear_record_bytes_compiled,
-    middle_zero_compiled,
     record_bytes_compiled,
 )
 from vllm_mcmoe.kernels.cpu.products import (
-    VECTOR_BYTES,
     add_scaled,
     multiply_linear_rows_vnni,
     multiply_rows_vnni,
@@ -36,7 +37,7 @@ from vllm_mcmoe.kernels.cpu.products import (
     unpack_function,
 )
 from vllm_mcmoe.kernels.cpu.vectors import VF32, VI32, call, constant, load, splat
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 TILE_ROWS = 16
 TILE_BYTES = TILE_ROWS * 64
@@ -108,31 +109,32 @@ def scratch_memory(typing_context):
     return types.int64(), emit
 
 
-def _emit_unpack_pair(builder: ir.IRBuilder, kind: Record, record: ir.Value, next_record: ir.Value, out: ir.Value):
+def _emit_unpack_pair(builder: ir.IRBuilder, kind: Record, reader: type[Codes], record, next_record, out) -> None:
     """Codes of one group of two row blocks as tiles [row block][64 inputs]."""
-    unpack = unpack_function(builder.module, f"mcmoe_amx_unpack_{kind.bits}bit_{kind.group_size}", kind)
+    name = f"mcmoe_amx_unpack_{kind.bits}bit_{kind.group_size}"
+    unpack = unpack_function(builder.module, name, kind, reader)
     builder.call(unpack, [record, out])
     builder.call(unpack, [next_record, builder.add(out, I64(kind.group_size // TILE * TILE_BYTES))])
 
 
 @intrinsic(prefer_literal=True)
-def unpack_pair(typing_context, stored_zeros, bits, record, next_record, out):
-    """Of an expert, whose width is known at run time; stored_zeros is a constant."""
-    has_zeros = bool(stored_zeros.literal_value)
+def unpack_pair(typing_context, family, bits, record, next_record, out):
+    """Of an expert, whose width is known at run time; family is a constant."""
+    number = family.literal_value
 
     def emit(context, builder, signature, args):
         done = builder.append_basic_block("unpacked")
         switch = builder.switch(args[1], done)
-        for bits in WIDTHS:
-            block = builder.append_basic_block(f"unpack_{bits}bit")
-            switch.add_case(I64(bits), block)
+        for kind in family_records(number):
+            block = builder.append_basic_block(f"unpack_{kind.bits}bit")
+            switch.add_case(I64(kind.bits), block)
             builder.position_at_end(block)
-            _emit_unpack_pair(builder, expert_record(bits, has_zeros), *args[2:])
+            _emit_unpack_pair(builder, kind, READERS_512[number], *args[2:])
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(stored_zeros, *[types.int64] * 4), emit
+    return types.void(family, *[types.int64] * 4), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -141,7 +143,7 @@ def unpack_linear_pair(typing_context, bits, group_size, record, next_record, ou
     kind = linear_record(bits.literal_value, group_size.literal_value)
 
     def emit(context, builder, signature, args):
-        _emit_unpack_pair(builder, kind, *args[2:])
+        _emit_unpack_pair(builder, kind, Codes, *args[2:])
         return context.get_dummy_value()
 
     return types.void(bits, group_size, *[types.int64] * 3), emit
@@ -262,40 +264,40 @@ def scale_linear_rows(
     return types.void(bits, group_size, *[types.int64] * 7), emit
 
 
-# What the loop over groups needs to know of its records: of an expert, whether it has zeros, a constant, and its width,
-# known at run time; of a linear its width and group size, both constants.
+# What the loop over groups needs to know of its records: of an expert its family, a constant, and its width, known at
+# run time; of a linear its width and group size, both constants.
 @njit
-def _expert_bytes(stored_zeros, bits, group_size):
-    return record_bytes_compiled(stored_zeros, bits)
-
-
-@njit
-def _unpack_expert(stored_zeros, bits, group_size, record, next_record, out):
-    unpack_pair(literally(stored_zeros), bits, record, next_record, out)
+def _expert_bytes(family, bits, group_size):
+    return record_bytes_compiled(family, bits)
 
 
 @njit
-def _scale_expert(stored_zeros, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+def _unpack_expert(family, bits, group_size, record, next_record, out):
+    unpack_pair(literally(family), bits, record, next_record, out)
+
+
+@njit
+def _scale_expert(family, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
     rescale, next_rescale = record + code_bytes_compiled(bits), next_record + code_bytes_compiled(bits)
-    if stored_zeros and bits > 1:
+    if family == SCALAR_WITH_ZEROS and bits > 1:
         scale_rows_with_zeros(rescale, next_rescale, scales, slots, sums, totals, totals_stride)
     else:
-        zero = np.float32(middle_zero_compiled(bits))
+        zero = np.float32(constant_zero_compiled(family, bits))
         scale_rows(zero, rescale, next_rescale, scales, slots, sums, totals, totals_stride)
 
 
 @njit
-def _linear_bytes(stored_zeros, bits, group_size):
+def _linear_bytes(family, bits, group_size):
     return linear_record_bytes_compiled(bits, group_size)
 
 
 @njit
-def _unpack_linear(stored_zeros, bits, group_size, record, next_record, out):
+def _unpack_linear(family, bits, group_size, record, next_record, out):
     unpack_linear_pair(literally(bits), literally(group_size), record, next_record, out)
 
 
 @njit
-def _scale_linear(stored_zeros, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
+def _scale_linear(family, bits, group_size, record, next_record, scales, slots, sums, totals, totals_stride):
     start = code_bytes_compiled(bits, group_size)
     scale_linear_rows(
         literally(bits), literally(group_size), record + start, next_record + start,
@@ -308,18 +310,18 @@ def _pair_multiplier(record_bytes, unpack, scale):
 
     @njit
     def multiply_pair(
-        stored_zeros, bits, group_size, record, record_stride, group_count, codes, scales, count, totals, scratch
+        family, bits, group_size, record, record_stride, group_count, codes, scales, count, totals, scratch
     ):
-        size = record_bytes(stored_zeros, bits, group_size)
+        size = record_bytes(family, bits, group_size)
         totals_stride = count * VECTOR_BYTES
         waiting_slots = waiting_first = waiting_group = step = 0
-        unpack(stored_zeros, bits, group_size, record, record + record_stride, scratch)
+        unpack(family, bits, group_size, record, record + record_stride, scratch)
         for group in range(group_count):
             weights = scratch + group % 2 * PAIR_BYTES
             if group + 1 < group_count:
                 following = record + (group + 1) * size
                 other_weights = scratch + (group + 1) % 2 * PAIR_BYTES
-                unpack(stored_zeros, bits, group_size, following, following + record_stride, other_weights)
+                unpack(family, bits, group_size, following, following + record_stride, other_weights)
             for first in range(0, count, STEP_SLOTS):
                 slots = min(STEP_SLOTS, count - first)
                 activations = codes + group * group_size * count + first * 64
@@ -332,7 +334,7 @@ def _pair_multiplier(record_bytes, unpack, scale):
                 if waiting_slots:
                     waiting = record + waiting_group * size
                     scale(
-                        stored_zeros, bits, group_size, waiting, waiting + record_stride,
+                        family, bits, group_size, waiting, waiting + record_stride,
                         scales + (waiting_group * count + waiting_first) * 8, waiting_slots, other_sums,
                         totals + waiting_first * VECTOR_BYTES, totals_stride,
                     )  # fmt: skip
@@ -344,7 +346,7 @@ def _pair_multiplier(record_bytes, unpack, scale):
                 step += 1
         waiting = record + waiting_group * size
         scale(
-            stored_zeros, bits, group_size, waiting, waiting + record_stride,
+            family, bits, group_size, waiting, waiting + record_stride,
             scales + (waiting_group * count + waiting_first) * 8, waiting_slots,
             scratch + SUMS_START + (step + 1) % 2 * SUMS_BYTES, totals + waiting_first * VECTOR_BYTES, totals_stride,
         )  # fmt: skip
@@ -358,24 +360,24 @@ _multiply_linear_pair = _pair_multiplier(_linear_bytes, _unpack_linear, _scale_l
 
 @njit
 def multiply_rows_amx(
-    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """As products.multiply_rows_vnni, which it leaves few slots to; row_blocks is even."""
     if count < MIN_SLOTS:
         multiply_rows_vnni(
-            stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count,
+            family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count,
             totals,
         )  # fmt: skip
         return
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
-    block_stride = groups * record_bytes_compiled(stored_zeros, bits)
+    block_stride = groups * record_bytes_compiled(family, bits)
     scratch = scratch_memory()
     configure_tiles()
     for block in range(0, row_blocks, 2):
-        record = records + block * block_stride + first_group * record_bytes_compiled(stored_zeros, bits)
+        record = records + block * block_stride + first_group * record_bytes_compiled(family, bits)
         _multiply_expert_pair(
-            stored_zeros, bits, GROUP_SIZE, record, block_stride, group_count, codes, scales, count,
+            family, bits, GROUP_SIZE, record, block_stride, group_count, codes, scales, count,
             totals + block * count * VECTOR_BYTES, scratch,
         )  # fmt: skip
     release_tiles()

@@ -2,8 +2,9 @@
 
 AVX2 multiplies 32 unsigned by 32 signed bytes and adds neighbours in 16 bits, saturating. Codes are small, so that many
 of these sums fit in 16 bits before they must be widened: with codes below 2**b one adds at most 2 * 127 * (2**b - 1),
-which leaves room for a whole group of 128 inputs at 1 and 2 bits, half of one at 3 and a quarter at 4. Codes of 8 bits
-are multiplied as two digits of 4. The sums are those of the definition, exactly. VNNI sums in 32 bits.
+which leaves room for a whole group of 128 inputs at 1 and 2 bits, half of one at 3 and a quarter at 4. Levels of
+trellis codes have 5 to 7 bits, and leave room for 16, 8 and 4 inputs. Codes of 8 bits are multiplied as two digits of
+4. The sums are those of the definition, exactly. VNNI sums in 32 bits.
 
 A few slots are multiplied as products.py does, codes unpacked in registers on their way. For more, the codes of a
 record are unpacked once, to bytes that stay in L1, and the slots follow in batches: as many as registers hold sums for.
@@ -25,69 +26,62 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.chunks import tile_inputs, tile_inputs_compiled
-from vllm_mcmoe.kernels.cpu.intrinsics import I8, I16, I32, I64
+from vllm_mcmoe.kernels.cpu.codes import PORTION_QUADS, READERS_256, VECTOR_BYTES, Codes, largest_value
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
 from vllm_mcmoe.kernels.cpu.layout import (
     Record,
-    expert_record,
+    family_records,
     linear_record,
     linear_record_bytes_compiled,
     record_bytes_compiled,
 )
 from vllm_mcmoe.kernels.cpu.products import (
-    PORTION_QUADS,
-    QUADS,
-    VECTOR_BYTES,
-    Codes,
     add_scaled,
     constant_zero,
     multiply_by,
     multiply_linear,
     prefetch_ahead,
     products_by,
+    record_room,
     scale_and_zero,
     unpack_function,
 )
-from vllm_mcmoe.kernels.cpu.vectors import VI32, call, constant, load, splat
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS
+from vllm_mcmoe.kernels.cpu.vectors import (
+    V8X32,
+    V16X16,
+    V32X8,
+    V32X16,
+    VI32,
+    call,
+    constant,
+    halves,
+    join,
+    load,
+    splat,
+)
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 INT16_MAX, INT8_MAX = 2**15 - 1, 127
 
 llvm.initialize_native_asmparser()  # of _assembled
 
-# Vectors of one AVX2 register
-V8X32, V16X16, V32X8 = ir.VectorType(I32, 8), ir.VectorType(I16, 16), ir.VectorType(I8, 32)
-# ... and of two: 16 rows
-V32X16, V64X8 = ir.VectorType(I16, 32), ir.VectorType(I8, 64)
-
-
-def _halves(builder: ir.IRBuilder, value: ir.Value, half: ir.VectorType) -> list[ir.Value]:
-    """The two registers of a 512-bit value, as `half`."""
-    wide = builder.bitcast(value, ir.VectorType(half.element, 2 * half.count))
-    indices = [ir.Constant(ir.VectorType(I32, half.count), list(range(i, i + half.count))) for i in (0, half.count)]
-    return [builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), index) for index in indices]
-
-
-def _join(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
-    count = 2 * low.type.count
-    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
-
 
 def _multiply_add_bytes(builder: ir.IRBuilder, weights: ir.Value, inputs: ir.Value) -> ir.Value:
     """16-bit sums of two products each: weights unsigned, inputs signed bytes, both 512 bits -> int16 [32]."""
-    pairs = zip(_halves(builder, weights, V32X8), _halves(builder, inputs, V32X8), strict=True)
-    return _join(builder, *(call(builder, "llvm.x86.avx2.pmadd.ub.sw", V16X16, w, a) for w, a in pairs))
+    pairs = zip(halves(builder, weights, V32X8), halves(builder, inputs, V32X8), strict=True)
+    return join(builder, *(call(builder, "llvm.x86.avx2.pmadd.ub.sw", V16X16, w, a) for w, a in pairs))
 
 
 def _widen(builder: ir.IRBuilder, sums: ir.Value) -> ir.Value:
     """int16 [32] -> int32 [16], neighbours added."""
     ones = ir.Constant(V16X16, [1] * 16)
-    halves = _halves(builder, sums, V16X16)
-    return _join(builder, *(call(builder, "llvm.x86.avx2.pmadd.wd", V8X32, half, ones) for half in halves))
+    pair = halves(builder, sums, V16X16)
+    return join(builder, *(call(builder, "llvm.x86.avx2.pmadd.wd", V8X32, half, ones) for half in pair))
 
 
-def fitting_quads(bits: int) -> int:
-    """Quads (4 inputs) whose products AVX2 can sum in 16 bits, a power of two."""
-    most = INT16_MAX // (2 * INT8_MAX * ((1 << bits) - 1))
+def fitting_quads(largest: int) -> int:
+    """Quads (4 inputs) whose products AVX2 can sum in 16 bits, a power of two. largest: of their bytes."""
+    most = INT16_MAX // (2 * INT8_MAX * largest)
     return 1 << (most.bit_length() - 1)
 
 
@@ -116,39 +110,42 @@ class Digit:
         return self.builder.and_(codes, constant(VI32, 0x0F0F0F0F))
 
 
-def sums_avx2(builder, bits: int, group_size: int, codes_from, activations, tokens: int, tile_stride):
+def sums_avx2(builder, largest: int, group_size: int, codes_from, activations, tokens: int, tile_stride):
     """sum_k code * a_code of one group: int32 [16] per token.
 
-    codes_from(portion) gives Codes, Unpacked or Digit, whose quads are counted from that portion of 8 quads on.
+    largest: of the codes. codes_from(portion) gives a class of codes.py, Unpacked or Digit, whose quads are counted
+    from that portion of 8 quads on.
     """
-    fitting, quads = fitting_quads(bits), group_size // 4
-    step = min(fitting, tile_inputs(group_size) // 4)
+    fitting, quads = fitting_quads(largest), group_size // 4
+    step = max(PORTION_QUADS, min(fitting, tile_inputs(group_size) // 4))
 
     def add(total, weights, inputs):
         product = _multiply_add_bytes(builder, weights, inputs)
         return product if total is None else builder.add(total, product)
 
     if fitting >= quads:  # all sums stay in 16 bits
-        totals = _loop(builder, V32X16, step, add, None, group_size, codes_from, activations, tokens, tile_stride)
+        totals = _loop(builder, V32X16, step, add, group_size, codes_from, activations, tokens, tile_stride)
         return [_widen(builder, total) for total in totals]
-    widen = partial(_widen, builder)
-    return _loop(builder, VI32, step, add, widen, group_size, codes_from, activations, tokens, tile_stride)
+    widening = min(fitting, step), partial(_widen, builder)
+    return _loop(builder, VI32, step, add, group_size, codes_from, activations, tokens, tile_stride, widening)
 
 
 def sums_by(dot):
     """As sums_avx2, by a `dot` of products.py, which sums in 32 bits."""
 
-    def sums(builder, bits: int, *rest) -> list[ir.Value]:
-        return _loop(builder, VI32, PORTION_QUADS, partial(dot, builder), None, *rest)
+    def sums(builder, largest: int, *rest) -> list[ir.Value]:
+        return _loop(builder, VI32, PORTION_QUADS, partial(dot, builder), *rest)
 
     return sums
 
 
-def _loop(builder, kind, step: int, add, widen, group_size: int, codes_from, activations, tokens: int, tile_stride):
+def _loop(
+    builder, kind, step: int, add, group_size: int, codes_from, activations, tokens: int, tile_stride, widening=None
+):
     """Sums of type `kind` per token, carried through turns of `step` quads.
 
-    add(sum, weights, inputs) adds a quad to the carried sum; where there is `widen`, to one of this turn, None at
-    first, which widen makes a `kind`.
+    add(sum, weights, inputs) adds a quad to the carried sum. With `widening` it adds to a narrower one, None at first,
+    which after so many quads is made a `kind` by the function there.
     """
     tile = tile_inputs(group_size)
     before = builder.block
@@ -162,38 +159,50 @@ def _loop(builder, kind, step: int, add, widen, group_size: int, codes_from, act
     first_input = builder.mul(turn, I64(4 * step))
     base = builder.add(activations, builder.urem(first_input, I64(tile)))
     base = builder.add(base, builder.mul(builder.udiv(first_input, I64(tile)), tile_stride))
-    sums = [None] * tokens if widen else list(carried)
+    totals, narrow = list(carried), [None] * tokens
     for quad in range(step):
         weights = codes.quad(quad)
         for token in range(tokens):
             inputs = splat(builder, load(builder, I32, base, token * tile + quad * 4))
-            sums[token] = add(sums[token], weights, inputs)
-    if widen:
-        sums = [builder.add(total, widen(added)) for total, added in zip(carried, sums, strict=True)]
+            if widening is None:
+                totals[token] = add(totals[token], weights, inputs)
+                continue
+            fitting, widen = widening
+            narrow[token] = add(narrow[token], weights, inputs)
+            if quad % fitting == fitting - 1:
+                totals[token] = builder.add(totals[token], widen(narrow[token]))
+                narrow[token] = None
     following = builder.add(turn, I64(1))
     turn.add_incoming(following, loop)
-    for phi, total in zip(carried, sums, strict=True):
+    for phi, total in zip(carried, totals, strict=True):
         phi.add_incoming(ir.Constant(kind, [0] * kind.count), before)
         phi.add_incoming(total, loop)
     builder.cbranch(builder.icmp_signed("<", following, I64(group_size // 4 // step)), loop, done)
     builder.position_at_end(done)
-    return sums
+    return totals
 
 
 def _sums_of_bytes(builder, sums, kind: Record, codes, *rest) -> list[ir.Value]:
     """Of codes that are bytes at the address `codes`; AVX2 multiplies 8-bit ones digit by digit."""
     if sums is not sums_avx2:
-        return sums(builder, kind.bits, kind.group_size, partial(Unpacked, builder, codes), *rest)
+        return sums(builder, largest_value(kind), kind.group_size, partial(Unpacked, builder, codes), *rest)
     if kind.bits < 8:
         return _sums_of_small_bytes(builder, kind, codes, *rest)
-    low, high = (sums(builder, 4, kind.group_size, partial(Digit, builder, codes, shift), *rest) for shift in (0, 4))
+    low, high = (sums(builder, 15, kind.group_size, partial(Digit, builder, codes, shift), *rest) for shift in (0, 4))
     return [builder.add(x, builder.shl(y, constant(VI32, 4))) for x, y in zip(low, high, strict=True)]
 
 
 def _sums_of_small_bytes(builder, kind: Record, codes, activations, tokens: int, tile_stride) -> list[ir.Value]:
-    """sums_avx2 of codes below 16 that are bytes, without a loop."""
-    fitting, quads = fitting_quads(kind.bits), kind.group_size // 4
+    """sums_avx2 of codes below 128 that are bytes, without a loop."""
+    fitting, quads = fitting_quads(largest_value(kind)), kind.group_size // 4
     tile = tile_inputs(kind.group_size)
+    if fitting <= MOST_WIDENED:
+        totals = [constant(VI32, 0)] * tokens
+        for first in range(0, quads, tile // 4):
+            tile_codes = builder.add(codes, I64(first * VECTOR_BYTES))
+            totals = _assembled_widening(builder, fitting, tile // 4, tile_codes, activations, tokens, tile, totals)
+            activations = builder.add(activations, tile_stride)
+        return totals
     step = min(fitting, tile // 4)
     sums = totals = None
     for first in range(0, quads, step):
@@ -224,29 +233,85 @@ def _assembled(builder, quads: int, codes, activations, tokens: int, tile: int, 
                 else:
                     lines.append(f"vpmaddubsw {inputs}, {weights}, {product}")
                     lines.append(f"vpaddw {product}, {total}, {total}")
-    carried = [] if sums is None else [half for total in sums for half in _halves(builder, total, V16X16)]
-    addresses = [builder.inttoptr(address, I8.as_pointer()) for address in (codes, activations)]
-    constraints = ["=&x"] * (registers + 4) + ["r", "r"] + [str(i) for i in range(len(carried))] + ["~{memory}"]
-    result = ir.LiteralStructType([V16X16] * registers + [V32X8] * 4)
-    arguments = [*addresses, *carried]
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    found = builder.asm(kind, "\n".join(lines), ",".join(constraints), arguments, False)
-    halves = [builder.extract_value(found, i) for i in range(registers)]
-    return [_join(builder, *halves[2 * token : 2 * token + 2]) for token in range(tokens)]
+    carried = [] if sums is None else [half for total in sums for half in halves(builder, total, V16X16)]
+    return _assembly(builder, lines, V16X16, tokens, 4, [codes, activations], carried)
 
 
-def products_avx2(builder, kind: Record, record, *rest) -> list[ir.Value]:
-    """group_products of products.multiply_by, codes unpacked on their way."""
-    if kind.bits == 8:
-        return _sums_of_bytes(builder, sums_avx2, kind, record, *rest)
-    return sums_avx2(builder, kind.bits, kind.group_size, partial(Codes, builder, kind, record), *rest)
+MOST_WIDENED = 2  # quads summed in 16 bits; sums of more are widened seldom enough to leave that to LLVM
+
+
+def _assembled_widening(
+    builder, fitting: int, quads: int, codes, activations, tokens: int, tile: int, totals: list[ir.Value]
+) -> list[ir.Value]:
+    """int32 [16] per token: `totals` plus the products of some quads, of which 16 bits hold the sum of `fitting`."""
+    if tokens > BATCH:
+        fitting = 1  # or registers run out
+    registers, temporaries = 2 * tokens, 4 * fitting
+    temporary = [f"${registers + i}" for i in range(temporaries)]
+    products, inputs, weights = temporary[:fitting], temporary[fitting : 2 * fitting], temporary[2 * fitting :]
+    at_codes, at_activations, ones = (f"(${registers + temporaries + i})" for i in range(3))
+    lines = []
+    for first in range(0, quads, fitting):
+        for i, register in enumerate(weights):
+            lines.append(f"vmovdqu {first * VECTOR_BYTES + 32 * i}{at_codes}, {register}")
+        for token in range(tokens):
+            for i, register in enumerate(inputs):
+                lines.append(f"vpbroadcastd {token * tile + 4 * (first + i)}{at_activations}, {register}")
+            for half in range(2):
+                total = f"${2 * token + half}"
+                for i, product in enumerate(products):
+                    lines.append(f"vpmaddubsw {inputs[i]}, {weights[2 * i + half]}, {product}")
+                    if i:
+                        lines.append(f"vpaddw {product}, {products[0]}, {products[0]}")
+                lines.append(f"vpmaddwd {ones}, {products[0]}, {products[0]}")
+                lines.append(f"vpaddd {products[0]}, {total}, {total}")
+    carried = [half for total in totals for half in halves(builder, total, V8X32)]
+    return _assembly(builder, lines, V8X32, tokens, temporaries, [codes, activations, _ones(builder.module)], carried)
+
+
+def _ones(module: ir.Module) -> ir.Value:
+    """Address of 16 int16, as an operand in memory costs no register."""
+    name = "mcmoe_avx2_ones"
+    constants = module.globals.get(name)
+    if constants is None:
+        constants = ir.GlobalVariable(module, V16X16, name)
+        constants.initializer, constants.global_constant = ir.Constant(V16X16, [1] * 16), True
+        constants.linkage = "internal"
+    return constants.ptrtoint(I64)
+
+
+def _assembly(builder, lines: list[str], kind, tokens: int, temporaries: int, addresses, carried) -> list[ir.Value]:
+    """Two registers of `kind` per token, joined. Operands of the lines are these, then so many temporary registers,
+    then the addresses; carried: what the first begin with, or nothing."""
+    registers = 2 * tokens
+    pointers = [builder.inttoptr(address, I8.as_pointer()) for address in addresses]
+    constraints = ["=&x"] * (registers + temporaries) + ["r"] * len(pointers)
+    constraints += [*(str(i) for i in range(len(carried))), "~{memory}"]
+    result = ir.LiteralStructType([kind] * registers + [V32X8] * temporaries)
+    arguments = [*pointers, *carried]
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    found = builder.asm(function, "\n".join(lines), ",".join(constraints), arguments, False)
+    accumulated = [builder.extract_value(found, i) for i in range(registers)]
+    return [join(builder, *accumulated[2 * token : 2 * token + 2]) for token in range(tokens)]
+
+
+def products_avx2(reader: type[Codes] = Codes):
+    """group_products of products.multiply_by, codes read on their way."""
+
+    def group_products(builder, kind: Record, record, *rest) -> list[ir.Value]:
+        if kind.bits == 8:
+            return _sums_of_bytes(builder, sums_avx2, kind, record, *rest)
+        codes_from = partial(reader, builder, kind, record)
+        return sums_avx2(builder, largest_value(kind), kind.group_size, codes_from, *rest)
+
+    return group_products
 
 
 def dot_vnni_256(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
     """products.dot_vnni in two registers of 256 bits."""
-    operands = (_halves(builder, value, V8X32) for value in (total, weights, quad))
-    halves = zip(*operands, strict=True)
-    return _join(builder, *(call(builder, "llvm.x86.avx512.vpdpbusd.256", V8X32, *half) for half in halves))
+    operands = (halves(builder, value, V8X32) for value in (total, weights, quad))
+    pairs = zip(*operands, strict=True)
+    return join(builder, *(call(builder, "llvm.x86.avx512.vpdpbusd.256", V8X32, *pair) for pair in pairs))
 
 
 def block_function(module: ir.Module, name: str, sums, kind: Record, tokens: int) -> ir.Function:
@@ -287,7 +352,9 @@ BATCH = 4  # slots multiplied together: 8 registers of sums, 2 of codes
 LAST_BATCH = {0: 0, 1: 5, 2: 6, 3: 3}  # slots by what is left over: a lone slot would cost as much as two in company
 
 
-def _emit_block(builder, isa: str, sums, kind: Record, record, room, activations, tile_stride, scales, totals, count):
+def _emit_block(
+    builder, isa: str, sums, kind: Record, reader, record, room, activations, tile_stride, scales, totals, count
+):
     """One group of 16 rows times `count` slots, more than FEW_SLOTS; codes are unpacked into `room`."""
     name = f"mcmoe_{isa}_{kind.bits}bit_{kind.group_size}{'' if kind.zero is None else '_zero'}"
     codes = room
@@ -295,7 +362,7 @@ def _emit_block(builder, isa: str, sums, kind: Record, record, room, activations
         prefetch_ahead(builder, kind, record)
         codes = record
     else:
-        builder.call(unpack_function(builder.module, f"{name}_unpack", kind), [record, room])
+        builder.call(unpack_function(builder.module, f"{name}_unpack", kind, reader), [record, room])
 
     def multiply(tokens, activations, scales, totals, batches):
         function = block_function(builder.module, f"{name}_block_{tokens}", sums, kind, tokens)
@@ -323,28 +390,26 @@ def _emit_block(builder, isa: str, sums, kind: Record, record, room, activations
 
 
 def _multiply_block(isa: str, sums):
-    """multiply_block(stored_zeros, bits, record, room, activations, ...): _emit_block for an expert's width, known at
-    run time; stored_zeros is a constant."""
+    """multiply_block(family, bits, record, room, activations, ...): _emit_block for an expert's width, known at run
+    time; family is a constant."""
 
     @intrinsic(prefer_literal=True)
-    def multiply_block(
-        typing_context, stored_zeros, bits, record, room, activations, tile_stride, scales, totals, count
-    ):
-        has_zeros = bool(stored_zeros.literal_value)
+    def multiply_block(typing_context, family, bits, record, room, activations, tile_stride, scales, totals, count):
+        number = family.literal_value
 
         def emit(context, builder, signature, args):
             done = builder.append_basic_block("multiplied")
             switch = builder.switch(args[1], done)
-            for bits in WIDTHS:
-                block = builder.append_basic_block(f"block_{bits}bit")
-                switch.add_case(I64(bits), block)
+            for kind in family_records(number):
+                block = builder.append_basic_block(f"block_{kind.bits}bit")
+                switch.add_case(I64(kind.bits), block)
                 builder.position_at_end(block)
-                _emit_block(builder, isa, sums, expert_record(bits, has_zeros), *args[2:])
+                _emit_block(builder, isa, sums, kind, READERS_256[number], *args[2:])
                 builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(stored_zeros, *[types.int64] * 8), emit
+        return types.void(family, *[types.int64] * 8), emit
 
     return multiply_block
 
@@ -357,7 +422,7 @@ def _multiply_linear_block(isa: str, sums):
         kind = linear_record(bits.literal_value, group_size.literal_value)
 
         def emit(context, builder, signature, args):
-            _emit_block(builder, isa, sums, kind, *args[2:])
+            _emit_block(builder, isa, sums, kind, Codes, *args[2:])
             return context.get_dummy_value()
 
         return types.void(bits, group_size, *[types.int64] * 7), emit
@@ -365,54 +430,41 @@ def _multiply_linear_block(isa: str, sums):
     return multiply_block
 
 
-@intrinsic
-def code_room(typing_context):
-    """Address of room on the stack for one record's codes as bytes, aligned to a cache line."""
-
-    def emit(context, builder, signature, args):
-        with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(I8, QUADS * VECTOR_BYTES))
-            room.align = 64
-        return builder.ptrtoint(room, I64)
-
-    return types.int64(), emit
-
-
-def multiply_rows_by(isa: str, group_products, sums):
+def multiply_rows_by(isa: str, products_of, sums):
     """multiply_rows of an instruction set, from its ways to multiply few slots and many."""
-    multiply = multiply_by(isa, group_products, tuple(range(1, FEW_SLOTS + 1)))
+    multiply = multiply_by(isa, products_of, READERS_256, tuple(range(1, FEW_SLOTS + 1)))
     multiply_block = _multiply_block(isa, sums)
 
     @njit
     def multiply_rows(
-        stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+        family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         """As products.multiply_rows_vnni."""
         codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
         scales += (first * groups + first_group * count) * 8
-        size = record_bytes_compiled(stored_zeros, bits)
-        room = code_room()
+        size = record_bytes_compiled(family, bits)
+        room = record_room()
         for block in range(row_blocks):
             record = records + (block * groups + first_group) * size
             block_totals = totals + block * count * VECTOR_BYTES
             if count <= FEW_SLOTS:
                 multiply(
-                    literally(stored_zeros), bits, count, record, group_count, codes, count * 64, scales, count * 8,
+                    literally(family), bits, count, record, group_count, codes, count * 64, scales, count * 8,
                     block_totals,
                 )  # fmt: skip
                 continue
             for group in range(group_count):
                 multiply_block(
-                    literally(stored_zeros), bits, record + group * size, room,
+                    literally(family), bits, record + group * size, room,
                     codes + group * GROUP_SIZE * count, count * 64, scales + group * count * 8, block_totals, count,
                 )  # fmt: skip
 
     return multiply_rows
 
 
-def multiply_linear_rows_by(isa: str, group_products, sums):
+def multiply_linear_rows_by(isa: str, products_of, sums):
     """The same for linears, whose bits and group size are constants of the caller."""
-    multiply = multiply_linear(isa, group_products, tuple(range(1, FEW_SLOTS + 1)))
+    multiply = multiply_linear(isa, products_of(), tuple(range(1, FEW_SLOTS + 1)))
     multiply_block = _multiply_linear_block(isa, sums)
 
     @njit
@@ -423,7 +475,7 @@ def multiply_linear_rows_by(isa: str, group_products, sums):
         codes += first * groups * group_size + first_group * group_size * count
         scales += (first * groups + first_group * count) * 8
         size = linear_record_bytes_compiled(bits, group_size)
-        room = code_room()
+        room = record_room()
         for block in range(row_blocks):
             record = records + (block * groups + first_group) * size
             block_totals = totals + block * count * VECTOR_BYTES
@@ -443,7 +495,7 @@ def multiply_linear_rows_by(isa: str, group_products, sums):
 
 
 _AVX2 = "avx2", products_avx2, sums_avx2
-_AVX_VNNI = "avx_vnni", products_by(dot_vnni_256), sums_by(dot_vnni_256)
+_AVX_VNNI = "avx_vnni", partial(products_by, dot_vnni_256), sums_by(dot_vnni_256)
 multiply_rows_avx2, multiply_rows_avx_vnni = multiply_rows_by(*_AVX2), multiply_rows_by(*_AVX_VNNI)
 multiply_linear_rows_avx2 = multiply_linear_rows_by(*_AVX2)
 multiply_linear_rows_avx_vnni = multiply_linear_rows_by(*_AVX_VNNI)

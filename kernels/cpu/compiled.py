@@ -11,6 +11,7 @@ from numba import cfunc, njit, prange, types
 
 from vllm_mcmoe.kernels.cpu import amx, avx2, moe, products
 from vllm_mcmoe.kernels.cpu.intrinsics import as_int64
+from vllm_mcmoe.kernels.cpu.layout import TRELLIS
 from vllm_mcmoe.kernels.cpu.threads import find_gomp_parallel
 
 LAYER = types.void(types.int64)
@@ -22,25 +23,29 @@ class Compiled(NamedTuple):
 
     entry: Callable[[int], None]
     worker: int
-    multiply_rows: int
+    multiply_rows: int  # of experts that of `kept`
     gomp_parallel: int  # 0 when entry brings its own threads
+    kept: ctypes.Array | None = None  # addresses of the products of scalar and of trellis codes, 0 for none
 
 
 @cache
-def compile_layer(isa: str, stored_zeros: bool) -> Compiled:
+def compile_layer(isa: str, families: tuple[int, ...]) -> Compiled:
     """Seconds the first time on a machine, then a fraction of one: numba caches on disk, per CPU model.
 
-    stored_zeros: reaches the products as a constant, as the other records of checkpoints without zeros do.
+    families: layout.py's, of the layer's experts. Each reaches the products as a constant: only what a model has is
+    compiled.
     """
     source, gomp_parallel = source_digest(), find_gomp_parallel()
-    multiply_rows = _PRODUCTS[isa](source, int(stored_zeros))
+    addresses = (ctypes.c_int64 * 2)()
+    for family in families:
+        addresses[int(family >= TRELLIS)] = _PRODUCTS[isa](source, family).address
     entry, worker = _phases(source, gomp_parallel is not None)
-    return Compiled(entry, worker.address, multiply_rows.address, gomp_parallel or 0)
+    return Compiled(entry, worker.address, ctypes.addressof(addresses), gomp_parallel or 0, addresses)
 
 
 @cache
 def _phases(source: str, on_torchs_threads: bool):
-    """What checkpoints with zeros and without have in common."""
+    """What all families have in common."""
     worker = _worker(source)
     if not on_torchs_threads:
         return _entry_on_numba_threads(source), worker
@@ -89,64 +94,74 @@ def _worker(source: str):
     return worker
 
 
-def _products_vnni(source: str, stored_zeros: int):
+def _products_vnni(source: str, family: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
-        products.multiply_rows_vnni(
-            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
-        )
+        if family >= TRELLIS:  # a constant: numba leaves the other branch out
+            products.multiply_trellis_rows_vnni(
+                family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            )
+        else:
+            products.multiply_rows_vnni(
+                family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            )
 
     return multiply_rows_vnni
 
 
-def _products_portable(source: str, stored_zeros: int):
+def _products_portable(source: str, family: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_portable(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
-        products.multiply_rows_portable(
-            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
-        )
+        if family >= TRELLIS:
+            products.multiply_trellis_rows_portable(
+                family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            )
+        else:
+            products.multiply_rows_portable(
+                family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            )
 
     return multiply_rows_portable
 
 
-def _products_amx(source: str, stored_zeros: int):
+def _products_amx(source: str, family: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_amx(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
         source  # noqa: B018
         amx.multiply_rows_amx(
-            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_amx
 
 
-def _products_avx2(source: str, stored_zeros: int):
+def _products_avx2(source: str, family: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_avx2(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         avx2.multiply_rows_avx2(
-            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_avx2
 
 
-def _products_avx_vnni(source: str, stored_zeros: int):
+def _products_avx_vnni(source: str, family: int):
     @cfunc(ROWS, cache=True)
     def multiply_rows_avx_vnni(
         bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
     ):
         source  # noqa: B018
         avx2.multiply_rows_avx_vnni(
-            stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals
         )
 
     return multiply_rows_avx_vnni

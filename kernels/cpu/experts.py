@@ -1,7 +1,7 @@
 """The module that holds one layer's experts in the CPU's layout."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,13 +10,13 @@ import torch
 
 from vllm_mcmoe.kernels.cpu import op as _op  # noqa: F401 -- registers the custom op
 from vllm_mcmoe.kernels.cpu.compiled import compile_layer
-from vllm_mcmoe.kernels.cpu.isa import select_isa
-from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
+from vllm_mcmoe.kernels.cpu.isa import has_vbmi, select_isa
+from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, family_of, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.records_file import PrivateRecords, RecordsWriter, map_records
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
 from vllm_mcmoe.kernels.cpu.vectors import function_code
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, Code, StoredMatrix
+from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, StoredMatrix
 from vllm_mcmoe.kernels.reference import check_matrix, local_ids
 
 
@@ -34,7 +34,7 @@ def record_sizes(
         "down": (down_codes, hidden_size, intermediate_size),
     }
     return {
-        name: [matrix_bytes(expert_record(code.bits, stored_zeros), rows, columns) for code in codes]
+        name: [matrix_bytes(expert_record(code, stored_zeros), rows, columns) for code in codes]
         for name, (codes, rows, columns) in shapes.items()
     }
 
@@ -47,7 +47,15 @@ class CpuExperts(torch.nn.Module):
     gate_up_bias, down_bias    float32 [experts, rows], gate_up's in the order of its row blocks; None without biases
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, function: ExpertFunction, stored_zeros: bool):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        function: ExpertFunction,
+        codes: Collection[Code],
+        stored_zeros: bool,
+    ):
+        """codes: of all matrices."""
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size <= 0 or size % GROUP_SIZE:
@@ -60,7 +68,9 @@ class CpuExperts(torch.nn.Module):
         self.register_buffer("gate_up_bias", None, persistent=False)
         self.register_buffer("down_bias", None, persistent=False)
         self.isa, self.stored_zeros = select_isa(), stored_zeros
-        compile_layer(self.isa, stored_zeros)
+        vbmi = has_vbmi(self.isa)
+        self.families = sorted({family_of(code, stored_zeros, vbmi) for code in codes})
+        compile_layer(self.isa, tuple(self.families))
 
     @classmethod
     def prepare(
@@ -89,11 +99,12 @@ class CpuExperts(torch.nn.Module):
         """
         if torch.device(device).type != "cpu":
             raise ValueError(f"the cpu kernels run on CPUs, not on {device}")
-        experts = cls(hidden_size, intermediate_size, function, stored_zeros)
         for name, codes in (("gate_up", gate_up_codes), ("down", down_codes)):
-            unknown = sorted(set(codes) - set(map(Code, WIDTHS)))
+            unknown = sorted(set(codes) - set(CODES))
             if unknown:
-                raise ValueError(f"{name}: the cpu kernels have no matrices of {unknown[0]}; supported: {WIDTHS} bits")
+                supported = ", ".join(map(str, CODES))
+                raise ValueError(f"{name}: the cpu kernels have no matrices of {unknown[0]}; supported: {supported}")
+        experts = cls(hidden_size, intermediate_size, function, {*gate_up_codes, *down_codes}, stored_zeros)
         sizes = record_sizes(hidden_size, intermediate_size, gate_up_codes, down_codes, function.factor, stored_zeros)
         gate_up_shape, down_shape = (function.factor * intermediate_size, hidden_size), (hidden_size, intermediate_size)
         gate_up_blocks = gate_up_row_blocks(intermediate_size, function.factor)
@@ -121,7 +132,7 @@ class CpuExperts(torch.nn.Module):
 
         Raises OSError where the file cannot be read, RecordsError where it is damaged or of another key.
         """
-        experts = cls(hidden_size, intermediate_size, function, stored_zeros)
+        experts = cls(hidden_size, intermediate_size, function, {*gate_up_codes, *down_codes}, stored_zeros)
         sizes = record_sizes(hidden_size, intermediate_size, gate_up_codes, down_codes, function.factor, stored_zeros)
         experts._hold(map_records(file, key, sizes), {"gate_up": gate_up_codes, "down": down_codes}, sizes)
         return experts
@@ -132,7 +143,7 @@ class CpuExperts(torch.nn.Module):
         for name, records in buffers.items():
             offsets = [0, *itertools.accumulate(sizes[name])][:-1]
             numbers = [code.number for code in codes[name]]
-            record_bytes = [expert_record(code.bits, self.stored_zeros).nbytes for code in codes[name]]
+            record_bytes = [expert_record(code, self.stored_zeros).nbytes for code in codes[name]]
             table = torch.tensor(list(zip(numbers, offsets, record_bytes, strict=True)), dtype=torch.int64)
             self.register_buffer(name, records, persistent=False)
             self.register_buffer(f"{name}_table", table, persistent=False)
@@ -171,7 +182,7 @@ class CpuExperts(torch.nn.Module):
             self.function_code,
             self.function_parameters,
             self.isa,
-            self.stored_zeros,
+            self.families,
         )
 
 

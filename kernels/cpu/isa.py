@@ -37,6 +37,11 @@ def _permit_amx() -> bool:
     return ctypes.CDLL(None).syscall(syscall_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0
 
 
+def has_vbmi(isa: str) -> bool:
+    """Whether its kernels may look up 64 bytes at once: AVX-512 since Ice Lake and Zen 4, but not Cascade Lake."""
+    return isa in ("amx", "avx512_vnni") and bool(llvm.get_host_cpu_features().get("avx512vbmi"))
+
+
 def select_isa() -> str:
     """`VLLM_MCMOE_CPU_ISA` where set, else the best. Raises ValueError for one that is unknown or missing here."""
     chosen = os.environ.get(ISA_VARIABLE)

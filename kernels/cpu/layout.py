@@ -7,11 +7,14 @@ A record is one group of G inputs of 16 output rows ("a row block"); G is 128 in
                         q = vector * (8/b) + s numbers the quads (4 consecutive inputs)
     32 bytes            scales, float16, one per row
     32 bytes            zeros, float16, one per row; absent where all zeros are the same: the middle of the codes in
-                        experts of 1 bit and of checkpoints that store no zeros, 2^(bits-1) in linears
+                        experts of 1 bit and of checkpoints that store no zeros, that of the levels where codes are
+                        trellis codes, 2^(bits-1) in linears
 
 Shifting a vector by b*s and masking gives one quad of 16 rows: the operand of VNNI's dot product, and one row of an AMX
-tile. Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates
-8 blocks (128 rows) of gate with the 8 of up that they multiply, where experts have a gate.
+tile. Of a trellis code a lane of the coded plane is a ring, and rotated by s has the windows of quad s in its bytes.
+
+Inside a row block records follow in the order of groups. Row blocks follow in output order; gate_up alternates 8 blocks
+(128 rows) of gate with the 8 of up that they multiply, where experts have a gate.
 
 Every instruction set shares this layout. Records are kept on disk under LAYOUT_VERSION: whoever changes them raises it.
 """
@@ -23,9 +26,10 @@ import numba
 import numpy as np
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, StoredMatrix, middle_zero, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, TRELLIS_WIDTHS, WIDTHS, Code, StoredMatrix, middle_zero, planes
+from vllm_mcmoe.kernels.trellis import middle_level, trellis_planes
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ROWS = 16  # 32-bit lanes of an AVX-512 vector, columns of an AMX tile
 ALIGNMENT = 64  # one cache line, one vector
 
@@ -36,20 +40,28 @@ def code_bytes(bits: int, group_size: int = GROUP_SIZE) -> int:
 
 
 code_bytes_compiled = numba.njit(code_bytes)
-middle_zero_compiled = numba.njit(middle_zero)
 
 
 @dataclass(frozen=True)
 class Record:
     """What compiled code knows of a matrix beforehand.
 
-    bits, group_size  of its codes
-    zero              the zero of every group, in units of codes; None where records store zeros
+    code, group_size  of its weights
+    zero              the zero of every group, in units of codes or levels; None where records store zeros
     """
 
-    bits: int
+    code: Code
     group_size: int = GROUP_SIZE
     zero: float | None = None
+
+    @property
+    def bits(self) -> int:
+        return self.code.bits
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane, in their order."""
+        return planes(self.bits) if self.code.kind == "scalar" else trellis_planes(self.bits)
 
     @property
     def code_bytes(self) -> int:
@@ -60,19 +72,55 @@ class Record:
         return self.code_bytes + 2 * ROWS * (2 if self.zero is None else 1)
 
 
-def expert_record(bits: int, stored_zeros: bool) -> Record:
-    """stored_zeros: whether the checkpoint has zeros, at more than 1 bit."""
-    return Record(bits, zero=None if stored_zeros and bits > 1 else middle_zero(bits))
+def expert_record(code: Code, stored_zeros: bool) -> Record:
+    """stored_zeros: whether the checkpoint has zeros of scalar codes of more than 1 bit."""
+    if code.has_zeros(stored_zeros):
+        return Record(code)
+    return Record(code, zero=middle_zero(code.bits) if code.kind == "scalar" else middle_level(code.bits))
 
 
 def linear_record(bits: int, group_size: int) -> Record:
-    return Record(bits, group_size, zero=float(1 << (bits - 1)))
+    return Record(Code(bits), group_size, zero=float(1 << (bits - 1)))
+
+
+# Records of experts that one compiled function multiplies, which learns an expert's code at run time: a constant of it.
+# Trellis codes are looked up in 64 entries at once where the CPU has VBMI, in 16 elsewhere.
+SCALAR, SCALAR_WITH_ZEROS, TRELLIS, TRELLIS_VBMI = range(4)
+
+
+def family_of(code: Code, stored_zeros: bool, vbmi: bool) -> int:
+    """Of a matrix of this code. stored_zeros: as of expert_record; vbmi: whether compiled code may have its
+    instructions."""
+    if code.kind == "trellis":
+        return TRELLIS_VBMI if vbmi else TRELLIS
+    return SCALAR_WITH_ZEROS if stored_zeros else SCALAR
+
+
+def family_records(family: int) -> tuple[Record, ...]:
+    if family in (TRELLIS, TRELLIS_VBMI):
+        return tuple(expert_record(Code(bits, "trellis"), stored_zeros=False) for bits in TRELLIS_WIDTHS)
+    return tuple(expert_record(Code(bits), stored_zeros=family == SCALAR_WITH_ZEROS) for bits in WIDTHS)
+
+
+TRELLIS_NUMBER = Code(1, "trellis").number - 1  # Code.number of a trellis code is this and its width
 
 
 @numba.njit
-def record_bytes_compiled(stored_zeros, bits):
-    """expert_record(...).nbytes in compiled code, which learns an expert's width at run time."""
-    return code_bytes_compiled(bits) + 2 * ROWS * (2 if stored_zeros and bits > 1 else 1)
+def record_bytes_compiled(family, bits):
+    """nbytes of a family's record in compiled code, which learns an expert's width at run time."""
+    return code_bytes_compiled(bits) + 2 * ROWS * (2 if family == SCALAR_WITH_ZEROS and bits > 1 else 1)
+
+
+middle_zero_compiled = numba.njit(middle_zero)
+_MIDDLE_LEVELS = (0.0, *map(middle_level, TRELLIS_WIDTHS))
+
+
+@numba.njit
+def constant_zero_compiled(family, bits):
+    """zero of a family's record that stores none, in compiled code."""
+    if family >= TRELLIS:
+        return _MIDDLE_LEVELS[bits]
+    return middle_zero_compiled(bits)
 
 
 @numba.njit
@@ -124,7 +172,7 @@ def repack(matrix: StoredMatrix, row_blocks: np.ndarray, out: torch.Tensor) -> N
     """Write an expert's matrix into `out`, uint8 [matrix_bytes], its row blocks in the given order."""
     words = matrix.qweight.contiguous().numpy().view(np.uint32)
     write_records(
-        expert_record(matrix.bits, matrix.zeros is not None), words, matrix.scales, matrix.zeros, row_blocks, out
+        expert_record(matrix.code, matrix.zeros is not None), words, matrix.scales, matrix.zeros, row_blocks, out
     )
 
 
@@ -147,7 +195,7 @@ def write_records(
     records = out.numpy()[: rows // ROWS * groups * record.nbytes].reshape(rows // ROWS, groups, record.nbytes)
     codes = np.empty((rows // ROWS, groups, words.shape[2], ROWS), np.uint32)
     start = 0
-    for bits in planes(record.bits):
+    for bits in record.planes:
         vectors = record.group_size * bits // 32
         _plane_mover(bits)(words, row_blocks, start, vectors, codes)
         start += vectors
@@ -168,7 +216,7 @@ def unpack(records: torch.Tensor, record: Record, out_features: int, in_features
     data = records[: blocks * groups * size].reshape(blocks, groups, size)
     codes = torch.zeros(blocks, groups, record.group_size // 4, ROWS, 4, dtype=torch.uint8)  # [..., quad, row, j]
     start = shift = 0
-    for width in planes(record.bits):
+    for width in record.planes:
         plane_bytes = 2 * record.group_size * width
         plane = data[:, :, start : start + plane_bytes].reshape(blocks, groups, -1, ROWS, 4)
         for s in range(8 // width):

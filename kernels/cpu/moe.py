@@ -18,7 +18,7 @@ from vllm_mcmoe.kernels.cpu.chunks import (
     write_rows,
 )
 from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64, fetch_add
-from vllm_mcmoe.kernels.cpu.layout import ROWS
+from vllm_mcmoe.kernels.cpu.layout import ROWS, TRELLIS_NUMBER
 from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
 from vllm_mcmoe.kernels.cpu.vectors import (
     WITH_PARAMETERS,
@@ -58,7 +58,7 @@ class Field(IntEnum):
     INTERMEDIATE = 10  # value
     FUNCTION = 11  # value: vectors.function_code
     GATE_UP = 12  # records, see layout.py
-    GATE_UP_TABLE = 13  # int64 [experts, 3]: width, offset of the expert's first record, bytes of a record
+    GATE_UP_TABLE = 13  # int64 [experts, 3]: Code.number, offset of the expert's first record, bytes of a record
     DOWN = 14
     DOWN_TABLE = 15
     COUNTERS = 16  # int64 [6, 8], a cache line each: threads seen; tasks taken of 3 phases; tasks done of the first 2
@@ -80,7 +80,7 @@ class Field(IntEnum):
     THREADS = 32  # value
     PARALLEL = 33  # GOMP_parallel
     WORKER = 34  # what every thread of the team runs
-    MULTIPLY_ROWS = 35  # the products of this CPU's instruction set
+    MULTIPLY_ROWS = 35  # int64 [2]: the products of this CPU's instruction set, of scalar and of trellis codes
     PARAMETERS = 36  # float32 [3]: limit, alpha and beta of a function that has them
     GATE_UP_BIAS = 37  # float32 [experts, rows], in the order of the records; 0 for none
     DOWN_BIAS = 38  # float32 [experts, hidden]; 0 for none
@@ -188,6 +188,18 @@ def quantize_inputs(p):
 
 
 @njit
+def _products(p, number):
+    """What multiplies matrices of a Code.number."""
+    return as_int64(p[MULTIPLY_ROWS])[1 if number > TRELLIS_NUMBER else 0]
+
+
+@njit
+def _width(number):
+    """The bits of a Code.number."""
+    return number - TRELLIS_NUMBER if number > TRELLIS_NUMBER else number
+
+
+@njit
 def _is_gated(p):
     return p[FUNCTION] & WITHOUT_GATE == 0
 
@@ -217,12 +229,13 @@ def gate_up_phase(p, scratch):
         done += 1
         chunk, column = task // columns, task % columns
         expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
-        bits = table[3 * expert]
+        number = table[3 * expert]
         records = p[GATE_UP] + table[3 * expert + 1]
         records += column * blocks * (hidden // GROUP_SIZE) * table[3 * expert + 2]
         multiply_chunk(
-            p[MULTIPLY_ROWS], bits, records, blocks, hidden, GROUP_SIZE, p[CODES], p[SCALES], first, count, scratch
-        )
+            _products(p, number), _width(number), records, blocks, hidden, GROUP_SIZE,
+            p[CODES], p[SCALES], first, count, scratch,
+        )  # fmt: skip
         if p[GATE_UP_BIAS]:
             first_row = (expert * columns + column) * blocks * ROWS
             _add_bias(scratch, p[GATE_UP_BIAS] + first_row * 4, blocks, count)
@@ -286,11 +299,11 @@ def down_phase(p, scratch):
             sums[i] = 0.0
         for chunk in range(p[CHUNK_COUNT]):
             expert, first, count = int(chunks[3 * chunk]), int(chunks[3 * chunk + 1]), int(chunks[3 * chunk + 2])
-            bits = table[3 * expert]
+            number = table[3 * expert]
             records = p[DOWN] + table[3 * expert + 1]
             records += first_row // ROWS * (intermediate // GROUP_SIZE) * table[3 * expert + 2]
             multiply_chunk(
-                p[MULTIPLY_ROWS], bits, records, blocks, intermediate, GROUP_SIZE,
+                _products(p, number), _width(number), records, blocks, intermediate, GROUP_SIZE,
                 p[MID_CODES], p[MID_SCALES], first, count, totals,
             )  # fmt: skip
             if p[DOWN_BIAS]:

@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("vllm_mcmoe", "FRAGMENT")
 _LIBRARY.define(
     "cpu_fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor gate_up_table, "
     "Tensor down, Tensor down_table, Tensor? gate_up_bias, Tensor? down_bias, int intermediate_size, int function, "
-    "Tensor parameters, str isa, bool stored_zeros) -> Tensor",
+    "Tensor parameters, str isa, int[] families) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -89,7 +89,7 @@ def kept_buffer(size: int) -> torch.Tensor:
 
 def _run(
     x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
-    intermediate_size, function, parameters, isa, stored_zeros, out,
+    intermediate_size, function, parameters, isa, families, out,
 ):  # fmt: skip
     tokens, hidden = x.shape
     top_k, experts = topk_ids.shape[1], gate_up_table.shape[0]
@@ -97,7 +97,7 @@ def _run(
     plan = _plan(tokens, top_k, hidden, intermediate_size, experts, threads)
     base = kept_buffer(plan.nbytes).data_ptr()
     counters, slot_of, slot_token, slot_weight, slot_chunk, chunks, *others = (base + offset for offset in plan.offsets)
-    compiled = compile_layer(isa, stored_zeros)
+    compiled = compile_layer(isa, tuple(families))
     params = _Parameters(  # in the order of Field
         x.data_ptr(),
         out.data_ptr(),
@@ -142,7 +142,7 @@ def _run(
 
 def _cpu_fused_experts(
     x, topk_weights, topk_ids, gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
-    intermediate_size, function, parameters, isa, stored_zeros,
+    intermediate_size, function, parameters, isa, families,
 ):  # fmt: skip
     x, topk_ids = x.contiguous(), topk_ids.contiguous()
     if topk_ids.dtype not in (torch.int32, torch.int64):
@@ -154,7 +154,7 @@ def _cpu_fused_experts(
         _run(
             x[first:last], topk_weights[first:last], topk_ids[first:last],
             gate_up, gate_up_table, down, down_table, gate_up_bias, down_bias,
-            intermediate_size, function, parameters, isa, stored_zeros, out[first:last],
+            intermediate_size, function, parameters, isa, families, out[first:last],
         )  # fmt: skip
     return out
 

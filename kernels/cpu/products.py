@@ -2,12 +2,13 @@
 
 LLVM code is emitted per kind of record and number of tokens, with the group unrolled. A vector holds, in each of its 16
 lanes of 32 bits, four consecutive inputs ("a quad") of one output row: the operand of VNNI's dot product, so nothing is
-ever summed across lanes. `layout.py` describes the records these loops stream through, `chunks.py` the activations.
+ever summed across lanes. `layout.py` describes the records these loops stream through, `codes.py` how quads are read
+from them, as codes or as levels of trellis codes, `chunks.py` the activations.
 
 Long, because the code that is emitted and the loops that call it know each other's registers.
 """
 
-from collections.abc import Iterator
+from functools import partial
 
 from llvmlite import ir
 from numba import literally, njit
@@ -15,16 +16,25 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.chunks import TILE, tile_inputs, tile_inputs_compiled
+from vllm_mcmoe.kernels.cpu.codes import (
+    PORTABLE_READERS,
+    PORTION_QUADS,
+    READERS_512,
+    VECTOR_BYTES,
+    Codes,
+    byte_mask,
+)
 from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
 from vllm_mcmoe.kernels.cpu.layout import (
     Record,
-    expert_record,
+    family_records,
     linear_record,
     linear_record_bytes_compiled,
     record_bytes_compiled,
 )
 from vllm_mcmoe.kernels.cpu.vectors import (
     LANES,
+    V32X16,
     VF16,
     VF32,
     VI32,
@@ -35,14 +45,11 @@ from vllm_mcmoe.kernels.cpu.vectors import (
     splat,
     store,
 )
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, planes
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code
 
 QUADS = GROUP_SIZE // 4
-PORTION_QUADS = 8  # quads in one vector at 1 bit
-VECTOR_BYTES = 4 * LANES
 PREFETCH_BYTES = 4096
 
-VI16X32 = ir.VectorType(ir.IntType(16), 2 * LANES)
 VI32X32 = ir.VectorType(I32, 2 * LANES)
 
 
@@ -53,9 +60,9 @@ def dot_vnni(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir
 
 def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad: ir.Value) -> ir.Value:
     """The same in generic vectors, shaped so that LLVM finds multiply-add of 16-bit pairs where the CPU has it."""
-    eight = ir.Constant(VI16X32, [8] * 32)
-    w, a = builder.bitcast(weights, VI16X32), builder.bitcast(quad, VI16X32)
-    even = (builder.and_(w, ir.Constant(VI16X32, [0xFF] * 32)), builder.ashr(builder.shl(a, eight), eight))
+    eight = ir.Constant(V32X16, [8] * 32)
+    w, a = builder.bitcast(weights, V32X16), builder.bitcast(quad, V32X16)
+    even = (builder.and_(w, ir.Constant(V32X16, [0xFF] * 32)), builder.ashr(builder.shl(a, eight), eight))
     odd = (builder.lshr(w, eight), builder.ashr(a, eight))
     for unsigned, signed in (even, odd):
         product = builder.mul(builder.sext(unsigned, VI32X32), builder.sext(signed, VI32X32))
@@ -65,59 +72,12 @@ def dot_portable(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, quad
     return total
 
 
-class Codes:
-    """The packed codes of one group of 16 rows, or of a portion of it, unpacked quad by quad."""
-
-    def __init__(self, builder: ir.IRBuilder, kind: Record, record: ir.Value, portion: ir.Value | None = None):
-        """portion: number of a run of 8 quads; quads are then counted from its first."""
-        self.builder = builder
-        self.planes: list[tuple[int, int, ir.Value]] = []  # bits, weight shift of its codes, address of its vectors
-        shift = 0
-        for width in planes(kind.bits):
-            start = builder.add(record, I64(shift * kind.group_size * LANES // 8))
-            if portion is not None:
-                start = builder.add(start, builder.mul(portion, I64(width * VECTOR_BYTES)))
-            self.planes.append((width, shift, start))
-            shift += width
-        self.loaded: dict[tuple[int, int], ir.Value] = {}
-
-    def _vector(self, start: ir.Value, shift: int, index: int) -> ir.Value:
-        """A vector of a plane, loaded when first needed."""
-        if (shift, index) not in self.loaded:
-            self.loaded[shift, index] = load(self.builder, VI32, start, index * VECTOR_BYTES)
-        return self.loaded[shift, index]
-
-    def fields(self, quad: int) -> Iterator[tuple[ir.Value, int, int, int]]:
-        """Per plane: (vector, position of the quad's field in every byte, mask of a field, weight shift)."""
-        for width, shift, start in self.planes:
-            per_vector = 8 // width
-            vector = self._vector(start, shift, quad // per_vector)
-            yield vector, quad % per_vector * width, (1 << width) - 1, shift
-
-    def quad(self, quad: int) -> ir.Value:
-        """Codes of one quad as unsigned bytes."""
-        builder, result = self.builder, None
-        for vector, position, mask, shift in self.fields(quad):
-            moved = position - shift
-            if moved > 0:
-                vector = builder.lshr(vector, constant(VI32, moved))
-            elif moved < 0:
-                vector = builder.shl(vector, constant(VI32, -moved))
-            field = builder.and_(vector, _byte_mask(mask << shift))
-            result = field if result is None else builder.or_(result, field)
-        return result
-
-
-def _byte_mask(mask: int) -> ir.Constant:
-    return constant(VI32, mask * 0x01010101)
-
-
-def _integer_products(builder, dot, kind: Record, record, activations, tokens: int, tile_stride) -> list[ir.Value]:
+def _integer_products(builder, dot, codes_of, group_size: int, activations, tokens: int, tile_stride):
     """sum_k code * a_code of one group: int32 [16] per token.
 
-    activations: address of the first token's tile of codes; tokens follow tile by tile, a group's second tile at
-    tile_stride. Loops over portions of 8 quads, which are whole vectors at every width: a quarter of the code to
-    compile.
+    codes_of(portion): a class of codes.py, for a portion of 8 quads. activations: address of the first token's tile of
+    codes; tokens follow tile by tile, a group's second tile at tile_stride. Loops over portions, which are whole
+    vectors at every width: a quarter of the code to compile.
     """
     chains = max(1, 4 // tokens)  # independent sums hide the dot product's latency of 5 cycles
     before, loop = builder.block, builder.append_basic_block("portion")
@@ -127,14 +87,14 @@ def _integer_products(builder, dot, kind: Record, record, activations, tokens: i
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), before)
     phis = [[builder.phi(VI32) for _ in range(chains)] for _ in range(tokens)]
-    codes = Codes(builder, kind, record, portion)
+    codes = codes_of(portion)
     base = builder.add(activations, builder.mul(builder.lshr(portion, I64(1)), tile_stride))
     base = builder.add(base, builder.mul(builder.and_(portion, I64(1)), I64(4 * PORTION_QUADS)))
     totals = [list(chain) for chain in phis]
     for quad in range(PORTION_QUADS):
         weights = codes.quad(quad)
         for token in range(tokens):
-            inputs = splat(builder, load(builder, I32, base, token * tile_inputs(kind.group_size) + quad * 4))
+            inputs = splat(builder, load(builder, I32, base, token * tile_inputs(group_size) + quad * 4))
             chain = quad % chains
             totals[token][chain] = dot(builder, totals[token][chain], weights, inputs)
     following = builder.add(portion, I64(1))
@@ -143,7 +103,7 @@ def _integer_products(builder, dot, kind: Record, record, activations, tokens: i
         for phi, total in zip(phis[token], totals[token], strict=True):
             phi.add_incoming(constant(VI32, 0), before)
             phi.add_incoming(total, loop)
-    builder.cbranch(builder.icmp_signed("<", following, I64(kind.group_size // 4 // PORTION_QUADS)), loop, done)
+    builder.cbranch(builder.icmp_signed("<", following, I64(group_size // 4 // PORTION_QUADS)), loop, done)
     builder.position_at_end(done)
     return [_sum(builder, chain) for chain in totals]
 
@@ -168,7 +128,7 @@ def _integer_product_in_place(builder, dot, kind: Record, record, activations, t
         base = activations if quad < TILE // 4 else second_tile
         inputs = splat(builder, load(builder, I32, base, quad % (TILE // 4) * 4))
         for vector, position, mask, shift in codes.fields(quad):
-            field = builder.and_(vector, _byte_mask(mask << position))
+            field = builder.and_(vector, byte_mask(mask << position))
             key = (position, shift)
             totals[key] = dot(builder, totals.get(key, constant(VI32, 0)), field, inputs)
     shifted = []
@@ -206,21 +166,26 @@ def add_scaled(builder, product, scale, zero, token_scale: ir.Value, token_offse
 _PRODUCT_ARGS = ("record", "groups", "activations", "tile_stride", "scales", "scale_stride", "totals")
 
 
-def products_by(dot):
-    """group_products(builder, kind, record, activations, tokens, tile_stride): a group's integer sums by this `dot`."""
+def products_by(dot, reader: type[Codes] = Codes):
+    """group_products(builder, kind, record, activations, tokens, tile_stride): a group's integer sums by this `dot`, of
+    what the reader, a class of codes.py, finds in the record."""
 
     def group_products(builder, kind: Record, record, activations, tokens: int, tile_stride) -> list[ir.Value]:
-        if tokens == 1:
+        if tokens == 1 and reader is Codes:
             return [_integer_product_in_place(builder, dot, kind, record, activations, tile_stride)]
-        return _integer_products(builder, dot, kind, record, activations, tokens, tile_stride)
+        codes_of = partial(reader, builder, kind, record)
+        return _integer_products(builder, dot, codes_of, kind.group_size, activations, tokens, tile_stride)
 
     return group_products
 
 
-def product_function(module: ir.Module, name: str, group_products, kind: Record, tokens: int) -> ir.Function:
+def product_function(
+    module: ir.Module, name: str, group_products, kind: Record, tokens: int, streamed: bool = True
+) -> ir.Function:
     """void name(record, groups, activations, tile_stride, scales, scale_stride, totals), all int64.
 
-    Adds `groups` consecutive groups of 16 rows times `tokens` tokens to totals, float32 [tokens, 16].
+    Adds `groups` consecutive groups of 16 rows times `tokens` tokens to totals, float32 [tokens, 16]. streamed: whether
+    records come from memory, and those after them are to be prefetched.
     """
     existing = module.globals.get(name)
     if existing is not None:
@@ -246,6 +211,8 @@ def product_function(module: ir.Module, name: str, group_products, kind: Record,
         phi.add_incoming(start, entry)
         moving.append((phi, step))
     remaining, record_now, activations_now, scales_now = (phi for phi, _ in moving)
+    if streamed:
+        prefetch_ahead(builder, kind, record_now)
     _emit_group(builder, group_products, kind, tokens, record_now, activations_now, tile_stride, scales_now, totals)
     for phi, step in moving:
         phi.add_incoming(builder.add(phi, step), builder.block)
@@ -263,15 +230,15 @@ def prefetch_ahead(builder: ir.IRBuilder, kind: Record, record: ir.Value) -> Non
 
 
 def _emit_group(builder, group_products, kind, tokens, record, activations, tile_stride, scales, totals) -> None:
-    prefetch_ahead(builder, kind, record)
     products = group_products(builder, kind, record, activations, tokens, tile_stride)
     scale, zero = scale_and_zero(builder, constant_zero(kind), builder.add(record, I64(kind.code_bytes)))
     for token, product in enumerate(products):
         add_scaled(builder, product, scale, zero, scales, token * 8, totals, token * VECTOR_BYTES)
 
 
-def unpack_function(module: ir.Module, name: str, kind: Record) -> ir.Function:
-    """void name(record, out): the codes of one record as bytes [quad][row][4]; of a group of 128, two AMX tiles."""
+def unpack_function(module: ir.Module, name: str, kind: Record, reader: type[Codes] = Codes) -> ir.Function:
+    """void name(record, out): what the reader finds in one record as bytes [quad][row][4]; of a group of 128, two AMX
+    tiles."""
     existing = module.globals.get(name)
     if existing is not None:
         return existing
@@ -286,7 +253,7 @@ def unpack_function(module: ir.Module, name: str, kind: Record) -> ir.Function:
     builder.position_at_end(loop)
     portion = builder.phi(I64)
     portion.add_incoming(I64(0), entry)
-    codes = Codes(builder, kind, record, portion)
+    codes = reader(builder, kind, record, portion)
     target = builder.add(out, builder.mul(portion, I64(PORTION_QUADS * VECTOR_BYTES)))
     for quad in range(PORTION_QUADS):
         store(builder, codes.quad(quad), target, quad * VECTOR_BYTES)
@@ -298,16 +265,16 @@ def unpack_function(module: ir.Module, name: str, kind: Record) -> ir.Function:
     return function
 
 
-def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
-    """multiply(stored_zeros, bits, tokens, ...): the product for a width and a number of tokens known only at run time.
+def multiply_by(isa: str, products_of, readers: dict[int, type[Codes]], token_counts: tuple[int, ...]):
+    """multiply(family, bits, tokens, ...): the product for a width and a number of tokens known only at run time.
 
-    stored_zeros: a constant of the caller, 1 for the records of a checkpoint that has zeros, else 0.
+    family: a constant of the caller, one of layout.py's. products_of(readers[family]) are its group_products.
     """
 
     @intrinsic(prefer_literal=True)
     def multiply(
         typing_context,
-        stored_zeros,
+        family,
         bits,
         tokens,
         record,
@@ -318,25 +285,26 @@ def multiply_by(isa: str, group_products, token_counts: tuple[int, ...]):
         scale_stride,
         totals,
     ):
-        has_zeros = bool(stored_zeros.literal_value)
+        records = family_records(family.literal_value)
+        group_products = products_of(readers[family.literal_value])
 
         def emit(context, builder, signature, args):
             done = builder.append_basic_block("multiplied")
             key = builder.add(builder.mul(args[1], I64(LANES + 1)), args[2])
             switch = builder.switch(key, done)
-            for width in WIDTHS:
+            for kind in records:
                 for count in token_counts:
-                    name, kind = f"mcmoe_{isa}_{width}bit_{count}", expert_record(width, has_zeros)
+                    name = f"mcmoe_{isa}_{kind.bits}bit_{count}"
                     function = product_function(builder.module, name, group_products, kind, count)
                     block = builder.append_basic_block(name)
-                    switch.add_case(I64(width * (LANES + 1) + count), block)
+                    switch.add_case(I64(kind.bits * (LANES + 1) + count), block)
                     with builder.goto_block(block):
                         builder.call(function, args[3:])
                         builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(stored_zeros, *[types.int64] * (2 + len(_PRODUCT_ARGS))), emit
+        return types.void(family, *[types.int64] * (2 + len(_PRODUCT_ARGS))), emit
 
     return multiply
 
@@ -384,8 +352,8 @@ def multiply_linear(isa: str, group_products, token_counts: tuple[int, ...]):
 
 VNNI_TOKENS = (16, 8, 4, 2, 1)
 PORTABLE_TOKENS = (4, 1)
-multiply_vnni = multiply_by("vnni", products_by(dot_vnni), VNNI_TOKENS)
-multiply_portable = multiply_by("portable", products_by(dot_portable), PORTABLE_TOKENS)
+multiply_vnni = multiply_by("vnni", partial(products_by, dot_vnni), READERS_512, VNNI_TOKENS)
+multiply_portable = multiply_by("portable", partial(products_by, dot_portable), PORTABLE_READERS, PORTABLE_TOKENS)
 multiply_linear_vnni = multiply_linear("vnni", products_by(dot_vnni), VNNI_TOKENS)
 multiply_linear_portable = multiply_linear("portable", products_by(dot_portable), PORTABLE_TOKENS)
 
@@ -403,22 +371,22 @@ def portable_batch(left):
 
 @njit
 def multiply_rows_vnni(
-    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """Add `group_count` groups of `row_blocks` row blocks times `count` slots to totals, float32 [block][slot][16].
 
-    stored_zeros: a constant of the caller; codes, scales: the activations of chunks.py, in which the `count` slots from
-    `first` are one chunk.
+    family: a constant of the caller, as of multiply_by; codes, scales: the activations of chunks.py, in which the
+    `count` slots from `first` are one chunk.
     """
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
-        record = records + (block * groups + first_group) * record_bytes_compiled(stored_zeros, bits)
+        record = records + (block * groups + first_group) * record_bytes_compiled(family, bits)
         slot = 0
         while slot < count:
             batch = vnni_batch(count - slot)
             multiply_vnni(
-                literally(stored_zeros), bits, batch, record, group_count, codes + slot * 64, count * 64,
+                literally(family), bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
             )  # fmt: skip
             slot += batch
@@ -426,21 +394,122 @@ def multiply_rows_vnni(
 
 @njit
 def multiply_rows_portable(
-    stored_zeros, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
 ):
     """As multiply_rows_vnni."""
     codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
     scales += (first * groups + first_group * count) * 8
     for block in range(row_blocks):
-        record = records + (block * groups + first_group) * record_bytes_compiled(stored_zeros, bits)
+        record = records + (block * groups + first_group) * record_bytes_compiled(family, bits)
         slot = 0
         while slot < count:
             batch = portable_batch(count - slot)
             multiply_portable(
-                literally(stored_zeros), bits, batch, record, group_count, codes + slot * 64, count * 64,
+                literally(family), bits, batch, record, group_count, codes + slot * 64, count * 64,
                 scales + slot * 8, count * 8, totals + (block * count + slot) * LANES * 4,
             )  # fmt: skip
             slot += batch
+
+
+# A record of trellis codes once it is decoded: levels as codes of 8 bits, its scales, the middle as zeros
+DECODED = Record(Code(8))
+
+
+@intrinsic
+def record_room(typing_context):
+    """Address of room on the stack for one decoded record, aligned to a cache line."""
+
+    def emit(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(I8, DECODED.nbytes))
+            room.align = 64
+        return builder.ptrtoint(room, I64)
+
+    return types.int64(), emit
+
+
+def trellis_rows(isa: str, dot, readers: dict[int, type[Codes]], token_counts: tuple[int, ...], next_batch, few):
+    """multiply_rows of trellis codes, which of several batches of slots decodes each record only once.
+
+    few: multiply_rows that decodes it for every batch; next_batch: its choice among token_counts.
+    """
+
+    @intrinsic(prefer_literal=True)
+    def decode(typing_context, family, bits, record, room):
+        number = family.literal_value
+
+        def emit(context, builder, signature, args):
+            _, bits, record, room = args
+            done = builder.append_basic_block("decoded")
+            switch = builder.switch(bits, done)
+            for kind in family_records(number):
+                name = f"mcmoe_{isa}_decode_{kind.bits}bit"
+                function = unpack_function(builder.module, name, kind, readers[number])
+                block = builder.append_basic_block(name)
+                switch.add_case(I64(kind.bits), block)
+                with builder.goto_block(block):
+                    builder.call(function, [record, room])
+                    store(builder, load(builder, VF16, record, kind.code_bytes), room, DECODED.code_bytes)
+                    store(builder, constant(VF16, kind.zero), room, DECODED.code_bytes + 2 * LANES)
+                    builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(family, *[types.int64] * 3), emit
+
+    @intrinsic
+    def multiply(typing_context, tokens, record, activations, tile_stride, scales, totals):
+        def emit(context, builder, signature, args):
+            tokens, record, activations, tile_stride, scales, totals = args
+            done = builder.append_basic_block("multiplied")
+            switch = builder.switch(tokens, done)
+            for count in token_counts:
+                name = f"mcmoe_{isa}_decoded_{count}"
+                function = product_function(builder.module, name, products_by(dot), DECODED, count, streamed=False)
+                block = builder.append_basic_block(name)
+                switch.add_case(I64(count), block)
+                with builder.goto_block(block):
+                    builder.call(function, [record, I64(1), activations, tile_stride, scales, I64(0), totals])
+                    builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), emit
+
+    @njit
+    def multiply_rows(
+        family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+    ):
+        """As multiply_rows_vnni."""
+        if next_batch(count) == count:
+            few(
+                family, bits, records, row_blocks, groups, first_group, group_count, codes, scales, first, count, totals
+            )
+            return
+        codes += first * groups * GROUP_SIZE + first_group * GROUP_SIZE * count
+        scales += (first * groups + first_group * count) * 8
+        room = record_room()
+        for block in range(row_blocks):
+            for group in range(group_count):
+                record = records + (block * groups + first_group + group) * record_bytes_compiled(family, bits)
+                decode(literally(family), bits, record, room)
+                activations, group_scales = codes + group * GROUP_SIZE * count, scales + group * count * 8
+                slot = 0
+                while slot < count:
+                    batch = next_batch(count - slot)
+                    multiply(
+                        batch, room, activations + slot * 64, count * 64, group_scales + slot * 8,
+                        totals + (block * count + slot) * LANES * 4,
+                    )  # fmt: skip
+                    slot += batch
+
+    return multiply_rows
+
+
+multiply_trellis_rows_vnni = trellis_rows("vnni", dot_vnni, READERS_512, VNNI_TOKENS, vnni_batch, multiply_rows_vnni)
+multiply_trellis_rows_portable = trellis_rows(
+    "portable", dot_portable, PORTABLE_READERS, PORTABLE_TOKENS, portable_batch, multiply_rows_portable
+)
 
 
 def linear_rows(multiply, next_batch):

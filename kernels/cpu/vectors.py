@@ -17,6 +17,8 @@ from vllm_mcmoe.kernels.expert_function import ExpertFunction
 LANES = 16
 VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
 VI32, VI16, VI8 = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
+V32X16, V64X8 = ir.VectorType(I16, 2 * LANES), ir.VectorType(I8, 4 * LANES)  # 512 bits, like VI32
+V8X32, V16X16, V32X8 = ir.VectorType(I32, 8), ir.VectorType(I16, 16), ir.VectorType(I8, 32)  # half of that, of AVX2
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the compiled code names the dtype of activations and output
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -50,6 +52,18 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
     if function is None:
         function = ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
+
+
+def halves(builder: ir.IRBuilder, value: ir.Value, half: ir.VectorType) -> list[ir.Value]:
+    """The two registers of a 512-bit value, as `half`."""
+    wide = builder.bitcast(value, ir.VectorType(half.element, 2 * half.count))
+    indices = [ir.Constant(ir.VectorType(I32, half.count), list(range(i, i + half.count))) for i in (0, half.count)]
+    return [builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), index) for index in indices]
+
+
+def join(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    count = 2 * low.type.count
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
 
 
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:

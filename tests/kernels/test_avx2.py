@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import llvmlite.binding as llvm
 import pytest
@@ -9,33 +10,35 @@ from llvmlite import ir
 from numba import cfunc
 
 from tests.kernels.matrices import random_call, random_layer
-from tests.kernels.test_cpu import HIDDEN, INTERMEDIATE, MIXED, assert_agrees
+from tests.kernels.test_cpu import HIDDEN, INTERMEDIATE, assert_agrees
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, available_isas, avx2, compiled
-from vllm_mcmoe.kernels.cpu.layout import expert_record
+from vllm_mcmoe.kernels.cpu.codes import largest_value
+from vllm_mcmoe.kernels.cpu.layout import SCALAR, SCALAR_WITH_ZEROS, TRELLIS, expert_record, family_records
 from vllm_mcmoe.kernels.cpu.products import dot_portable, products_by
-from vllm_mcmoe.kernels.packing import WIDTHS
-
-MOST_ONE_QUAD_ADDS = {bits: 2 * 127 * (2**bits - 1) for bits in (1, 2, 3, 4)}
+from vllm_mcmoe.kernels.packing import CODES, WIDTHS
 
 
-@pytest.mark.parametrize("bits", MOST_ONE_QUAD_ADDS)
-def test_as_many_quads_are_summed_in_16_bits_as_fit_and_no_more(bits):
-    fitting = avx2.fitting_quads(bits)
-    assert fitting * MOST_ONE_QUAD_ADDS[bits] <= 32767
-    assert 2 * fitting * MOST_ONE_QUAD_ADDS[bits] > 32767
+@pytest.mark.parametrize("code", [code for code in CODES if code.bits < 8], ids=str)
+def test_as_many_quads_are_summed_in_16_bits_as_fit_and_no_more(code):
+    record = expert_record(code, stored_zeros=False)
+    largest = largest_value(record)
+    assert largest == 2 * record.zero  # the middle of what quads can have
+    fitting = avx2.fitting_quads(largest)
+    assert fitting * 2 * 127 * largest <= 32767
+    assert 2 * fitting * 2 * 127 * largest > 32767
 
 
 def test_vnni_in_256_bits_agrees_with_its_instruction_spelled_out(monkeypatch):
-    """All of its code but the one instruction, on any machine."""
+    """All of its code but the one instruction, on any machine; test_cpu_codes.py has what trellis codes are read by."""
     if "avx2" not in available_isas():
         pytest.skip("this CPU has no avx2")
-    rows = avx2.multiply_rows_by("emulated", products_by(dot_portable), avx2.sums_by(dot_portable))
+    rows = avx2.multiply_rows_by("emulated", partial(products_by, dot_portable), avx2.sums_by(dot_portable))
 
-    def products(source: str, stored_zeros: int):
+    def products(source: str, family: int):
         @cfunc(compiled.ROWS)
         def multiply_rows(bits, records, blocks, groups, first_group, group_count, codes, scales, first, count, totals):
             rows(
-                stored_zeros, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count,
+                family, bits, records, blocks, groups, first_group, group_count, codes, scales, first, count,
                 totals,
             )  # fmt: skip
 
@@ -48,7 +51,7 @@ def test_vnni_in_256_bits_agrees_with_its_instruction_spelled_out(monkeypatch):
         for tokens, bits, zeros in itertools.product((1, 2, 3, 4, 5, 6, 7, 9, 10, 20), WIDTHS, (True, False)):
             layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE, stored_zeros=zeros)
             assert_agrees(layer, random_call(tokens, HIDDEN, 2, 2))
-        assert_agrees(random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE), random_call(130, HIDDEN, 5, 2))
+        assert_agrees(random_layer(WIDTHS, WIDTHS, HIDDEN, INTERMEDIATE), random_call(130, HIDDEN, len(WIDTHS), 2))
     finally:
         compiled.compile_layer.cache_clear()
 
@@ -64,15 +67,18 @@ def _compiled_for(cpu: str, function: ir.Function) -> str:
     return machine.emit_assembly(module)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("stored_zeros", [True, False], ids=["zeros", "no zeros"])
-def test_vnni_in_256_bits_compiles_for_a_cpu_without_avx512(stored_zeros, bits):
+@pytest.mark.parametrize(
+    "record",
+    [record for family in (SCALAR, SCALAR_WITH_ZEROS, TRELLIS) for record in family_records(family)],
+    ids=lambda record: f"{record.code}{', zeros' if record.zero is None else ''}",
+)
+def test_vnni_in_256_bits_compiles_for_a_cpu_without_avx512(record):
     if not re.match("x86_64|amd64|i.86", llvm.get_default_triple()):
         pytest.skip("not an x86 machine: LLVM here compiles for no other")
     module = ir.Module()
     module.triple = llvm.get_default_triple()
     dot = avx2.sums_by(avx2.dot_vnni_256)
-    block = avx2.block_function(module, "block", dot, expert_record(bits, stored_zeros), avx2.BATCH)
+    block = avx2.block_function(module, "block", dot, record, avx2.BATCH)
     assembly = _compiled_for("alderlake", block)
     assert len(re.findall(r"vpdpbusd\t", assembly)) >= 2 * 8 * avx2.BATCH  # a turn of 8 quads, two registers of rows
     assert "zmm" not in assembly and "vpdpbusds" not in assembly

@@ -9,14 +9,20 @@ import torch
 
 from tests.kernels.matrices import FUNCTIONS, random_biases, random_call, random_layer
 from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, select_isa
+from vllm_mcmoe.kernels.cpu.compiled import compile_layer
+from vllm_mcmoe.kernels.cpu.isa import has_vbmi
+from vllm_mcmoe.kernels.cpu.layout import SCALAR_WITH_ZEROS, TRELLIS, TRELLIS_VBMI
 from vllm_mcmoe.kernels.cpu.op import MAX_TOKENS
 from vllm_mcmoe.kernels.expert_function import GPT_OSS
-from vllm_mcmoe.kernels.packing import WIDTHS, Code
+from vllm_mcmoe.kernels.packing import CODES, Code, pack_planes
 from vllm_mcmoe.kernels.reference import ReferenceExperts
+from vllm_mcmoe.kernels.trellis import decode, trellis_planes
 
 HIDDEN, INTERMEDIATE = 384, 256  # 3 and 2 groups: neither a power of two nor the same
 ALL_ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
-MIXED = [1, 2, 3, 4, 8]
+MIXED = list(CODES)
+EXPERTS = len(MIXED)
+TRELLIS_CODES = [code for code in CODES if code.kind == "trellis"]
 
 # The integers are exact, so backends differ by the rounding of float32 sums of 3 + 2 groups and by exp's last place:
 # some units of 6e-8 of the largest output. An intermediate value on the edge between two int8 codes may go either way:
@@ -50,20 +56,72 @@ def assert_agrees(layer: dict, call: tuple, biases: dict | None = None) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 13, 16, 40])
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
-def test_agrees_with_the_reference_at_every_width(isa, zeros, bits, tokens):
-    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE, stored_zeros=zeros)
+@pytest.mark.parametrize(
+    ("code", "zeros"),
+    [(code, zeros) for code in CODES for zeros in ((False,) if code in TRELLIS_CODES else (True, False))],
+    ids=str,
+)
+def test_agrees_with_the_reference_at_every_width(isa, code, zeros, tokens):
+    layer = random_layer([code] * 2, [code] * 2, HIDDEN, INTERMEDIATE, stored_zeros=zeros)
     assert_agrees(layer, random_call(tokens, HIDDEN, 2, 1))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("code", TRELLIS_CODES, ids=str)
+def test_trellis_codes_agree_where_avx512_comes_without_vbmi(monkeypatch, code, tokens):
+    if "avx512_vnni" not in available_isas():
+        pytest.skip("this CPU has no avx512_vnni")
+    monkeypatch.setenv(ISA_VARIABLE, "avx512_vnni")
+    monkeypatch.setattr("vllm_mcmoe.kernels.cpu.experts.has_vbmi", lambda isa: False)
+    layer = random_layer([code] * 2, [code] * 2, HIDDEN, INTERMEDIATE)
+    assert CpuExperts.prepare(**layer).families == [TRELLIS]
+    assert_agrees(layer, random_call(tokens, HIDDEN, 2, 1))
+
+
+@pytest.mark.parametrize("code", TRELLIS_CODES, ids=str)
+def test_trellis_codes_agree_for_every_number_of_tokens_of_an_expert(isa, code):
+    """Whether records are decoded on their way or before, and however batches divide the tokens."""
+    layer = random_layer([code], [code], 256, 128)
+    for tokens in range(1, 20):
+        assert_agrees(layer, random_call(tokens, 256, 1, 1))
+
+
+def test_a_layer_has_compiled_what_its_codes_need(isa):
+    """vpermb and tiles where the CPU has them, and nothing for codes that no expert has."""
+    trellis = TRELLIS_VBMI if has_vbmi(isa) else TRELLIS
+    layers = {
+        (Code(2), Code(3)): [SCALAR_WITH_ZEROS],
+        (TRELLIS_CODES[1], TRELLIS_CODES[2]): [trellis],
+        (Code(8), TRELLIS_CODES[2]): [SCALAR_WITH_ZEROS, trellis],
+    }
+    for codes, families in layers.items():
+        module = CpuExperts.prepare(**random_layer(codes, codes, 128, 128))
+        assert module.families == families
+        compiled = compile_layer(isa, tuple(families))
+        assert [bool(address) for address in compiled.kept] == [SCALAR_WITH_ZEROS in families, trellis in families]
+
+
+def bytes_of_the_largest(code: Code) -> torch.Tensor:
+    """uint8 [bytes]: the group of the largest sum; of trellis codes, of those with the same coded bits in all four
+    columns of a quad and in all rings."""
+    if code.kind == "scalar":
+        return torch.full((16 * code.bits,), 255, dtype=torch.uint8)
+    patterns = torch.arange(256)[:, None] >> torch.arange(8) & 1  # of a ring's quads
+    coded = patterns.repeat_interleave(4, 1).repeat(1, 4)
+    candidates = torch.stack([coded + 2 * uncoded for uncoded in range(1 << code.bits - 1)]).to(torch.uint8)
+    largest = decode(candidates, code.bits).argmax(0, keepdim=True)  # uncoded bits are free
+    codes = candidates.gather(0, largest)[0]
+    best = decode(codes, code.bits).sum(1).argmax()
+    return pack_planes(codes[best : best + 1], trellis_planes(code.bits))[0, 0]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7])
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_the_largest_codes_times_the_largest_activations_do_not_overflow(isa, bits, tokens):
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_the_largest_codes_times_the_largest_activations_do_not_overflow(isa, code, tokens):
     """All of one sign, so that sums are as far from zero as they can be, and of both."""
-    layer = random_layer([bits] * 2, [bits] * 2, HIDDEN, INTERMEDIATE)
+    layer = random_layer([code] * 2, [code] * 2, HIDDEN, INTERMEDIATE)
     for matrix in layer["gate_up"] + layer["down"]:
-        matrix.qweight.fill_(255)
+        matrix.qweight[:] = bytes_of_the_largest(code)
     x, weights, ids = random_call(tokens, HIDDEN, 2, 2)
     for signs in (1.0, -1.0, torch.tensor([1.0, -1.0]).repeat(HIDDEN // 2)):
         assert_agrees(layer, (torch.full_like(x, 1e-3) * signs, weights, ids))  # small, or silu(gate) would be 0
@@ -73,13 +131,13 @@ def test_the_largest_codes_times_the_largest_activations_do_not_overflow(isa, bi
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
 def test_agrees_with_widths_mixed_in_one_layer(isa, zeros, tokens):
     layer = random_layer(MIXED, MIXED[::-1], HIDDEN, INTERMEDIATE, stored_zeros=zeros)
-    assert_agrees(layer, random_call(tokens, HIDDEN, 5, 2))
+    assert_agrees(layer, random_call(tokens, HIDDEN, EXPERTS, 2))
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 4), (16, 8), (64, 6)])
 def test_agrees_with_many_experts_some_without_tokens(isa, experts, top_k):
-    bits = [MIXED[e % 5] for e in range(experts)]
-    layer = random_layer(bits, bits[::-1], 128, 128)
+    codes = [MIXED[e % EXPERTS] for e in range(experts)]
+    layer = random_layer(codes, codes[::-1], 128, 128)
     assert_agrees(layer, random_call(9, 128, experts, top_k))
 
 
@@ -106,9 +164,9 @@ def test_agrees_for_every_function(isa, function, biased):
 def test_biases_of_the_right_expert_are_added(isa, tokens):
     """Experts of several widths, some without tokens, an odd number of groups, and one bias left to another rank."""
     layer = random_layer(MIXED, MIXED[::-1], 256, HIDDEN, function=GPT_OSS)
-    biases = random_biases(5, 256, HIDDEN)
-    assert_agrees(layer, random_call(tokens, 256, 5, 2), biases)
-    assert_agrees(layer, random_call(tokens, 256, 5, 2), biases | {"down": None})
+    biases = random_biases(EXPERTS, 256, HIDDEN)
+    assert_agrees(layer, random_call(tokens, 256, EXPERTS, 2), biases)
+    assert_agrees(layer, random_call(tokens, 256, EXPERTS, 2), biases | {"down": None})
 
 
 @pytest.mark.parametrize("row", [3, 128 + 3], ids=["gate", "up"])
@@ -145,7 +203,7 @@ def test_int32_and_int64_ids_are_the_same(isa):
 
 def test_dropped_pairs_contribute_nothing(isa):
     layer = random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE)
-    x, weights, ids = random_call(20, HIDDEN, 5, 3)
+    x, weights, ids = random_call(20, HIDDEN, EXPERTS, 3)
     ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4] = -1
     assert_agrees(layer, (x, weights, ids))
 
@@ -199,7 +257,7 @@ def test_nan_in_one_token_reaches_that_token_alone(isa):
 
 def test_thread_count_does_not_change_a_bit(isa, threads):
     module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
-    call = random_call(33, HIDDEN, 5, 2)
+    call = random_call(33, HIDDEN, EXPERTS, 2)
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
@@ -209,7 +267,7 @@ def test_thread_count_does_not_change_a_bit(isa, threads):
 
 def test_other_tokens_in_the_batch_do_not_change_a_bit(isa):
     module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
-    x, weights, ids = random_call(50, HIDDEN, 5, 2)
+    x, weights, ids = random_call(50, HIDDEN, EXPERTS, 2)
     whole = module(x, weights, ids)
     alone = torch.cat([module(x[i : i + 1], weights[i : i + 1], ids[i : i + 1]) for i in range(50)])
     assert torch.equal(whole, alone)
@@ -222,7 +280,7 @@ def test_instruction_sets_agree_to_the_bit(monkeypatch):
     for isa in available_isas():
         monkeypatch.setenv(ISA_VARIABLE, isa)
         module = CpuExperts.prepare(**random_layer(MIXED, MIXED, HIDDEN, INTERMEDIATE))
-        results.append(module(*random_call(40, HIDDEN, 5, 2)))
+        results.append(module(*random_call(40, HIDDEN, EXPERTS, 2)))
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 

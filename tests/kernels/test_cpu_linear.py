@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 
 import llvmlite.binding as llvm
 import pytest
@@ -25,11 +25,11 @@ INPUTS, OUTPUTS = 384, 72  # rows that do not fill the last block of 16
 # As the experts': exact integers, then the rounding of float32 sums of up to 12 groups, some units of 6e-8.
 TOLERANCE = 2e-6
 
-DOT, SUMS = products.products_by(products.dot_portable), avx2.sums_by(products.dot_portable)
+DOT = partial(products.products_by, products.dot_portable)
 # What these compile, with the dot product spelled out: any CPU runs it.
 EMULATED = {
     "avx512_vnni in generic vectors": products.linear_rows(
-        products.multiply_linear("emulated", DOT, products.VNNI_TOKENS), products.vnni_batch
+        products.multiply_linear("emulated", DOT(), products.VNNI_TOKENS), products.vnni_batch
     ),
     "avx_vnni in generic vectors": avx2.multiply_linear_rows_by(
         "emulated_256", DOT, avx2.sums_by(products.dot_portable)

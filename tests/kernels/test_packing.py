@@ -8,14 +8,17 @@ from hypothesis import strategies as st
 from tests.kernels.matrices import random_matrix
 from vllm_mcmoe.kernels.cpu import layout
 from vllm_mcmoe.kernels.packing import (
+    CODES,
     GROUP_SIZE,
     WIDTHS,
     PackedMatrix,
+    StoredMatrix,
     pack_codes,
     scales_from_bytes,
     scales_to_bytes,
     unpack_codes,
 )
+from vllm_mcmoe.kernels.trellis import unpack_trellis
 
 matrix_sizes = {"bits": st.sampled_from(WIDTHS), "seed": st.integers(0, 2**31)}
 
@@ -115,11 +118,11 @@ def test_one_bit_weights_are_plus_and_minus_half_a_scale():
     assert matrix.dequantize()[0, :2].tolist() == [-0.25, 0.25]
 
 
-def record_of(matrix: PackedMatrix) -> layout.Record:
-    return layout.expert_record(matrix.bits, matrix.zeros is not None)
+def record_of(matrix: StoredMatrix) -> layout.Record:
+    return layout.expert_record(matrix.code, matrix.zeros is not None)
 
 
-def repacked(matrix: PackedMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
+def repacked(matrix: StoredMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
     out = torch.empty(
         layout.matrix_bytes(record_of(matrix), matrix.out_features, matrix.in_features),
         dtype=torch.uint8,
@@ -128,17 +131,24 @@ def repacked(matrix: PackedMatrix, row_blocks: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@given(blocks=st.integers(1, 5), groups=st.integers(1, 4), stored_zeros=st.booleans(), **matrix_sizes)
-@settings(max_examples=60, deadline=None)
-def test_records_hold_the_matrix(bits, blocks, groups, stored_zeros, seed):
+@given(
+    code=st.sampled_from(CODES),
+    blocks=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    stored_zeros=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_records_hold_the_matrix(code, blocks, groups, stored_zeros, seed):
     shape = (blocks * layout.ROWS, groups * GROUP_SIZE)
-    matrix = random_matrix(bits, *shape, torch.Generator().manual_seed(seed), stored_zeros)
+    matrix = random_matrix(code, *shape, torch.Generator().manual_seed(seed), stored_zeros)
     codes, scales, zeros = layout.unpack(repacked(matrix, torch.arange(blocks)), record_of(matrix), *shape)
-    assert torch.equal(codes, matrix.levels())
+    unpacked = unpack_codes if code.kind == "scalar" else unpack_trellis
+    assert torch.equal(codes, unpacked(matrix.qweight, code.bits))
     assert torch.equal(scales, matrix.scales)
     assert zeros is None if matrix.zeros is None else torch.equal(zeros, matrix.zeros)
     per_weight = 8 * layout.matrix_bytes(record_of(matrix), *shape) / matrix.levels().numel()
-    assert per_weight == pytest.approx(bits + (0.125 if bits == 1 or not stored_zeros else 0.25), abs=0.16 / groups)
+    assert per_weight == pytest.approx(code.bits + (0.25 if code.has_zeros(stored_zeros) else 0.125), abs=0.16 / groups)
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,17 @@ from vllm_mcmoe.kernels.cpu import LAYOUT_VERSION, CpuExperts, RecordsError, rem
 from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.records_file import RecordsWriter
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, WIDTHS, Code, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, PackedMatrix, StoredMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 
 HIDDEN, INTERMEDIATE = 384, 256
-BITS = list(WIDTHS)
+MIXED = list(CODES)
 KEY = {"checkpoint": "/models/some", "layer": "model.layers.0.mlp.experts", "experts": (0, 1, 2, 3, 4)}
 BUFFERS = ("gate_up", "gate_up_table", "down", "down_table")
 
 
 def layer() -> dict:
-    return random_layer(BITS, BITS[::-1], HIDDEN, INTERMEDIATE)
+    return random_layer(MIXED, MIXED[::-1], HIDDEN, INTERMEDIATE)
 
 
 def announced() -> dict:
@@ -64,7 +65,7 @@ def mappings(file: Path) -> list[tuple[str, dict[str, int]]]:
 
 def test_what_is_written_and_what_is_read_equals_what_is_repacked_into_memory(file):
     in_memory, written, found = CpuExperts.prepare(**layer()), write(file), read(file)
-    call = random_call(7, HIDDEN, len(BITS), 2)
+    call = random_call(7, HIDDEN, len(MIXED), 2)
     for other in (written, found):
         assert all(torch.equal(getattr(in_memory, name), getattr(other, name)) for name in BUFFERS)
         assert torch.equal(in_memory(*call), other(*call))
@@ -74,7 +75,7 @@ def test_what_is_written_and_what_is_read_equals_what_is_repacked_into_memory(fi
 def test_records_are_shared_pages_and_no_private_copy(file, way):
     write(file)
     experts = way(file)
-    experts(*random_call(7, HIDDEN, len(BITS), 2))
+    experts(*random_call(7, HIDDEN, len(MIXED), 2))
     ((permissions, figures),) = mappings(file)
     assert permissions == "r--s"
     assert figures["Rss"] > 0
@@ -127,8 +128,8 @@ def flip(position: int):
         (lambda content: content[:-1], "bytes, expected"),
         (lambda content: content[: len(content) // 2], "bytes, expected"),
         (lambda content: content + b"\0", "bytes, expected"),
-        (flip(-1), "checksum of down, matrix 4, does not match"),
-        (lambda content: content[:-4096] + bytes(4096), "checksum of down, matrix 4, does not match"),
+        (flip(-1), "checksum of down, matrix 8, does not match"),
+        (lambda content: content[:-4096] + bytes(4096), "checksum of down, matrix 8, does not match"),
     ],
 )
 def test_damage_is_noticed(file, damage, message):
@@ -139,7 +140,7 @@ def test_damage_is_noticed(file, damage, message):
 
 
 @pytest.mark.parametrize("name", ["gate_up", "down"])
-@pytest.mark.parametrize("expert", range(len(BITS)))
+@pytest.mark.parametrize("expert", range(len(MIXED)))
 def test_a_changed_byte_of_any_expert_is_noticed(file, name, expert):
     experts = write(file)
     records = getattr(experts, name).numpy().tobytes()
@@ -155,8 +156,8 @@ def test_a_changed_byte_of_any_expert_is_noticed(file, name, expert):
     [
         {"key": KEY | {"checkpoint": "/models/other"}},
         {"key": KEY | {"experts": (0, 1, 2, 3, 5)}},
-        {"gate_up_codes": list(map(Code, BITS[::-1]))},
-        {"down_codes": list(map(Code, BITS[::-1][:4]))},
+        {"gate_up_codes": MIXED[::-1]},
+        {"down_codes": MIXED[::-1][:4]},
         {"intermediate_size": 128},
     ],
 )
@@ -188,13 +189,13 @@ def test_the_file_has_its_name_only_when_it_is_complete(file):
 
     expected = layer()
     CpuExperts.prepare(**(expected | {"down": watched(expected["down"])}), file=file, key=KEY)
-    assert len(seen) == len(BITS)
+    assert len(seen) == len(MIXED)
     assert all(len(names) == 1 and names[0].endswith(".partial") for names in seen)
     assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_failed_repack_leaves_nothing_behind(file):
-    with pytest.raises(ValueError, match="down: 5 codes were given, but only 1 matrices"):
+    with pytest.raises(ValueError, match="down: 9 codes were given, but only 1 matrices"):
         CpuExperts.prepare(**(layer() | {"down": layer()["down"][:1]}), file=file, key=KEY)
     assert list(file.parent.iterdir()) == []
 
@@ -303,30 +304,30 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_
 
 def test_records_on_disk_are_those_of_this_layout_version():
     """Fails when the layout changes: raise LAYOUT_VERSION, or files of before are taken for files of now."""
-    expected = {1: "a33978ac971db000da13edac24df61c79e2352150a2fa111ac8c98db09eacd06"}
+    expected = {2: "d5164aac898d17748ead1c120c6f05db871a296cee59f66179fc601ae93b16a0"}
     digest = hashlib.sha256()
     for shape, row_blocks in (
         ((256, 256), gate_up_row_blocks(128, 2)),
         ((256, 128), torch.arange(256 // ROWS).numpy()),
     ):
-        for bits in WIDTHS:
-            records = torch.zeros(matrix_bytes(expert_record(bits, stored_zeros=True), *shape), dtype=torch.uint8)
-            repack(counting_matrix(bits, *shape), row_blocks, records)
+        for code in CODES:
+            records = torch.zeros(matrix_bytes(expert_record(code, stored_zeros=True), *shape), dtype=torch.uint8)
+            repack(counting_matrix(code, *shape), row_blocks, records)
             digest.update(records.numpy().tobytes())
     assert expected.get(LAYOUT_VERSION) == digest.hexdigest()
 
 
-def counting_matrix(bits: int, rows: int, columns: int) -> PackedMatrix:
+def counting_matrix(code: Code, rows: int, columns: int) -> StoredMatrix:
     """Bytes that count up in steps that no power of two divides, the same on every machine and in every release."""
     groups = (rows, columns // GROUP_SIZE)
 
     def count(*shape: int) -> torch.Tensor:
         return torch.arange(math.prod(shape)).mul(37).remainder(251).reshape(shape)
 
-    zeros = None if bits == 1 else (count(*groups) + 1).half()
-    return PackedMatrix(
-        bits, count(*groups, packed_bytes_per_group(bits)).to(torch.uint8), count(*groups).half(), zeros
-    )
+    qweight, scales = count(*groups, packed_bytes_per_group(code.bits)).to(torch.uint8), count(*groups).half()
+    if code.kind == "trellis":
+        return TrellisMatrix(code.bits, qweight, scales)
+    return PackedMatrix(code.bits, qweight, scales, (count(*groups) + 1).half() if code.bits > 1 else None)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
