@@ -5,10 +5,11 @@
     python benchmarks/gpu_moe.py --tune tiles.json          measure tiles, then serve with VLLM_MCMOE_TILES=tiles.json
     python benchmarks/gpu_moe.py --shapes 256,8,7168,2048   experts, top-k, hidden and intermediate size of any model
 
-Routing is uniform at random, the experts' widths cycle through --bits. The second level cache is flushed before every
-run, as the other layers of a model would. "of copy" is the bytes of the experts that the routing touches, scales
-included, over the time, as a share of the device's own copy bandwidth. torch's grouped matrix product in bf16 is
-CUTLASS's on Hopper, with routing and activation by plain operators. vLLM's rows appear where vLLM is installed.
+Routing is uniform at random, the experts' codes cycle through --bits, where 2t is the 2-bit trellis code. The second
+level cache is flushed before every run, as the other layers of a model would. "of copy" is the bytes of the experts
+that the routing touches, scales included, over the time, as a share of the device's own copy bandwidth. torch's grouped
+matrix product in bf16 is CUTLASS's on Hopper, with routing and activation by plain operators. vLLM's rows appear where
+vLLM is installed.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from triton.testing import do_bench
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE, Code, PackedMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, PackedMatrix, StoredMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 from vllm_mcmoe.kernels.triton import experts as backend
 from vllm_mcmoe.kernels.triton.tiles import Shape, Tiles, default_tiles, describe_device, write_table
 
@@ -52,6 +54,21 @@ def named_shape(text: str) -> str:
     return text
 
 
+CODE_NAMES = {f"{code.bits}{'t' if code.kind == 'trellis' else ''}": code for code in CODES}
+
+
+def named_code(text: str) -> Code:
+    """2 or 2t."""
+    if text not in CODE_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CODE_NAMES)}")
+    return CODE_NAMES[text]
+
+
+def name_of(codes: Sequence[Code]) -> str:
+    names = {code: name for name, code in CODE_NAMES.items()}
+    return f"{'+'.join(names[code] for code in codes)} bit"
+
+
 def of_one_rank(shape: Shape, tensor_parallel: int, expert_parallel: int) -> Shape:
     """What one of several ranks computes: a slice of every expert, or some of the experts."""
     experts, intermediate = shape.experts // expert_parallel, shape.intermediate_size // tensor_parallel
@@ -74,28 +91,31 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
 
 
-def random_matrices(bits: Sequence[int], out_features: int, in_features: int) -> Iterator[PackedMatrix]:
+def random_matrices(codes: Sequence[Code], out_features: int, in_features: int) -> Iterator[StoredMatrix]:
     """Any bytes are valid codes; scales keep the outputs finite in bfloat16."""
     groups = in_features // GROUP_SIZE
-    for width in bits:
-        qweight = (out_features, groups, packed_bytes_per_group(width))
+    for code in codes:
+        shape = (out_features, groups, packed_bytes_per_group(code.bits))
         scales = torch.full(
-            (out_features, groups), in_features**-0.5 / (1 << width), dtype=torch.float16, device="cuda"
+            (out_features, groups), in_features**-0.5 / (1 << code.bits), dtype=torch.float16, device="cuda"
         )
-        codes = torch.randint(0, 256, qweight, dtype=torch.uint8, device="cuda")
-        yield PackedMatrix(width, codes, scales, zeros=None)
+        qweight = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+        if code.kind == "trellis":
+            yield TrellisMatrix(code.bits, qweight, scales)
+        else:
+            yield PackedMatrix(code.bits, qweight, scales, zeros=None)
 
 
-def prepare_layer(shape: Shape, bits: Sequence[int], activations: str) -> Callable[[Inputs], torch.Tensor]:
-    widths = [bits[expert % len(bits)] for expert in range(shape.experts)]
+def prepare_layer(shape: Shape, codes: Sequence[Code], activations: str) -> Callable[[Inputs], torch.Tensor]:
+    of_experts = [codes[expert % len(codes)] for expert in range(shape.experts)]
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     layer = backend.TritonExperts.prepare(
-        random_matrices(widths, 2 * intermediate, hidden),
-        random_matrices(widths, hidden, intermediate),
+        random_matrices(of_experts, 2 * intermediate, hidden),
+        random_matrices(of_experts, hidden, intermediate),
         hidden_size=hidden,
         intermediate_size=intermediate,
-        gate_up_codes=list(map(Code, widths)),
-        down_codes=list(map(Code, widths)),
+        gate_up_codes=of_experts,
+        down_codes=of_experts,
         stored_zeros=False,
         activations=activations,
     )
@@ -126,9 +146,9 @@ def expert_bytes(shape: Shape, bits_per_weight: float, topk_ids: torch.Tensor) -
     return topk_ids[topk_ids < shape.experts].unique().numel() * weights * bits_per_weight / 8
 
 
-def stored_bits(bits: Sequence[int]) -> float:
+def stored_bits(codes: Sequence[Code]) -> float:
     """Average bits per weight on the device, with a float16 scale of each group."""
-    return sum(width + 16 / GROUP_SIZE for width in bits) / len(bits)
+    return sum(code.bits + 16 / GROUP_SIZE for code in codes) / len(codes)
 
 
 def microseconds(run: Callable[[], torch.Tensor]) -> float:
@@ -211,11 +231,11 @@ def vllm_w4a16(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
     return lambda inputs: fused_experts(inputs[0], w1, w2, inputs[1], inputs[2], quant_config=config)
 
 
-def contenders(shape: Shape, bits: Sequence[int]) -> Iterator[tuple[str, float, Callable[[Inputs], torch.Tensor]]]:
+def contenders(shape: Shape, codes: Sequence[Code]) -> Iterator[tuple[str, float, Callable[[Inputs], torch.Tensor]]]:
     """(name, stored bits per weight, layer); one at a time, so that one set of weights is on the device."""
     for activations in ("int8", "float"):
-        layer = prepare_layer(shape, bits, activations)
-        yield f"{'+'.join(map(str, bits))} bit, {activations}", stored_bits(bits), layer
+        layer = prepare_layer(shape, codes, activations)
+        yield f"{name_of(codes)}, {activations}", stored_bits(codes), layer
         del layer
     if shape.all_experts > shape.experts:
         return  # the others take local experts' tokens alone
@@ -225,9 +245,9 @@ def contenders(shape: Shape, bits: Sequence[int]) -> Iterator[tuple[str, float, 
         yield "vLLM W4A16", 4 + 16 / GROUP_SIZE, vllm_w4a16(shape)
 
 
-def measure_shape(name: str, tokens: Sequence[int], bits: Sequence[int], bandwidth: float) -> list[Measurement]:
+def measure_shape(name: str, tokens: Sequence[int], codes: Sequence[Code], bandwidth: float) -> list[Measurement]:
     measurements = []
-    for kernel, bits_per_weight, layer in contenders(SHAPES[name], bits):
+    for kernel, bits_per_weight, layer in contenders(SHAPES[name], codes):
         for count in tokens:
             inputs = random_inputs(SHAPES[name], count)
             time = microseconds(lambda layer=layer, inputs=inputs: layer(inputs))
@@ -248,8 +268,8 @@ def print_measurements(console: Console, measurements: Sequence[Measurement]) ->
     console.print(table)
 
 
-def print_parts(console: Console, name: str, tokens: Sequence[int], bits: Sequence[int], activations: str) -> None:
-    layer = prepare_layer(SHAPES[name], bits, activations)
+def print_parts(console: Console, name: str, tokens: Sequence[int], codes: Sequence[Code], activations: str) -> None:
+    layer = prepare_layer(SHAPES[name], codes, activations)
     rows = {}
     for count in tokens:
         inputs = random_inputs(SHAPES[name], count)
@@ -289,14 +309,14 @@ def fastest(layer: Callable[[Inputs], torch.Tensor], inputs: Inputs, tried: Iter
 
 
 def tune(
-    console: Console, names: Sequence[str], tokens: Sequence[int], bits: Sequence[int], activations: str, path: Path
+    console: Console, names: Sequence[str], tokens: Sequence[int], codes: Sequence[Code], activations: str, path: Path
 ) -> None:
     """Write the fastest tiles by shape and number of tokens: first block, warps and stages, then split-K."""
     device = describe_device(torch.device("cuda"))
     table: dict[str, dict[int, Tiles]] = {}
     for name in names:
         shape = replace(SHAPES[name], float_activations=activations == "float")
-        layer = prepare_layer(shape, bits, activations)
+        layer = prepare_layer(shape, codes, activations)
         table[shape.key] = {}
         for count in tokens:
             inputs, default = random_inputs(shape, count), default_tiles(device, shape, count)
@@ -312,7 +332,9 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="measure one rank's slice of the experts")
     parser.add_argument("--expert-parallel-size", type=int, default=1, help="measure one rank's experts")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--bits", nargs="+", type=int, default=(2, 3), help="widths the experts cycle through")
+    parser.add_argument(
+        "--bits", nargs="+", type=named_code, default=(Code(2), Code(3)), help=f"of {', '.join(CODE_NAMES)}"
+    )
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
     parser.add_argument("--parts", action="store_true", help="time by kernel instead of comparing")
     parser.add_argument("--activations", choices=("int8", "float"), default="int8", help="of --tune, --parts")

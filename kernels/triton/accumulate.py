@@ -149,7 +149,7 @@ def _split_fields(values):
 
 
 @triton.jit
-def _load_scales(scales_ptr, at, ZEROS: tl.constexpr):
+def load_scales(scales_ptr, at, ZEROS: tl.constexpr):
     """One group's scales: a tuple of int32 [rows], one per field, scale below zero; float16 without stored zeros."""
     if ZEROS:
         return _split_fields(tl.load(scales_ptr + at))
@@ -224,7 +224,7 @@ def accumulate(
             x = x + (tl.load(x_at + group * 128 + 64),)
         x_scale = tl.load(x_scale_ptr + x_group + group)
         x_sum = tl.load(x_sum_ptr + x_group + group)
-        scales = _load_scales(scales_ptr, group * 256 + tile_scales, ZEROS)
+        scales = load_scales(scales_ptr, group * 256 + tile_scales, ZEROS)
         sums = _add_fields(sums, planes, x, x_scale, x_sum, scales, BITS, ZEROS, INLINE_ASM, FLOAT)
     unshifted = ()
     for field in tl.static_range(FIELD_COUNT):

@@ -11,8 +11,9 @@ import triton
 
 from vllm_mcmoe.kernels.expert_function import SILU, ExpertFunction
 from vllm_mcmoe.kernels.packing import Code, StoredMatrix
+from vllm_mcmoe.kernels.triton.fields import has_trellis
 from vllm_mcmoe.kernels.triton.launches import Routing, are_few, compile_kernel, run_kernel, run_layer
-from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_bias, pack_experts
+from vllm_mcmoe.kernels.triton.layout import ExpertStack, pack_bias, pack_experts, widths_of
 from vllm_mcmoe.kernels.triton.tiles import Device, Shape, Tiles, choose_tiles, describe_device
 
 MIN_CUDA_CAPABILITY = (8, 0)  # mma.m16n8k32 on int8 and cp.async
@@ -57,9 +58,8 @@ def _triton_experts(
     """out[t] = sum_j topk_weights[t, j] * down_e(function(gate_up_e(x[t]))),  e = topk_ids[t, j].
 
     x float [tokens, hidden], topk_weights float and topk_ids int [tokens, top_k], expert_map int32 [global experts];
-    gate_up, down: the tensors of an ExpertStack, the biases its bias; widths: bit b set where the kernels must know b
-    bits; activation to beta: an ExpertFunction; stored_zeros: of the stacks. Shapes alone decide grids and
-    allocations, so it can be captured.
+    gate_up, down: the tensors of an ExpertStack, the biases its bias; widths, stored_zeros: of both stacks; activation
+    to beta: an ExpertFunction. Shapes alone decide grids and allocations, so it can be captured.
     """
     function = _function(activation, gated, limit, alpha, beta)
     hidden_size, rows = x.shape[1], function.factor * intermediate_size
@@ -156,7 +156,7 @@ def check_device(device: torch.device) -> None:
 
 
 class TritonExperts(torch.nn.Module):
-    """The experts of one layer in the GPU layout, with per-expert bit-widths.
+    """The experts of one layer in the GPU layout, each matrix with a code of its own.
 
     Buffers: the tensors of two ExpertStacks, `gate_up_*` and `down_*`.
     """
@@ -205,6 +205,7 @@ class TritonExperts(torch.nn.Module):
             pack_experts(
                 gate_up,
                 codes=gate_up_codes,
+                layer_codes=down_codes,
                 out_features=function.factor * intermediate_size,
                 in_features=hidden_size,
                 gated=function.gated,
@@ -214,6 +215,7 @@ class TritonExperts(torch.nn.Module):
             pack_experts(
                 down,
                 codes=down_codes,
+                layer_codes=gate_up_codes,
                 out_features=hidden_size,
                 in_features=intermediate_size,
                 gated=False,
@@ -251,12 +253,12 @@ class TritonExperts(torch.nn.Module):
     ) -> None:
         """Compiles every kernel that `forward` can ask for, where it is not yet.
 
-        codes: of all layers of the model: those of the same shape then share their kernels. dtype: of x; topk_weights
-        are float32 and topk_ids int32.
+        codes: of all layers of the model: those of the same shape then share their kernels, but for layers without any
+        trellis code in a model that has some. dtype: of x; topk_weights are float32 and topk_ids int32.
         """
         if triton.knobs.runtime.interpret:
             return
-        self.widths |= sum(1 << code.number for code in set(codes))
+        self.widths |= widths_of({code for code in codes if code.kind == "scalar" or has_trellis(self.widths)})
         hidden_size, experts = self.hidden_size, self.gate_up_bits.numel()
         all_experts = experts if expert_map is None else expert_map.numel()
         shape = Shape(experts, top_k, hidden_size, self.intermediate_size, self.float_activations, all_experts)

@@ -1,5 +1,7 @@
 """Where each code stands inside the bytes of the GPU layout: known to the packer and, at compile time, to the kernels.
 
+"bits" is a width of scalar codes, and wherever trellis codes have an answer, too, a `number`: packing.Code.number.
+
 Everything a kernel looks up is a triton.constexpr_function, because Triton's compile cache hashes their source text: a
 change of this table recompiles the kernels.
 """
@@ -36,8 +38,25 @@ def fields(bits):
 
 
 @triton.constexpr_function
-def field_count(bits):
-    return len(fields(bits))
+def is_trellis(number):
+    return number > 16
+
+
+@triton.constexpr_function
+def code_width(number):
+    """Bits of a weight."""
+    return number - 16 if number > 16 else number
+
+
+@triton.constexpr_function
+def has_trellis(widths):
+    """Whether a set of numbers, bit n for number n, has one of a trellis code."""
+    return widths >> 17 != 0
+
+
+@triton.constexpr_function
+def field_count(number):
+    return 8 if number > 16 else len(fields(number))
 
 
 @triton.constexpr_function
@@ -46,9 +65,9 @@ def plane_count(bits):
 
 
 @triton.constexpr_function
-def tile_rows(bits):
-    """Rows of a plane: every byte of a row belongs to one feature of each field."""
-    return TILE_FEATURES // len(fields(bits))
+def tile_rows(number):
+    """Features of a field. Of scalar codes also rows of a plane: a byte there belongs to one feature of each field."""
+    return TILE_FEATURES // field_count(number)
 
 
 @triton.constexpr_function

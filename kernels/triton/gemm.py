@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from vllm_mcmoe.kernels.triton.accumulate import accumulate
+from vllm_mcmoe.kernels.triton.accumulate_rings import accumulate_rings
 from vllm_mcmoe.kernels.triton.activation import activated, gated
-from vllm_mcmoe.kernels.triton.fields import field_count, tile_rows
+from vllm_mcmoe.kernels.triton.fields import code_width, field_count, has_trellis, is_trellis, tile_rows
 from vllm_mcmoe.kernels.triton.quantize import scale_of, stored_position, stored_sum, stored_value
 from vllm_mcmoe.kernels.triton.routing import routed_sum
 
@@ -92,7 +93,7 @@ def _arrive(counter_ptr, AMD: tl.constexpr):
 @triton.jit
 def _store_group(
     values, first_field, group, features, out_ptr, scale_ptr, sum_ptr, slot, slots,
-    FIELDS: tl.constexpr, ROWS: tl.constexpr, FLOAT: tl.constexpr,
+    FIELDS: tl.constexpr, ROWS: tl.constexpr, FLOAT: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
     """128 intermediate features, values[first_field] and the fields after it, as int8 or float16 of `features` a slot,
     with scale and sum. Groups beyond `features` are padding.
@@ -107,7 +108,7 @@ def _store_group(
     for field in tl.static_range(FIELDS):
         stored = stored_value(values[first_field + field], scale[None, :], FLOAT)
         value_sum += tl.sum(stored, axis=0)
-        feature = group * 128 + stored_position(field * ROWS + tl.arange(0, ROWS), FLOAT)
+        feature = group * 128 + stored_position(field * ROWS + tl.arange(0, ROWS), FLOAT, RINGS)
         out_at = out_ptr + slot[None, :] * features + feature[:, None]
         tl.store(out_at, stored.to(out_ptr.dtype.element_ty), mask=inside[None, :])
     tl.store(scale_ptr + slot * (features // 128) + group, scale, mask=inside)
@@ -118,7 +119,7 @@ def _store_group(
 def _store_activated(
     sums, out_ptr, scale_ptr, sum_ptr, slot, slots, tile, N,
     BITS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, FLOAT: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, FLOAT: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
     """The experts' function. With a gate a tile's first 128 features are gate, the last 128 up: one group. Without,
     they are two groups, the second of which may lie beyond N.
@@ -129,7 +130,7 @@ def _store_activated(
     if GATED:
         for field in tl.static_range(PAIRS):
             values = values + (gated(sums[field], sums[field + PAIRS], ACTIVATION, LIMIT, ALPHA, BETA),)
-        _store_group(values, 0, tile, N // 2, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT)
+        _store_group(values, 0, tile, N // 2, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT, RINGS)
     else:
         for field in tl.static_range(2 * PAIRS):
             values = values + (activated(sums[field], ACTIVATION, ALPHA),)
@@ -137,7 +138,7 @@ def _store_activated(
             group = 2 * tile + half
             if group < N // 128:
                 _store_group(
-                    values, half * PAIRS, group, N, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT
+                    values, half * PAIRS, group, N, out_ptr, scale_ptr, sum_ptr, slot, slots, PAIRS, ROWS, FLOAT, RINGS
                 )
 
 
@@ -148,20 +149,26 @@ def _tile(
     slot, slots, slots_per_row, tile, part, split_k, N, K,
     BITS: tl.constexpr, ZEROS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr,
+    INLINE_ASM: tl.constexpr, AMD: tl.constexpr, FLOAT: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
-    """One program's work for an expert of one width; codes_ptr, scales_ptr and bias_ptr point at the expert."""
+    """One program's work for an expert of one code; codes_ptr, scales_ptr and bias_ptr point at the expert."""
     groups = K // 128
     x_row = (tl.where(slot < slots, slot, 0) // slots_per_row).to(tl.int64)  # padding reads row 0, is never stored
-    codes_ptr += tile.to(tl.int64) * groups * (32 * 1024 * BITS // 8)
+    codes_ptr += tile.to(tl.int64) * groups * (4096 * code_width(BITS))
     # a tile has 256 scales per group: int32 words with their zeros, or halves of words without
     scales_ptr += tile.to(tl.int64) * groups * (256 if ZEROS else 128)
     share = tl.cdiv(groups, split_k)
-    sums = accumulate(
-        x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K,
-        part * share, tl.minimum(part * share + share, groups),
-        BITS, ZEROS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
-    )  # fmt: skip
+    begin, end = part * share, tl.minimum(part * share + share, groups)
+    if is_trellis(BITS):
+        sums = accumulate_rings(
+            x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K, begin, end,
+            BITS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
+        )  # fmt: skip
+    else:
+        sums = accumulate(
+            x_ptr, x_scale_ptr, x_sum_ptr, x_row, codes_ptr, scales_ptr, K, begin, end,
+            BITS, ZEROS, BLOCK_TOKENS, STAGES, INLINE_ASM, FLOAT,
+        )  # fmt: skip
     if BIASED:
         sums = _add_bias(sums, bias_ptr, tile, part, BITS)
     if ACTIVATION is None:
@@ -176,7 +183,7 @@ def _tile(
         if complete:
             _store_activated(
                 sums, out_ptr, out_scale_ptr, out_sum_ptr, slot, slots, tile, N,
-                BITS, ACTIVATION, GATED, LIMIT, ALPHA, BETA, FLOAT,
+                BITS, ACTIVATION, GATED, LIMIT, ALPHA, BETA, FLOAT, RINGS,
             )  # fmt: skip
 
 
@@ -220,8 +227,9 @@ def grouped_gemm_kernel(
     ACTIVATION      out as x, [slots, N/2], with out_scale and out_sum float32 [slots, N/256]; None: partial alone.
                     Not GATED: [slots, N] and [slots, N/128]. LIMIT, ALPHA, BETA: of expert_function.py
     COMBINE         the last program of a tile adds up what all of them stored: out [tokens, N], the routed sum
-    WIDTHS          bit b set: some expert of the model has b bits; the others' code is not even compiled
-    STORED_ZEROS    experts of more than 1 bit have zeros
+    WIDTHS          bit n set: some expert has the code of number n (packing.Code); the others' are not even compiled.
+                    Where one is a trellis code, x and out have their inputs in the order of rings.py
+    STORED_ZEROS    experts with scalar codes of more than 1 bit have zeros
     """
     block, tile = _place(tl.program_id(0), blocks, tiles, GROUP)
     part = tl.program_id(1)
@@ -231,16 +239,16 @@ def grouped_gemm_kernel(
         bits = tl.load(bits_ptr + expert)
         codes_ptr += tl.multiple_of(tl.load(offsets_ptr + 2 * expert), 4096)
         scales_ptr += tl.multiple_of(tl.load(offsets_ptr + 2 * expert + 1), 128)
-        for exponent in tl.static_range(0, 9):
+        for exponent in tl.static_range(0, 21):
             if (WIDTHS >> exponent) & 1:
                 if bits == exponent:
                     _tile(
                         x_ptr, x_scale_ptr, x_sum_ptr, codes_ptr, scales_ptr, bias_ptr + expert * tiles * 256,
                         partial_ptr, counters_ptr + block * tiles + tile, out_ptr, out_scale_ptr, out_sum_ptr,
                         slot, slots, slots_per_row, tile, part, split_k, N, K,
-                        exponent, STORED_ZEROS and exponent > 1, BLOCK_TOKENS,
+                        exponent, STORED_ZEROS and exponent > 1 and not is_trellis(exponent), BLOCK_TOKENS,
                         2 if exponent == 8 else STAGES,  # 32 KiB a stage: three exceed the 99 KiB of sm86, sm89, sm120
-                        BIASED, ACTIVATION, GATED, LIMIT, ALPHA, BETA, INLINE_ASM, AMD, FLOAT,
+                        BIASED, ACTIVATION, GATED, LIMIT, ALPHA, BETA, INLINE_ASM, AMD, FLOAT, has_trellis(WIDTHS),
                     )  # fmt: skip
     if COMBINE:
         if _arrive(counters_ptr + tile, AMD) == blocks * split_k - 1:

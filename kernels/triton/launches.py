@@ -84,9 +84,11 @@ class Counters:
 
 
 def prepare(
-    launch: Launch, x: torch.Tensor, dtype: torch.dtype, routing: Routing, counters: torch.Tensor
-) -> Activations:
-    """x [tokens, features] as matrix operands of dtype, the slots sorted, the counters cleared."""
+    launch: Launch, x: torch.Tensor, dtype: torch.dtype, routing: Routing, counters: torch.Tensor,
+    in_rings: bool = False,
+) -> Activations:  # fmt: skip
+    """x [tokens, features] as matrix operands of dtype, the slots sorted, the counters cleared. in_rings: an
+    ExpertStack's."""
     tokens, features = x.shape
     quantized = Activations(tokens, features, dtype, x.device)
     sorting_programs = routing.slots if routing.are_few else routing.experts + 1
@@ -118,6 +120,7 @@ def prepare(
         LARGEST_BLOCK=LARGEST_BLOCK,
         GROUPS=GROUPS_PER_PROGRAM,
         FLOAT=quantized.is_float,
+        RINGS=in_rings,
     )
     return quantized
 
@@ -233,7 +236,7 @@ def run_layer(
     """Into out [tokens, hidden], in three launches, or four where tokens are more than a few."""
     counters = Counters(routing, tiles, gate_up, down)
     dtype = torch.float16 if float_activations else torch.int8
-    quantized = prepare(launch, x, dtype, routing, counters.all)
+    quantized = prepare(launch, x, dtype, routing, counters.all, gate_up.in_rings)
     activated = Activations(routing.slots, down.in_features, dtype, x.device)
 
     def partial_sums(split_k: int, features: int) -> torch.Tensor:

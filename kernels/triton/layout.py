@@ -24,6 +24,9 @@ flipped, which subtracts 2**(bits-1) from the code; the kernel subtracts the sam
 Scales: one int32 per (feature, group), float16 scale in the low half and float16 zero in the high half, exactly the
 checkpoint's values. Where all zeros are the middle of the codes, as at 1 bit and in checkpoints that store none, only
 the float16 scales are kept.
+
+Trellis codes have tiles of their own, see rings.py, and scales as 1-bit codes. In a layer that has any, the inputs of
+scalar codes, too, are in the order of rings.py: k above then counts stored inputs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,21 +35,31 @@ from dataclasses import dataclass
 import torch
 
 from vllm_mcmoe.kernels.packing import (
+    CODES,
     GROUP_SIZE,
-    WIDTHS,
     Code,
     PackedMatrix,
     StoredMatrix,
     pack_codes,
     unpack_codes,
 )
+from vllm_mcmoe.kernels.trellis import TrellisMatrix
 from vllm_mcmoe.kernels.triton.fields import (
     TILE_FEATURES,
     field_count,
     fields,
+    has_trellis,
     is_sign_flipped,
     plane_count,
     tile_rows,
+)
+from vllm_mcmoe.kernels.triton.rings import (
+    codes_of_ring_words,
+    from_ring_order,
+    pack_ring_tiles,
+    ring_words,
+    to_ring_order,
+    unpack_ring_tiles,
 )
 
 
@@ -65,11 +78,11 @@ def scale_words(features: int, in_features: int, has_zeros: bool) -> int:
     return values if has_zeros else values // 2
 
 
-def _to_fields(per_feature: torch.Tensor, bits: int) -> torch.Tensor:
+def _to_fields(per_feature: torch.Tensor, number: int) -> torch.Tensor:
     """[features, groups, ...] -> [tiles, groups, fields, rows, ...], features padded with zeros."""
     features = per_feature.shape[0]
     padding = per_feature.new_zeros(padded_features(features) - features, *per_feature.shape[1:])
-    tiled = torch.cat([per_feature, padding]).unflatten(0, (-1, field_count(bits), tile_rows(bits)))
+    tiled = torch.cat([per_feature, padding]).unflatten(0, (-1, field_count(number), tile_rows(number)))
     return tiled.movedim(3, 1)
 
 
@@ -107,19 +120,19 @@ def unpack_tiles(packed: torch.Tensor, bits: int, features: int) -> torch.Tensor
     return _from_fields(fielded, features).flatten(1)
 
 
-def pack_scales(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+def pack_scales(scales: torch.Tensor, zeros: torch.Tensor | None, number: int) -> torch.Tensor:
     """scales, zeros: float16 [features, groups], or zeros None -> int32, flat, [tiles, groups, rows, fields]."""
     halves = [scales] if zeros is None else [scales, zeros]
-    laid_out = [_to_fields(half, bits).transpose(2, 3) for half in halves]
+    laid_out = [_to_fields(half, number).transpose(2, 3) for half in halves]
     return torch.stack(laid_out, dim=-1).flatten().view(torch.int32)
 
 
 def unpack_scales(
-    words: torch.Tensor, bits: int, features: int, groups: int, has_zeros: bool
+    words: torch.Tensor, number: int, features: int, groups: int, has_zeros: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Inverse of pack_scales -> float16 [features, groups] scales, and zeros, or None."""
     halves = 2 if has_zeros else 1
-    shape = (-1, groups, tile_rows(bits), field_count(bits), halves)
+    shape = (-1, groups, tile_rows(number), field_count(number), halves)
     laid_out = words.view(torch.float16).view(shape).transpose(2, 3)
     unpacked = [_from_fields(half, features) for half in laid_out.unbind(-1)]
     return unpacked[0], (unpacked[1] if has_zeros else None)
@@ -142,13 +155,14 @@ def split_gate_up(rows: torch.Tensor) -> torch.Tensor:
 class ExpertStack:
     """One projection of all experts of a layer, in the GPU layout.
 
-    codes    uint8 [bytes]        every expert's tiles, see pack_tiles
+    codes    uint8 [bytes]        every expert's tiles, see pack_tiles and rings.py
     scales   int32 [words]        every expert's scales and zeros, see pack_scales
     offsets  int64 [experts, 2]   where an expert begins: byte of codes, word of scales
     bits     int32 [experts]      Code.number of each expert
     gated    rows are gate and up, interleaved by interleave_gate_up
-    widths   bit b is set where some expert has the code of number b, of this layer or another that shares its kernels
-    stored_zeros  whether experts of more than 1 bit have zeros
+    widths   bit n is set where some expert has the code of number n, of this layer or another that shares its kernels;
+             of this layer's either projection, so that both have their inputs in one order
+    stored_zeros  whether experts with scalar codes of more than 1 bit have zeros
     bias     float32 [experts, whole tiles], see pack_bias; None without biases
     """
 
@@ -175,20 +189,52 @@ class ExpertStack:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "bits": self.bits}
 
-    def matrix(self, expert: int) -> PackedMatrix:
+    @property
+    def in_rings(self) -> bool:
+        """Whether the inputs of a group are in the order of rings.py."""
+        return has_trellis(self.widths)
+
+    def matrix(self, expert: int) -> StoredMatrix:
         """The expert's matrix as the checkpoint stores it, recovered from the tiles."""
-        bits = int(self.bits[expert])
+        code = _CODES_BY_NUMBER[int(self.bits[expert])]
         first_byte, first_word = self.offsets[expert].tolist()
-        groups, rows = self.in_features // GROUP_SIZE, tile_rows(bits)
-        tiles = self.codes[first_byte : first_byte + code_bytes(self.out_features, self.in_features, bits)]
-        has_zeros = self.stored_zeros and bits > 1
+        groups, has_zeros = self.in_features // GROUP_SIZE, code.has_zeros(self.stored_zeros)
+        tiles = self.codes[first_byte : first_byte + code_bytes(self.out_features, self.in_features, code.bits)]
         words = self.scales[first_word : first_word + scale_words(self.out_features, self.in_features, has_zeros)]
-        codes = unpack_tiles(tiles.view(-1, groups, plane_count(bits), rows, GROUP_SIZE), bits, self.out_features)
-        scales, zeros = unpack_scales(words, bits, self.out_features, groups, has_zeros)
+        scales, zeros = unpack_scales(words, code.number, self.out_features, groups, has_zeros)
+        qweight = _unpack_qweight(tiles, code, self.out_features, groups, self.in_rings)
         if self.gated:
-            codes, scales = split_gate_up(codes), split_gate_up(scales)
+            qweight, scales = split_gate_up(qweight), split_gate_up(scales)
             zeros = None if zeros is None else split_gate_up(zeros)
-        return PackedMatrix(bits, pack_codes(codes, bits), scales, zeros)
+        if code.kind == "trellis":
+            return TrellisMatrix(code.bits, qweight, scales)
+        return PackedMatrix(code.bits, qweight, scales, zeros)
+
+
+_CODES_BY_NUMBER = {code.number: code for code in CODES}
+
+
+def widths_of(codes: Iterable[Code]) -> int:
+    """What an ExpertStack calls widths."""
+    return sum(1 << code.number for code in set(codes))
+
+
+def _pack_qweight(qweight: torch.Tensor, code: Code, in_rings: bool) -> torch.Tensor:
+    """A checkpoint's bytes [features, groups, 16 * bits], features in the stack's order -> flat tiles."""
+    if code.kind == "trellis":
+        return pack_ring_tiles(_to_fields(ring_words(qweight, code.bits), code.number)).flatten()
+    codes = unpack_codes(qweight, code.bits)
+    return pack_tiles(to_ring_order(codes) if in_rings else codes, code.bits).flatten()
+
+
+def _unpack_qweight(tiles: torch.Tensor, code: Code, features: int, groups: int, in_rings: bool) -> torch.Tensor:
+    """Inverse of _pack_qweight."""
+    if code.kind == "trellis":
+        fielded = unpack_ring_tiles(tiles.view(-1, groups, 4, code.bits, 32, 32))
+        return codes_of_ring_words(_from_fields(fielded, features), code.bits)
+    shaped = tiles.view(-1, groups, plane_count(code.bits), tile_rows(code.bits), GROUP_SIZE)
+    codes = unpack_tiles(shaped, code.bits, features)
+    return pack_codes(from_ring_order(codes) if in_rings else codes, code.bits)
 
 
 def pack_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -227,13 +273,15 @@ def _take(
     return matrix
 
 
-def _pack_matrix(matrix: PackedMatrix, gated: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_matrix(
+    matrix: StoredMatrix, gated: bool, in_rings: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat tiles and flat scale words of one expert, made on the device."""
     reorder = interleave_gate_up if gated else (lambda rows: rows)
     scales = reorder(matrix.scales.to(device))
     zeros = None if matrix.zeros is None else reorder(matrix.zeros.to(device))
-    codes = reorder(unpack_codes(matrix.qweight.to(device), matrix.bits))
-    return pack_tiles(codes, matrix.bits).flatten(), pack_scales(scales, zeros, matrix.bits)
+    qweight = reorder(matrix.qweight.to(device))
+    return _pack_qweight(qweight, matrix.code, in_rings), pack_scales(scales, zeros, matrix.code.number)
 
 
 def pack_experts(
@@ -245,21 +293,26 @@ def pack_experts(
     gated: bool,
     stored_zeros: bool,
     device: torch.device,
+    layer_codes: Iterable[Code] = (),
 ) -> ExpertStack:
     """Repack one projection of a layer. Only one matrix is held at a time, besides the packed buffers.
 
     matrices: in expert order, shapes [out_features, in_features], each of the code in `codes`; consumed lazily.
+    layer_codes: of the layer's other projection: where either has trellis codes, both have their inputs in that order.
     Raises ValueError where a matrix is missing, left over, or of another shape or code.
     """
-    if unknown := sorted(set(codes) - set(map(Code, WIDTHS))):
-        raise ValueError(f"the triton kernels have no matrices of {unknown[0]}; supported: {WIDTHS} bits")
+    if unknown := sorted(set(codes) - set(CODES)):
+        supported = ", ".join(map(str, CODES))
+        raise ValueError(f"the triton kernels have no matrices of {unknown[0]}; supported: {supported}")
+    widths = widths_of({*codes, *layer_codes})
+    in_rings = has_trellis(widths)
     begins, total_bytes, total_words = _offsets(codes, out_features, in_features, stored_zeros)
     packed = torch.empty(total_bytes, dtype=torch.uint8, device=device)
     scales = torch.empty(total_words, dtype=torch.int32, device=device)
     source = iter(matrices)
     for expert, (code, (byte, word)) in enumerate(zip(codes, begins, strict=True)):
         shape, has_zeros = (out_features, in_features), code.has_zeros(stored_zeros)
-        tiles, words = _pack_matrix(_take(source, expert, code, shape, has_zeros), gated, device)
+        tiles, words = _pack_matrix(_take(source, expert, code, shape, has_zeros), gated, in_rings, device)
         packed[byte : byte + tiles.numel()] = tiles
         scales[word : word + words.numel()] = words
     if next(source, None) is not None:
@@ -272,6 +325,6 @@ def pack_experts(
         out_features,
         in_features,
         gated,
-        widths=sum(1 << code.number for code in set(codes)),
+        widths=widths,
         stored_zeros=stored_zeros,
     )

@@ -19,7 +19,7 @@ def prepare_kernel(
     ids_ptr, map_ptr, sorted_slots_ptr, block_expert_ptr, counters_ptr,
     slots, capacity, block_tokens, experts, sorting_programs, are_few, counters,
     BINS: tl.constexpr, MAPPED: tl.constexpr, CHUNK: tl.constexpr, FEW_SLOTS: tl.constexpr, LARGEST_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, FLOAT: tl.constexpr,
+    GROUPS: tl.constexpr, FLOAT: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
     """Clears the GEMMs' counters, sorts the slots, and quantises the rows of x.
 
@@ -47,4 +47,4 @@ def prepare_kernel(
         piece = program - 1 - sorting_programs
         pieces = tl.cdiv(K // 128, GROUPS)
         group = piece % pieces * GROUPS + tl.arange(0, GROUPS)
-        quantize_rows((piece // pieces).to(tl.int64), group, x_ptr, values_ptr, scales_ptr, sums_ptr, K, FLOAT)
+        quantize_rows((piece // pieces).to(tl.int64), group, x_ptr, values_ptr, scales_ptr, sums_ptr, K, FLOAT, RINGS)

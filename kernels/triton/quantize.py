@@ -47,15 +47,21 @@ def stored_sum(sum_of_values, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def stored_position(element, FLOAT: tl.constexpr):
-    """Where in its group an element of [0, 128) is stored."""
+def stored_position(element, FLOAT: tl.constexpr, RINGS: tl.constexpr):
+    """Where in its group an element of [0, 128) is stored. RINGS: in the order of rings.py; where FLOAT, the even of
+    these before the odd."""
+    if RINGS:
+        in_ring = (element & 12) * 8 + (element & 2) * 8 + (element & 1) * 2 + ((element >> 4) & 1)
+        element = in_ring + element // 32 * 4
     return (element & 1) * 64 + element // 2 if FLOAT else element
 
 
 @triton.jit
-def quantize_rows(token, group, x_ptr, out_ptr, scale_ptr, sum_ptr, K, FLOAT: tl.constexpr):
+def quantize_rows(
+    token, group, x_ptr, out_ptr, scale_ptr, sum_ptr, K, FLOAT: tl.constexpr, RINGS: tl.constexpr
+):  # fmt: skip
     """Some groups of one row of x [tokens, K], any float type -> out int8 or float16 [tokens, K], scale and sum float32
-    [tokens, K/128]. token int64, group int32 [groups]; those beyond the row are left out.
+    [tokens, K/128]. token int64, group int32 [groups]; those beyond the row are left out. RINGS: see `stored_position`.
     """
     element = tl.arange(0, 128)
     groups = K // 128
@@ -64,7 +70,7 @@ def quantize_rows(token, group, x_ptr, out_ptr, scale_ptr, sum_ptr, K, FLOAT: tl
     x = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), axis=1), FLOAT)
     values = stored_value(x, scale[:, None], FLOAT)
-    out_at = out_ptr + token * K + group[:, None] * 128 + stored_position(element, FLOAT)[None, :]
+    out_at = out_ptr + token * K + group[:, None] * 128 + stored_position(element, FLOAT, RINGS)[None, :]
     tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(scale_ptr + token * groups + group, scale, mask=inside)
     tl.store(sum_ptr + token * groups + group, stored_sum(tl.sum(values, axis=1), FLOAT), mask=inside)

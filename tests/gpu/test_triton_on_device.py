@@ -12,7 +12,7 @@ import torch
 from tests.kernels.matrices import FUNCTIONS, random_biases
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU
-from vllm_mcmoe.kernels.packing import WIDTHS, Code
+from vllm_mcmoe.kernels.packing import CODES, WIDTHS, Code
 from vllm_mcmoe.kernels.reference import fused_experts
 
 pytestmark = [
@@ -23,6 +23,7 @@ pytestmark = [
 # one int8 code of an intermediate group of 128 off by one changes the output's norm by about 1 / (127 * sqrt(I))
 TOLERANCE = 1e-3
 MIXED = [1, 2, 3, 4, 8, 2, 3, 1]
+ALL_CODES = [*CODES, Code(2, "trellis")]
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +54,35 @@ def assert_agrees(
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_packing_on_the_device_can_be_undone(backend, bits):
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_packing_on_the_device_can_be_undone(backend, code):
     from vllm_mcmoe.kernels.triton.layout import pack_experts
 
-    layer = random_layer([bits], 512, 256)
+    layer = random_layer([code], 512, 256)
     stack = pack_experts(
-        layer.gate_up, bits=[bits], out_features=512, in_features=512, gated=True, device=torch.device("cuda")
+        layer.gate_up,
+        codes=[code],
+        out_features=512,
+        in_features=512,
+        gated=True,
+        stored_zeros=True,
+        device=torch.device("cuda"),
     )
     assert torch.equal(stack.matrix(0).qweight.cpu(), layer.gate_up[0].qweight)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 40, 300])
-def test_every_width_alone(backend, bits, tokens):
-    layer, inputs = random_layer([bits] * 4, 512, 384), random_tokens(tokens, 512, 4, 2)
+def test_every_code_alone(backend, code, tokens):
+    layer, inputs = random_layer([code] * 4, 512, 384), random_tokens(tokens, 512, 4, 2)
     assert_agrees(prepare(backend, layer)(*on_device(inputs)), layer, inputs)
 
 
+@pytest.mark.parametrize("codes", [MIXED, ALL_CODES], ids=["scalar", "with trellis"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 130, 1024])
-def test_all_widths_in_one_layer(backend, tokens, dtype):
-    layer, inputs = random_layer(MIXED, 1024, 512), random_tokens(tokens, 1024, len(MIXED), 2, dtype)
+def test_all_codes_in_one_layer(backend, tokens, dtype, codes):
+    layer, inputs = random_layer(codes, 1024, 512), random_tokens(tokens, 1024, len(codes), 2, dtype)
     found = prepare(backend, layer)(*on_device(inputs)).float()
     expected = fused_experts(*inputs, layer.gate_up, layer.down).float()
     assert (found.cpu() - expected).norm() / expected.norm() < max(TOLERANCE, torch.finfo(dtype).eps)

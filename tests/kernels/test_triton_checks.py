@@ -2,17 +2,21 @@
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.kernels import triton_interpreter
 from tests.kernels.test_triton_experts import DECODE, Tiles, assert_agrees, run
 from tests.kernels.triton_cases import random_layer, random_tokens
 from tests.kernels.triton_interpreter import import_interpreted, strict
+from vllm_mcmoe.kernels.packing import Code
 
 launches = import_interpreted("vllm_mcmoe.kernels.triton.launches")
 layout = import_interpreted("vllm_mcmoe.kernels.triton.layout")
+rings = import_interpreted("vllm_mcmoe.kernels.triton.rings")
 gemm = import_interpreted("vllm_mcmoe.kernels.triton.gemm")
 
 
@@ -135,6 +139,59 @@ def test_packing_that_takes_gate_for_up_is_caught():
         assert_agrees(random_layer([2, 3], 128, 128), *random_tokens(3, 128, 2, 2))
 
 
+TRELLIS = [Code(2, "trellis"), Code(3, "trellis")]
+
+
+def test_uncoded_bits_that_are_stored_as_they_are_are_caught():
+    def unflipped(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+        words = rings.ring_words(qweight, bits)
+        coded = qweight.clone()
+        coded[..., 16:] = 0  # whose words are the coded bits themselves, where the uncoded ones stand
+        words[:, :, 1] ^= rings.ring_words(coded, bits)[:, :, 1]
+        return words
+
+    with mock.patch.object(layout, "ring_words", unflipped), pytest.raises(AssertionError):
+        assert_agrees(random_layer(TRELLIS, 128, 128), *random_tokens(2, 128, 2, 2))
+
+
+def test_scalar_codes_beside_trellis_codes_whose_inputs_keep_their_order_are_caught():
+    with mock.patch.object(layout, "to_ring_order", lambda codes: codes), pytest.raises(AssertionError):
+        assert_agrees(random_layer([2, TRELLIS[0]], 128, 128), *random_tokens(2, 128, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x28;", "0x3c;"),
+        ("shf.r.wrap.b32 s2, b, b, 17;", "shf.r.wrap.b32 s2, b, b, 1;"),
+        ("ones, 2155905152", "ones, 0"),
+    ],
+    ids=["mask", "rotation", "selection"],
+)
+def test_one_wrong_instruction_of_the_assembly_is_caught(right, wrong):
+    """The interpreter runs the kernels' own text."""
+    run_ptx = triton_interpreter._run_ptx
+
+    replaced = []
+
+    def run_wrong(assembly, operands):
+        replaced.append(right in assembly)
+        run_ptx(assembly.replace(right, wrong), operands)
+
+    with (
+        mock.patch.object(launches, "_has_ptx", lambda _: True),
+        mock.patch.object(triton_interpreter, "_run_ptx", run_wrong),
+        pytest.raises(AssertionError),
+    ):
+        assert_agrees(random_layer([TRELLIS[1]], 128, 128), *random_tokens(2, 128, 1, 1))
+    assert any(replaced)
+
+
+def test_an_instruction_that_is_not_emulated_is_refused():
+    with pytest.raises(NotImplementedError, match="bfind"):
+        triton_interpreter._run_ptx("bfind.u32 $0, $1;", {"$1": np.zeros(2, np.uint32)})
+
+
 def test_a_capacity_that_is_too_small_is_caught():
     def averaged(slots: int, experts: int, block_tokens: int) -> int:
         return -(-slots // block_tokens)
@@ -165,8 +222,8 @@ def test_a_slot_that_two_experts_compute_is_caught():
     """As a sort would leave it that counts an id twice."""
     real = launches.prepare
 
-    def prepare_with_duplicates(launch, x, dtype, routing, counters):
-        quantized = real(launch, x, dtype, routing, counters)
+    def prepare_with_duplicates(launch, x, dtype, routing, counters, in_rings):
+        quantized = real(launch, x, dtype, routing, counters, in_rings)
         routing.sorted_slots[:] = routing.sorted_slots[0]
         return quantized
 

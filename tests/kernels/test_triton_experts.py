@@ -14,7 +14,7 @@ from tests.kernels.matrices import FUNCTIONS, random_biases
 from tests.kernels.triton_cases import Layer, random_layer, random_tokens
 from tests.kernels.triton_interpreter import import_interpreted, programs_backwards, strict
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, ExpertFunction
-from vllm_mcmoe.kernels.packing import WIDTHS
+from vllm_mcmoe.kernels.packing import TRELLIS_WIDTHS, WIDTHS, Code
 from vllm_mcmoe.kernels.reference import fused_experts, linear_int8
 
 triton_experts = import_interpreted("vllm_mcmoe.kernels.triton.experts")
@@ -212,6 +212,56 @@ def test_many_tokens_are_computed_in_chunks():
 def test_the_inline_assembly_computes_the_same():
     with mock.patch.object(launches, "_has_ptx", lambda _: True):
         assert_agrees(random_layer(MIXED, 128, 128), *random_tokens(3, 128, len(MIXED), 2))
+
+
+TRELLIS = [Code(bits, "trellis") for bits in TRELLIS_WIDTHS]
+ALL_CODES = [TRELLIS[1], 2, TRELLIS[0], 3, TRELLIS[2], 8, TRELLIS[3], 4, 1]
+plain_or_assembly = pytest.mark.parametrize("inline_asm", [False, True], ids=["plain", "assembly"])
+
+
+@pytest.mark.parametrize("code", TRELLIS, ids=str)
+@plain_or_assembly
+def test_every_trellis_code_alone(code, inline_asm):
+    """256 x 128 weights of either matrix: every entry of the table, at every place of a ring."""
+    with mock.patch.object(launches, "_has_ptx", lambda _: inline_asm):
+        assert_agrees(random_layer([code], 128, 128), *random_tokens(2, 128, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles", "zeros"),
+    [(3, DECODE, True), (9, Tiles(8, 2, 3, 2, 2), False), (40, Tiles(64, 4, 3), True)],
+    ids=["few", "split-K", "prefill"],
+)
+def test_trellis_and_scalar_codes_in_one_layer(tokens, tiles, zeros):
+    layer = random_layer(ALL_CODES, 256, 256, stored_zeros=zeros)
+    with mock.patch.object(launches, "_has_ptx", lambda _: True):
+        assert_agrees(layer, *random_tokens(tokens, 256, len(ALL_CODES), 2), tiles=tiles)
+
+
+def test_trellis_codes_in_one_projection_order_the_inputs_of_both():
+    """The other one's experts are scalar, their inputs in the order of rings all the same."""
+    trellis, scalar = random_layer([TRELLIS[1]] * 2, 256, 128), random_layer([2, 4], 256, 128)
+    call = random_tokens(3, 256, 2, 2)
+    with mock.patch.object(launches, "_has_ptx", lambda _: True):
+        assert_agrees(Layer(trellis.gate_up, scalar.down, 256, 128), *call)
+        assert_agrees(Layer(scalar.gate_up, trellis.down, 256, 128), *call)
+
+
+@pytest.mark.parametrize("function", [GPT_OSS, ExpertFunction("relu2", gated=False)], ids=str)
+def test_trellis_codes_with_biases_and_other_functions(function):
+    """Sizes that fill no whole tile."""
+    layer = random_layer([TRELLIS[1], TRELLIS[2], 3], 384, 128, function=function)
+    with mock.patch.object(launches, "_has_ptx", lambda _: True):
+        assert_agrees(layer, *random_tokens(4, 384, 3, 2), biases=random_biases(3, 384, 128, function))
+
+
+@plain_or_assembly
+def test_trellis_codes_with_float_activations(inline_asm):
+    layer, tokens = random_layer([*TRELLIS, 3], 128, 128), random_tokens(3, 128, 5, 2)
+    with mock.patch.object(launches, "_has_ptx", lambda _: inline_asm):
+        found = run(layer, *tokens, activations="float")
+    expected = fused_experts(*tokens, layer.gate_up, layer.down, activations="float")
+    assert relative_error(found, expected) < FLOAT_TOLERANCE
 
 
 # float16 rounds x and the intermediate by at most 2**-12 each; a sum keeps less than both

@@ -45,7 +45,15 @@ def test_a_model_needs_few_kernels_and_all_are_compiled_while_loading(counted, m
     assert counted[model]["later"] == []
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen3"])
+def test_layers_with_and_without_trellis_codes_have_kernels_of_their_own_all_compiled_while_loading(counted):
+    """Two layers have some in one projection or the other: these share theirs."""
+    assert counted["both kinds"]["later"] == []
+    alone, both = (Counter(counted[model]["at load"]) for model in ("qwen3", "both kinds"))
+    assert both["grouped_gemm_kernel"] == 2 * alone["grouped_gemm_kernel"]
+    assert both["combine_kernel"] == alone["combine_kernel"]
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3", "both kinds"])
 def test_a_layer_is_three_launches_for_few_tokens_and_four_for_more(counted, model):
     for tokens, launched in counted[model]["launches"].items():
         if int(tokens) <= FEW_TOKENS:

@@ -7,16 +7,19 @@ import torch
 
 from tests.kernels.matrices import random_matrix
 from tests.kernels.triton_interpreter import import_interpreted
-from vllm_mcmoe.kernels.packing import WIDTHS, Code, PackedMatrix
+from vllm_mcmoe.kernels.packing import CODES, TRELLIS_WIDTHS, WIDTHS, Code, StoredMatrix
+from vllm_mcmoe.kernels.trellis import level_table, pack_trellis, ring_columns, table_entries
 
 fields = import_interpreted("vllm_mcmoe.kernels.triton.fields")
 layout = import_interpreted("vllm_mcmoe.kernels.triton.layout")
+rings = import_interpreted("vllm_mcmoe.kernels.triton.rings")
+ring_decoder = import_interpreted("vllm_mcmoe.kernels.triton.ring_decoder")
 
 CPU = torch.device("cpu")
 
 
-def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
-    assert found.bits == expected.bits
+def assert_same(found: StoredMatrix, expected: StoredMatrix) -> None:
+    assert found.code == expected.code
     assert torch.equal(found.qweight, expected.qweight)
     assert torch.equal(found.scales, expected.scales)
     assert (found.zeros is None) == (expected.zeros is None)
@@ -25,13 +28,17 @@ def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
 
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
 @pytest.mark.parametrize("gated", [False, True], ids=["down", "gate_up"])
-def test_unpacking_a_layer_of_all_widths_gives_the_checkpoints_bytes_back(gated, zeros):
+@pytest.mark.parametrize(
+    "codes",
+    [list(map(Code, [3, 1, 8, 2, 4, 1, 3])), [*reversed(CODES), Code(3, "trellis")]],
+    ids=["scalar", "with trellis"],
+)
+def test_unpacking_a_layer_of_all_codes_gives_the_checkpoints_bytes_back(codes, gated, zeros):
     generator = torch.Generator().manual_seed(0)
-    bits = [3, 1, 8, 2, 4, 1, 3]
-    matrices = [random_matrix(b, 512, 384, generator, zeros) for b in bits]
+    matrices = [random_matrix(code, 512, 384, generator, zeros) for code in codes]
     stack = layout.pack_experts(
         matrices,
-        codes=list(map(Code, bits)),
+        codes=codes,
         out_features=512,
         in_features=384,
         gated=gated,
@@ -42,24 +49,24 @@ def test_unpacking_a_layer_of_all_widths_gives_the_checkpoints_bytes_back(gated,
         assert_same(stack.matrix(expert), matrix)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("features", [16, 272])
-def test_features_that_fill_no_whole_tile_survive(bits, features):
-    matrix = random_matrix(bits, features, 128, torch.Generator().manual_seed(bits))
+def test_features_that_fill_no_whole_tile_survive(code, features):
+    matrix = random_matrix(code, features, 128, torch.Generator().manual_seed(code.bits))
     stack = layout.pack_experts(
-        [matrix], codes=[Code(bits)], out_features=features, in_features=128, gated=False, stored_zeros=True, device=CPU
+        [matrix], codes=[code], out_features=features, in_features=128, gated=False, stored_zeros=True, device=CPU
     )
     assert_same(stack.matrix(0), matrix)
 
 
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "no zeros"])
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_whole_tiles_take_exactly_bits_over_8_bytes_per_weight_plus_scales(bits, zeros):
-    matrix = random_matrix(bits, 512, 256, torch.Generator().manual_seed(0), zeros)
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_whole_tiles_take_exactly_bits_over_8_bytes_per_weight_plus_scales(code, zeros):
+    matrix = random_matrix(code, 512, 256, torch.Generator().manual_seed(0), zeros)
     stack = layout.pack_experts(
-        [matrix], codes=[Code(bits)], out_features=512, in_features=256, gated=False, stored_zeros=zeros, device=CPU
+        [matrix], codes=[code], out_features=512, in_features=256, gated=False, stored_zeros=zeros, device=CPU
     )
-    assert stack.codes.nbytes == 512 * 256 * bits // 8
+    assert stack.codes.nbytes == 512 * 256 * code.bits // 8
     assert stack.scales.nbytes == matrix.nbytes - matrix.qweight.nbytes
 
 
@@ -88,6 +95,49 @@ def test_fields_share_no_bit_and_leave_none_unused(bits):
             assert not taken[plane] & mask
             taken[plane] |= mask
     assert taken == [255] * fields.plane_count(bits)
+
+
+def ring_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of one feature and group, uint8 [1, 128] -> the four rings' words by stream, int64 [bits, 4]."""
+    stored = rings.ring_words(pack_trellis(codes, bits), bits)[0, 0].view(bits, 4, 4).long()
+    return sum(stored[..., byte] << (8 * byte) for byte in range(4))
+
+
+def rotated(words: torch.Tensor, by: int) -> torch.Tensor:
+    return ((words >> by) | (words << (32 - by))) & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("bits", TRELLIS_WIDTHS)
+def test_a_rotated_words_nibbles_are_the_windows_of_the_inputs_beside_each_other(bits):
+    """What the kernels rely on: an operand's four bytes are four nibbles, in the order in which activations are stored;
+    where there are uncoded bits, one bit further on, and these are flipped by their weight's own coded bit."""
+    codes = torch.randint(0, 1 << bits, (1, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    words, entries = ring_words(codes, bits), rings.to_ring_order(table_entries(codes))[0].view(8, 4, 4)
+    for quad in range(8):
+        position = quad // 2 + 16 * (quad % 2)
+        for byte in range(4):
+            at = position + 4 * byte
+            window = rotated(words[0], (at + (bits > 1)) % 32) & 15
+            assert torch.equal(window, entries[quad, :, byte].long() & 15)
+            for stream in range(1, bits):
+                flipped = rotated(words[stream], (at + (0 if stream == 1 else 3)) % 32) & 1
+                assert torch.equal(flipped ^ (window & 1), entries[quad, :, byte].long() >> (3 + bits - stream) & 1)
+
+
+def test_the_order_of_inputs_is_that_of_rotations_halves_rings_and_steps():
+    """By hand: rotation 1, second half, ring 2, byte 3 is position 1 + 12 + 16 = 29, which is column 23 of the ring."""
+    assert rings.ring_order()[16 * (2 * 1 + 1) + 4 * 2 + 3] == 2 * 32 + 23
+    assert ring_columns()[29] == 23
+    assert rings.ring_order().sort().values.tolist() == list(range(128))
+    columns = torch.arange(256).view(1, -1)
+    assert torch.equal(rings.from_ring_order(rings.to_ring_order(columns)), columns)
+
+
+@pytest.mark.parametrize("bits", TRELLIS_WIDTHS)
+def test_operands_are_the_levels_up_to_a_factor_and_an_offset(bits):
+    operands = torch.tensor(ring_decoder.operands(bits), dtype=torch.uint8).view(torch.int8).float()
+    centred = level_table(bits).float() - (level_table(bits).max() + level_table(bits).min()) / 2
+    assert torch.equal((operands - ring_decoder.operand_zero(bits)) / ring_decoder.factor(bits), centred)
 
 
 def test_a_tile_of_gate_up_holds_the_up_rows_that_its_gate_rows_multiply():

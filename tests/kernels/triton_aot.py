@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
+from vllm_mcmoe.kernels.packing import CODES, TRELLIS_WIDTHS, Code
 
 if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interpreted; this module must not be the first
     from vllm_mcmoe.kernels.triton.tiles import Tiles
@@ -49,6 +50,8 @@ SHARED_MEMORY = {
 # which differ little (docs/triton_aot_3.9.md); the report has everything.
 WHOLE_IN_CI = ("sm80", "sm90", "gfx942")
 DECODE_WIDTHS = (1, 2, 3, 4, 8)
+TRELLIS_TARGETS = ("sm80", "sm90", "sm100", "gfx942")  # the others differ little
+TRELLIS_IN_CI = (2, 3)  # without and with masks for further uncoded bits
 SPLIT_AND_WHOLE = (2, 3)  # a width with whole fields and one with split ones
 SLOWEST = 3  # split fields take the most registers and instructions
 GEMM = "gemm.grouped_gemm_kernel"
@@ -56,7 +59,7 @@ GEMM = "gemm.grouped_gemm_kernel"
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile. bits > 0: it has a GEMM loop over tiles of one width, whose figures are read.
+    """One kernel to compile. number > 0: it has a GEMM loop over tiles of one code, whose figures are read.
 
     in_ci: the tests compile it again; the rest is compiled for the report only, because it takes minutes.
     """
@@ -66,7 +69,7 @@ class Case:
     constants: tuple[tuple[str, object], ...]
     num_warps: int = 4
     num_stages: int = 3
-    bits: int = 0
+    number: int = 0
     in_ci: bool = True
 
     @property
@@ -76,6 +79,15 @@ class Case:
     @property
     def is_float(self) -> bool:
         return dict(self.constants)["FLOAT"]
+
+    @property
+    def is_trellis(self) -> bool:
+        return self.number > max(DECODE_WIDTHS)
+
+    @property
+    def width(self) -> int:
+        """Bits of a weight."""
+        return next(code.bits for code in CODES if code.number == self.number)
 
 
 @dataclass(frozen=True)
@@ -119,12 +131,14 @@ def _gemm(
     is_float: bool = False,
     combines: bool = False,
     stored_zeros: bool = True,
+    trellis: bool = False,
     in_ci: bool = True,
 ) -> Case:
     from vllm_mcmoe.kernels.triton import gemm
 
+    numbers = [Code(width, "trellis" if trellis else "scalar").number for width in widths]
     constants = {
-        "WIDTHS": sum(1 << width for width in widths),
+        "WIDTHS": sum(1 << number for number in numbers),
         "STORED_ZEROS": stored_zeros,
         "MAPPED": True,
         "BLOCK_TOKENS": tiles.block_tokens,
@@ -142,16 +156,23 @@ def _gemm(
         "GROUP": gemm.BLOCKS_PER_GROUP,
         "ROWS": gemm.SUMMED_ROWS,
     }
-    bits = widths[0] if len(widths) == 1 else 0
+    number = numbers[0] if len(widths) == 1 else 0
     names = {None: "", SILU: ", SiLU", GPT_OSS: ", clamped SiLU"}
     details = [", float"] * is_float + [names.get(function, f", {function}")]
     details += [", biases"] * biased + [", combining"] * combines + [", no zeros"] * (not stored_zeros)
-    name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))} bit{''.join(details)}"
-    return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, bits, in_ci)
+    kind = "-bit trellis" if trellis else " bit"
+    name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))}{kind}{''.join(details)}"
+    return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, number, in_ci)
 
 
 def _is_amd(target: str) -> bool:
     return target.startswith("gfx")
+
+
+def trellis_codes(target: str) -> list[Code]:
+    """Those with a decode kernel to themselves; of AMD, which takes long to compile the definition, one."""
+    widths = TRELLIS_IN_CI[:1] if _is_amd(target) else TRELLIS_WIDTHS
+    return [Code(bits, "trellis") for bits in widths if target in TRELLIS_TARGETS]
 
 
 def cases(target: str, only_ci: bool = False) -> list[Case]:
@@ -169,7 +190,7 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
     prepare = {
         "BINS": 128, "MAPPED": True,
         "CHUNK": routing.CHUNK, "FEW_SLOTS": routing.FEW_SLOTS, "LARGEST_BLOCK": LARGEST_BLOCK,
-        "GROUPS": GROUPS_PER_PROGRAM, "FLOAT": False,
+        "GROUPS": GROUPS_PER_PROGRAM, "FLOAT": False, "RINGS": False,
     }  # fmt: skip
     combine = {"MAPPED": True, "BLOCK": routing.COMBINE_BLOCK, "ROWS": routing.COMBINE_ROWS}
     small = [("prepare", "prepare.prepare_kernel", prepare), ("combine", "routing.combine_kernel", combine)]
@@ -186,6 +207,10 @@ def cases(target: str, only_ci: bool = False) -> list[Case]:
         *(_gemm(target, larger[-1], [bits], in_ci=bits == SLOWEST) for bits in SPLIT_AND_WHOLE),
         *(_gemm(target, larger[-1], [bits], is_float=True, in_ci=False) for bits in SPLIT_AND_WHOLE),
         *(Case(name, kernel, tuple(constants.items())) for name, kernel, constants in small),
+        *(
+            _gemm(target, decode, [code.bits], trellis=True, in_ci=code.bits in TRELLIS_IN_CI)
+            for code in trellis_codes(target)
+        ),
     ]
     if only_ci and target not in WHOLE_IN_CI:
         return [case for case in every if case.name.endswith("SiLU, no zeros")]
@@ -313,9 +338,14 @@ def _loaded_bytes(case: Case, loop: Counter, size: int, amd: bool) -> int:
 
 
 def _instructions_per_weight(case: Case, loop: Counter, amd: bool) -> float:
-    """Lane-instructions per weight. The loop may be unrolled: how much it loads tells how many tiles it consumes."""
-    activation_bytes = 128 * case.block_tokens * (2 if case.is_float else 1)
-    tiles = round(_loaded_bytes(case, loop, 16, amd) / (TILE_WEIGHTS * case.bits // 8 + activation_bytes))
+    """Lane-instructions per weight. The loop may be unrolled: how many tiles it consumes is told by how much it loads,
+    or, of trellis codes, by its matrix instructions."""
+    if case.is_trellis:  # 64 products of 32 rows, a matrix instruction for 16 of them and 8 tokens, or AMD's 16
+        products = sum(count for opcode, count in loop.items() if _MATRIX.search(opcode)) * case.num_warps
+        tiles = round(products / (64 * 2 * case.block_tokens / (16 if amd else 8)))
+    else:
+        activation_bytes = 128 * case.block_tokens * (2 if case.is_float else 1)
+        tiles = round(_loaded_bytes(case, loop, 16, amd) / (TILE_WEIGHTS * case.width // 8 + activation_bytes))
     return sum(loop.values()) * _threads(case, amd) / (TILE_WEIGHTS * tiles)
 
 
@@ -332,33 +362,52 @@ def _weight_bytes(case: Case, ttgir: str) -> float:
     from vllm_mcmoe.kernels.triton.fields import field_count, tile_rows
 
     shapes = {
-        (tile_rows(case.bits), 128): ("i8",),
-        (tile_rows(case.bits), 64): ("i16",),
-        (tile_rows(case.bits), field_count(case.bits)): ("i32", "f16"),
+        (tile_rows(case.number), 128): {"i8": 1},
+        (tile_rows(case.number), 64): {"i16": 2},
+        (tile_rows(case.number), field_count(case.number)): {"i32": 4, "f16": 2},
     }
+    if case.is_trellis:  # without PTX a word for each of its four bytes
+        shapes[32, 32] = {"i8": 1, "i32": 1}
     body = ttgir[ttgir.index("scf.for") :]
     total = 0
     for load in _LOAD.findall(body[: body.index("scf.yield")]):
         rows, columns, element = (_SHAPED.findall(load) or [(0, 0, "")])[-1]  # the result stands last
-        if element in shapes.get((int(rows), int(columns)), ()):
-            total += int(rows) * int(columns) * {"i8": 1, "i16": 2, "i32": 4, "f16": 2}[element]
+        total += int(rows) * int(columns) * shapes.get((int(rows), int(columns)), {}).get(element, 0)
     return total / TILE_WEIGHTS
 
 
 def _weight_load_bytes(case: Case, loop: Counter, amd: bool) -> int:
     """The widest load that occurs often enough in the loop to carry all of its codes."""
-    enough = TILE_WEIGHTS * case.bits // 8
+    enough = TILE_WEIGHTS * case.width // 8
     return next((size for size in (16, 8) if _loaded_bytes(case, loop, size, amd) >= enough), 4)
+
+
+def _check_ring_words(ttgir: str) -> None:
+    """Raises ValueError where the decoder of trellis codes would not find a ring's word, four neighbouring bytes of a
+    row, in a register: matrix operands have them, and blocks of a multiple of four bytes."""
+    decoders = [line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line and "prmt" in line]
+    operand = "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>"
+    block = r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (?:4|8|16)\],[^\n]* order = \[1, 0\]"
+    allowed = "|".join(map(re.escape, [operand, *re.findall(block, ttgir)]))
+    for line in decoders:
+        if not re.search(rf": tensor<32x32xi8, (?:{allowed})>", line):
+            raise ValueError(
+                f"the decoder is not given four bytes of a row in a register: {line[line.rindex(' : ') :]}"
+            )
+    if not decoders:
+        raise ValueError("trellis codes are decoded without inline assembly")
 
 
 def figures(target: str, case: Case) -> Figures:
     compiled = compile_case(target, case)
     amd = _is_amd(target)
+    if case.is_trellis and not amd:
+        _check_ring_words(compiled.asm["ttgir"])
     code, registers, spills = (_amd_code if amd else _nvidia_code)(compiled)
     instructions, labels = _instructions(code, amd)
     matrix = sorted({opcode for opcode, _ in instructions if _MATRIX.search(opcode)})
     measured = ("", "", "")
-    if case.bits:
+    if case.number:
         loop = _matrix_loop(instructions, labels)
         measured = (
             round(_instructions_per_weight(case, loop, amd), 2),
@@ -405,6 +454,7 @@ kernel.
 - **registers**: of AMD, vector and accumulation registers together, of 512.
 - **no zeros**: of checkpoints that store none (format version 2, the default); at 1 bit none has any.
 - **combining**: the down projection of few tokens, whose last program of a tile adds up each token's experts.
+- **trellis**: trellis codes, which NVIDIA's kernels decode by byte permutations and AMD's by the definition.
 - **float16 operands at 16 tokens and 3 bits** spill on NVIDIA: three planes and both halves of the activations are more
   than 255 registers. The float variant is not the default, and its decode tiles do not spill.
 - **gfx950**: Triton copies activations straight into LDS there and loads codes into registers, so that each masked

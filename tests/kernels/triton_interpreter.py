@@ -8,7 +8,7 @@
   stored before an atomic operation, if it has itself come to the same address with one since
 - a false `tl.multiple_of` promise is an error; the interpreter ignores it, the compiler believes it
 - bfloat16 is converted at casts, and arithmetic on it is an error; the interpreter would add raw bit patterns
-- the kernels' inline assembly, three bitwise instructions, is emulated
+- the kernels' inline assembly is emulated, instruction by instruction
 - fresh memory holds NaN or the largest integer, so that reading an unwritten element shows
 """
 
@@ -16,7 +16,6 @@ import contextlib
 import functools
 import importlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -200,24 +199,68 @@ def _access_patches(guard: AccessGuard) -> dict:
     }
 
 
-_ASSEMBLY = {
-    r"and\.b32 \$0, \$1, (\d+);": lambda word, mask: word & mask,
-    r"lop3\.b32 \$0, \$1, (\d+), (\d+), 0x6a;": lambda word, mask, flip: (word & mask) ^ flip,
-    r"shr\.u32 \$0, \$1, (\d+);": lambda word, bits: word >> bits,
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Any function of three bits: bit 4 a + 2 b + c of the table."""
+    result = np.uint32(0)
+    for index in range(8):
+        if int(table) >> index & 1:
+            terms = [x if index >> place & 1 else ~x for x, place in ((a, 2), (b, 1), (c, 0))]
+            result = result | (terms[0] & terms[1] & terms[2])
+    return result
+
+
+def _prmt(low: np.ndarray, high: np.ndarray, selectors: np.ndarray) -> np.ndarray:
+    """By each of the four lower nibbles a byte of eight, or, where the nibble's highest bit is set, its sign."""
+    both, result = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32)), np.uint32(0)
+    for at in range(4):
+        nibble = selectors >> np.uint32(4 * at) & np.uint32(15)
+        byte = (both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(nibble & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint32)
+        result = result | (byte << np.uint32(8 * at))
+    return result
+
+
+_PTX = {
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "sub.u32": lambda a, b: a - b,
+    "shr.u32": lambda a, bits: a >> bits,
+    "lop3.b32": _lop3,
+    "prmt.b32": _prmt,
+    "shf.r.wrap.b32": lambda low, high, bits: (low >> bits) | (high << np.uint32(32 - int(bits))) if bits else low,
+    "mov.u32": lambda a: a,
 }
 
 
+def _run_ptx(assembly: str, operands: dict[str, np.ndarray]) -> None:
+    """Instruction by instruction, over all threads at once; operands by name, results among them afterwards."""
+    for statement in assembly.strip("{} \n").split(";"):
+        words = statement.replace(",", " ").split()
+        if not words or words[0] == ".reg":
+            continue
+        name, result, *arguments = words
+        if name not in _PTX:
+            raise NotImplementedError(f"inline assembly {statement!r}")
+        values = [operands[x] if x in operands else np.uint32(int(x, 0)) for x in arguments]
+        operands[result] = _PTX[name](*values)
+
+
 def _create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
-    """The kernels' three instructions on 32-bit words, which hold `pack` elements each."""
-    data = np.ascontiguousarray(values[0].data)
-    for pattern, compute in _ASSEMBLY.items():
-        found = re.fullmatch(pattern, assembly)
-        if found and constraints == "=r,r" and data.itemsize * pack == 4:
-            result = compute(data.view(np.uint32), *(np.uint32(int(constant)) for constant in found.groups()))
-            dtype = interpreter._get_np_dtype(types[0].scalar)
-            handle = interpreter.TensorHandle(result.view(dtype).reshape(data.shape), types[0].scalar)
-            return mock.Mock(get_result=[handle].__getitem__)
-    raise NotImplementedError(f"inline assembly {assembly!r}")
+    """The kernels' PTX on 32-bit words, which hold `pack` elements each that follow each other in a row."""
+    data = [np.ascontiguousarray(value.data) for value in values]
+    outputs = len(types)
+    if constraints != ",".join(["=r"] * outputs + ["r"] * len(data)) or any(x.itemsize * pack != 4 for x in data):
+        raise NotImplementedError(f"inline assembly with {constraints!r} and {pack} elements at a time")
+    operands = {f"${outputs + index}": x.view(np.uint32) for index, x in enumerate(data)}
+    operands["%lanemask_eq"] = np.uint32(1 << 31)  # of the last lane
+    _run_ptx(assembly, operands)
+    handles = []
+    for index, kind in enumerate(types):
+        dtype = interpreter._get_np_dtype(kind.scalar)
+        result = np.ascontiguousarray(operands[f"${index}"]).view(dtype).reshape(data[0].shape)
+        handles.append(interpreter.TensorHandle(result, kind.scalar))
+    return mock.Mock(get_result=handles.__getitem__)
 
 
 def _check_promise(handle: interpreter.TensorHandle, name: str, values: list[int]) -> None:

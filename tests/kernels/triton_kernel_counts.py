@@ -5,6 +5,7 @@ that hold nothing.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 
 from tests.kernels.triton_launcher import Recorder, pretended_gpu
 from vllm_mcmoe.kernels.expert_function import SILU
-from vllm_mcmoe.kernels.packing import Code
+from vllm_mcmoe.kernels.packing import CODES, Code
 from vllm_mcmoe.kernels.triton import experts, launches, tiles
 from vllm_mcmoe.kernels.triton.layout import ExpertStack
 
@@ -26,13 +27,15 @@ WIDTHS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Layer:
-    """Widths of one layer's experts; the model has others, too."""
+    """Numbers of the codes of one layer's experts; the model has others, too."""
 
     gate_up: tuple[int, ...]
     down: tuple[int, ...]
 
 
 # four sets of widths of gate_up, three of down
+TRELLIS, SCALAR = Code(2, "trellis").number, 2
+LAYERS_OF_BOTH_KINDS = (Layer((TRELLIS, SCALAR), (SCALAR,)), Layer((SCALAR,), (SCALAR,)), Layer((SCALAR,), (TRELLIS,)))
 LAYERS = (Layer((2, 3), (2, 3)), Layer((1, 2, 3), (2, 3)), Layer((1, 2, 3), (1, 2, 3)), Layer((2, 3, 4), (1, 2, 3, 4)))
 
 
@@ -58,13 +61,13 @@ def names(recorder: Recorder) -> list[str]:
     return [kernel.kernel for kernel in recorder.compiled]
 
 
-def counts(shape: tiles.Shape, layers: tuple[Layer, ...]) -> dict:
+def counts(shape: tiles.Shape, layers: tuple[Layer, ...], codes: Sequence[Code] = tuple(map(Code, WIDTHS))) -> dict:
     """Kernels compiled while loading, kernels compiled by what follows, and the launches of one layer by tokens."""
     experts.compile_layer.cache_clear()
     with pretended_gpu() as recorder:
         modules = [experts_of(shape, layer) for layer in layers]
         for module in modules:
-            module.compile_kernels(codes=map(Code, WIDTHS), top_k=shape.top_k, dtype=torch.bfloat16)
+            module.compile_kernels(codes=codes, top_k=shape.top_k, dtype=torch.bfloat16)
         at_load, by_tokens = names(recorder), {}
         for module in modules:
             for tokens in TOKENS:
@@ -80,7 +83,11 @@ def main() -> None:
         mock.patch.object(launches, "describe_device", lambda _: H100),
         mock.patch.object(experts, "describe_device", lambda _: H100),
     ):
-        found = {"mixtral": counts(MIXTRAL, LAYERS), "qwen3": counts(QWEN3, LAYERS[:1])}
+        found = {
+            "mixtral": counts(MIXTRAL, LAYERS),
+            "qwen3": counts(QWEN3, LAYERS[:1]),
+            "both kinds": counts(QWEN3, LAYERS_OF_BOTH_KINDS, CODES),
+        }
     print(json.dumps(found))
 
 
