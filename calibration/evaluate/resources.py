@@ -1,19 +1,19 @@
 """What quantising and serving a model will take, from its config.json alone: no weight is read or downloaded.
 
     plan = plan_resources("DeepSeek-V3", bits=2.5)
-    plan.quantization.seconds(flops_per_second())     # on this machine
+    predict_times("DeepSeek-V3")["normal"]            # seconds on this machine, step by step, after a test of it
     plan.serving.placements                           # GPUs of several sizes, and vLLM's options for them
 
 Sizes are exact, of transformers' own modules on the meta device. Memory is what the pipeline is built to stay within
-(docs/design.md, Memory and resuming). Work is counted in multiply-adds of matrix products, which are nearly all of it.
+(docs/design.md, Memory and resuming). Work is counted (work.py), and its time follows from a short test of this machine
+(speed.py).
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PretrainedConfig
@@ -22,7 +22,9 @@ from vllm_mcmoe.calibration.allocate.bits import written_bits
 from vllm_mcmoe.calibration.allocate.program import check_budget, size_range
 from vllm_mcmoe.calibration.allocate.size import size_in_bytes
 from vllm_mcmoe.calibration.checkpoint.size import DecidedBytes, Weight
-from vllm_mcmoe.calibration.evaluate.work import Work, count_work
+from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.evaluate.speed import ModelSizes, Speed, measure_speed, predict
+from vllm_mcmoe.calibration.evaluate.work import ModelCounts, Work, attention_products, count_work, multiply_adds
 from vllm_mcmoe.calibration.matrix.linears import (
     LINEAR_BITS,
     SCALE_BITS,
@@ -74,16 +76,16 @@ class Parameters:
 
 @dataclass(frozen=True)
 class QuantizationNeeds:
-    """Bytes, and multiply-adds.
+    """Bytes, and work.
 
     model_bytes        of the model's files as they are released, which must be at hand
     layer_bytes        of the largest decoder layer in float32
     activation_bytes   hidden states and gradients of the calibration tokens, in memory or on disk
     memory_bytes       resident, with activations on disk
     disk_bytes         checkpoint and activations, beside the model
-    expert_products    of quantising every expert, at each width that is measured and at the one it gets
-    forward_products   of running the calibration tokens through the layers
-    work               both, step by step
+    expert_products    multiply-adds of quantising every expert, at each width that is measured and at the one it gets
+    forward_products   multiply-adds of running the calibration tokens through the layers
+    work               both and what there is beside them, step by step and by kind
     """
 
     model_bytes: int
@@ -94,10 +96,6 @@ class QuantizationNeeds:
     expert_products: float
     forward_products: float
     work: Work
-
-    def seconds(self, flops: float) -> float:
-        """On a machine that does this many float32 operations per second in matrix products."""
-        return 2 * (self.expert_products + self.forward_products) / flops
 
 
 @dataclass(frozen=True)
@@ -208,9 +206,9 @@ def plan_resources(
     with_gradients = needs_gradients(recipe)
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
     layer_bytes = FLOAT_BYTES * max(layer_weights)
-    embeddings, head = _looked_up_weights(model), model.lm_head.weight.numel()
-    measures = with_gradients or recipe.objective != "uniform"
-    work = count_work(description, recipe, tokens, linear_bits, parameters.active, head, measures)
+    embeddings = _looked_up_weights(model)
+    counts = _model_counts(description, model, parameters, length)
+    work = _count_work(description, recipe, sequences, length, counts, linear_bits)
     quantization = QuantizationNeeds(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
@@ -219,7 +217,7 @@ def plan_resources(
         # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
         disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
         expert_products=work.of_experts,
-        forward_products=work.forward + work.backward + work.tuning,
+        forward_products=sum(map(multiply_adds, (work.forward, work.backward, work.tuning))),
         work=work,
     )
     step_bytes = checkpoint_bytes - round(
@@ -279,15 +277,61 @@ def planned_weights(description: MoeModel, model: torch.nn.Module) -> dict[str, 
     return weights
 
 
-def flops_per_second(size: int = 2048, seconds: float = 1.0) -> float:
-    """float32 operations per second of this machine's matrix product, with torch's threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    torch.mm(a, b)
-    products, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(a, b)
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - start)
+def predict_times(
+    model_dir: str | Path | ModelFolder,
+    *,
+    linear_bits: int | None = None,
+    sequences: int = 128,
+    length: int = 2048,
+    recipe: str | Recipe = "mcmoe",
+    tuned: bool = True,
+    log: Log = lambda message: None,
+) -> dict[Effort, dict[str, float]]:
+    """Effort -> step -> seconds that quantising takes on this machine's CPU, with torch's threads. Options as
+    plan_resources takes them; a recipe that is not a name has the same times at every effort.
+
+    The machine is tested for that, seconds in which nothing else should run on it. The steps are work.Work's.
+
+    Raises UnsupportedModelError and HubError as describe_model does.
+    """
+    description = describe_model(model_dir)
+    model = skeleton(description)
+    parameters = _parameters(description, model, _linears(description, model))
+    counts = _model_counts(description, model, parameters, length)
+    layer_bytes = FLOAT_BYTES * max(sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers)
+    sizes = ModelSizes.of(description, length, layer_bytes)
+    log("Testing how fast this machine is, some seconds.")
+    speeds: dict[bool, Speed] = {}  # by whether products are rounded; nothing else differs between efforts
+    times: dict[Effort, dict[str, float]] = {}
+    for effort in get_args(Effort):
+        chosen = find_recipe(recipe, effort, tune=tuned)
+        rounds = chosen.bfloat16_products and sizes.may_round
+        if rounds not in speeds:
+            speeds[rounds] = measure_speed(sizes, chosen, next(iter(speeds.values()), None))
+        bits = chosen.linear_bits if linear_bits is None else linear_bits
+        times[effort] = predict(_count_work(description, chosen, sequences, length, counts, bits), speeds[rounds])
+    return times
+
+
+def _count_work(
+    description: MoeModel, recipe: Recipe, sequences: int, length: int, counts: ModelCounts, linear_bits: int
+) -> Work:
+    measures = needs_gradients(recipe) or recipe.objective != "uniform"
+    return count_work(description, recipe, sequences, length, counts, linear_bits, measures)
+
+
+def _model_counts(
+    description: MoeModel, model: torch.nn.Module, parameters: Parameters, length: int
+) -> ModelCounts:
+    stages = []
+    for layer in model.model.layers:
+        for names in description.family.linears:
+            found = [find_linear(layer, description.module_name(name)) for name in names]
+            stages.append([tuple(linear.weight.shape) for linear in found if linear is not None])
+    widths = (_attention_width(description.config, layer) for layer in range(description.num_layers))
+    scores = sum(attention_products(length, width) for width in widths) / length
+    head = model.lm_head.weight.numel()
+    return ModelCounts(parameters.total, parameters.active, head, scores, [stage for stage in stages if stage])
 
 
 def _linears(description: MoeModel, model: torch.nn.Module) -> list[LinearShape]:
@@ -347,6 +391,18 @@ def _kv_values(config: PretrainedConfig, layer: int) -> int:
     if kinds and kinds[layer] == "sliding_attention":
         heads = getattr(config, "swa_num_key_value_heads", None) or heads
     return heads * (head_size + (getattr(of_layer, "v_head_dim", None) or head_size))
+
+
+def _attention_width(config: PretrainedConfig, layer: int) -> int:
+    """Of queries and values, over all heads, between whose tokens attention multiplies: 0 in layers of other kinds."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] in WITHOUT_KEYS:
+        return 0
+    of_layer = config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
+    if getattr(config, "kv_lora_rank", None):
+        return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    head_size = getattr(of_layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * (head_size + (getattr(of_layer, "v_head_dim", None) or head_size))
 
 
 def _attention_bytes(model: torch.nn.Module, length: int) -> int:
