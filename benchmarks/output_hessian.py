@@ -53,9 +53,7 @@ def main() -> None:
         for bits, metadata, codes, headroom, (before, sweeps, rows, damping) in itertools.product(
             options.bits, options.metadata, options.codes, options.headroom, choices
         ):
-            gptq = replace(
-                default.gptq, refinement_sweeps=before, output_sweeps=sweeps, metadata=metadata, codes=codes
-            )
+            gptq = replace(default.gptq, refinement_sweeps=before, output_sweeps=sweeps, metadata=metadata, codes=codes)
             recipe = replace(default, gptq=gptq)
             plan = _uniform(description, bits)
             with (

@@ -2,7 +2,7 @@
 
     python benchmarks/streaming_memory.py                        # 48 layers, 4.9 GB in bf16, within 1.2 GB
     python benchmarks/streaming_memory.py --layers 24            # half the layers: half the time, the same memory
-    python benchmarks/streaming_memory.py --layers 2 --limit 0 --recipe mcmoe --effort fast   # is the time as predicted?
+    python benchmarks/streaming_memory.py --layers 2 --limit 0 --recipe mcmoe   # the time, beside what is predicted
 
 Writes a random Mixtral layer by layer, then measures it with gradients and quantises it, in a process whose private
 memory the kernel limits (RLIMIT_DATA: an allocation beyond it fails; it counts address space, so malloc is told not to
@@ -28,7 +28,7 @@ from transformers import MixtralConfig
 
 from vllm_mcmoe.calibration.checkpoint.writer import shard_name, write_index
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
-from vllm_mcmoe.calibration.evaluate.resources import predict_times
+from vllm_mcmoe.calibration.evaluate.times import predict_times
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.recipes import RECIPES, Effort, Recipe
@@ -122,11 +122,14 @@ def predicted(model: Path, recipe: str, effort: Effort, **options) -> float:
 
 
 def _report(sender, *arguments, **options) -> None:
-    sender.send(quantize_within(*arguments, **options))
+    started = time.process_time()
+    peak = quantize_within(*arguments, **options)
+    sender.send((peak, time.process_time() - started))
 
 
-def peak_of(limit: int | None, model: Path, out: Path, **options) -> int:
-    """quantize_within in a process of its own. Raises RuntimeError when that fails."""
+def quantize_apart(limit: int | None, model: Path, out: Path, **options) -> tuple[int, float]:
+    """quantize_within in a process of its own: what it returns, and the CPU time. Raises RuntimeError when that
+    fails."""
     if limit is not None:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # read by the new process's glibc
     context = multiprocessing.get_context("spawn")
@@ -163,9 +166,10 @@ def main() -> None:
         limit = int(options.limit * 1e9) or None
         calibration = {key: getattr(options, key) for key in ("sequences", "length", "activations", "recipe", "effort")}
         started = time.monotonic()
-        peak = peak_of(limit, model, Path(directory) / "out", show_progress=False, log=print, **calibration)
+        peak, cpu_seconds = quantize_apart(
+            limit, model, Path(directory) / "out", show_progress=False, log=print, **calibration
+        )
         seconds = time.monotonic() - started
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         forecast = predicted(model, **{key: calibration[key] for key in ("recipe", "effort", "sequences", "length")})
     layer = 2 * (size - 2 * 2 * 4096 * options.hidden) / options.layers
     activations = (options.layers + 5) * options.sequences * options.length * options.hidden * 4
@@ -177,7 +181,7 @@ def main() -> None:
         "peak_resident_gb": round(peak / 1e9, 3),
         "model_over_peak": round(size / peak, 2),
         "seconds": round(seconds),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "predicted_cpu_seconds": round(forecast, 1),
         "seconds_per_layer": round(seconds / options.layers, 1),
     }

@@ -1,19 +1,17 @@
 """What quantising and serving a model will take, from its config.json alone: no weight is read or downloaded.
 
     plan = plan_resources("DeepSeek-V3", bits=2.5)
-    predict_times("DeepSeek-V3")["normal"]            # seconds on this machine, step by step, after a test of it
     plan.serving.placements                           # GPUs of several sizes, and vLLM's options for them
 
 Sizes are exact, of transformers' own modules on the meta device. Memory is what the pipeline is built to stay within
-(docs/design.md, Memory and resuming). Work is counted (work.py), and its time follows from a short test of this machine
-(speed.py).
+(docs/design.md, Memory and resuming). Work is counted (work.py); times.py says how long it takes.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -22,22 +20,28 @@ from vllm_mcmoe.calibration.allocate.bits import written_bits
 from vllm_mcmoe.calibration.allocate.program import check_budget, size_range
 from vllm_mcmoe.calibration.allocate.size import size_in_bytes
 from vllm_mcmoe.calibration.checkpoint.size import DecidedBytes, Weight
-from vllm_mcmoe.calibration.common.progress import Log
-from vllm_mcmoe.calibration.evaluate.speed import ModelSizes, Speed, measure_speed, predict
-from vllm_mcmoe.calibration.evaluate.work import ModelCounts, Work, attention_products, count_work, multiply_adds
+from vllm_mcmoe.calibration.evaluate.model_counts import (
+    WITHOUT_KEYS,
+    Parameters,
+    count_model,
+    count_parameters,
+    largest_layer,
+    linears_of,
+    looked_up_weights,
+)
+from vllm_mcmoe.calibration.evaluate.work import Work, count_work, multiply_adds
 from vllm_mcmoe.calibration.matrix.linears import (
     LINEAR_BITS,
     SCALE_BITS,
     LinearShape,
     choose_group_size,
-    tensor_parallel_sizes,
 )
 from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel, describe_model
 from vllm_mcmoe.calibration.model.folder import ModelFolder
-from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, find_linear, skeleton
+from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import group_count
@@ -51,27 +55,8 @@ USABLE_SHARE = 0.9
 GPUS_PER_NODE = 8
 # Arrays of scores that attention keeps at once, by its definition and with its gradient; gpt-oss's took 3.6.
 SCORE_COPIES = 4
-# config.json's names of layers without keys and values
-WITHOUT_KEYS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 # Below this many rows of an expert's gate per rank, slices are too thin to keep a GPU's tiles full.
 THINNEST_SLICE = 512
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Weights of a model: routed experts, linears that compressed-tensors quantises, and everything else.
-
-    active   weights a token is multiplied with: top-k experts of each layer, all else but the embeddings
-    """
-
-    experts: int
-    linears: int
-    rest: int
-    active: int
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.linears + self.rest
 
 
 @dataclass(frozen=True)
@@ -194,9 +179,8 @@ def plan_resources(
         bits = size_needs.most_expert_bits
     elif bits is None:
         bits = DEFAULT_BITS
-    linears = _linears(description, model)
-    parameters = _parameters(description, model, linears)
-    layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
+    linears = linears_of(description, model)
+    parameters = count_parameters(description, model, linears)
     checkpoint_bytes = round(
         parameters.experts * bits / 8 + _bytes_of_linears(linears, linear_bits) + parameters.rest * BITS_16
     )
@@ -205,10 +189,10 @@ def plan_resources(
     tokens = sequences * length
     with_gradients = needs_gradients(recipe)
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
-    layer_bytes = FLOAT_BYTES * max(layer_weights)
-    embeddings = _looked_up_weights(model)
-    counts = _model_counts(description, model, parameters, length)
-    work = _count_work(description, recipe, sequences, length, counts, linear_bits)
+    layer_bytes = FLOAT_BYTES * largest_layer(model)
+    embeddings = looked_up_weights(model)
+    counts = count_model(description, model, length)
+    work = count_work(description, recipe, sequences, length, counts, linear_bits)
     quantization = QuantizationNeeds(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
@@ -277,89 +261,6 @@ def planned_weights(description: MoeModel, model: torch.nn.Module) -> dict[str, 
     return weights
 
 
-def predict_times(
-    model_dir: str | Path | ModelFolder,
-    *,
-    linear_bits: int | None = None,
-    sequences: int = 128,
-    length: int = 2048,
-    recipe: str | Recipe = "mcmoe",
-    tuned: bool = True,
-    log: Log = lambda message: None,
-) -> dict[Effort, dict[str, float]]:
-    """Effort -> step -> seconds that quantising takes on this machine's CPU, with torch's threads. Options as
-    plan_resources takes them; a recipe that is not a name has the same times at every effort.
-
-    The machine is tested for that, seconds in which nothing else should run on it. The steps are work.Work's.
-
-    Raises UnsupportedModelError and HubError as describe_model does.
-    """
-    description = describe_model(model_dir)
-    model = skeleton(description)
-    parameters = _parameters(description, model, _linears(description, model))
-    counts = _model_counts(description, model, parameters, length)
-    layer_bytes = FLOAT_BYTES * max(sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers)
-    sizes = ModelSizes.of(description, length, layer_bytes)
-    log("Testing how fast this machine is, some seconds.")
-    speeds: dict[bool, Speed] = {}  # by whether products are rounded; nothing else differs between efforts
-    times: dict[Effort, dict[str, float]] = {}
-    for effort in get_args(Effort):
-        chosen = find_recipe(recipe, effort, tune=tuned)
-        rounds = chosen.bfloat16_products and sizes.may_round
-        if rounds not in speeds:
-            speeds[rounds] = measure_speed(sizes, chosen, next(iter(speeds.values()), None))
-        bits = chosen.linear_bits if linear_bits is None else linear_bits
-        times[effort] = predict(_count_work(description, chosen, sequences, length, counts, bits), speeds[rounds])
-    return times
-
-
-def _count_work(
-    description: MoeModel, recipe: Recipe, sequences: int, length: int, counts: ModelCounts, linear_bits: int
-) -> Work:
-    measures = needs_gradients(recipe) or recipe.objective != "uniform"
-    return count_work(description, recipe, sequences, length, counts, linear_bits, measures)
-
-
-def _model_counts(
-    description: MoeModel, model: torch.nn.Module, parameters: Parameters, length: int
-) -> ModelCounts:
-    stages = []
-    for layer in model.model.layers:
-        for names in description.family.linears:
-            found = [find_linear(layer, description.module_name(name)) for name in names]
-            stages.append([tuple(linear.weight.shape) for linear in found if linear is not None])
-    widths = (_attention_width(description.config, layer) for layer in range(description.num_layers))
-    scores = sum(attention_products(length, width) for width in widths) / length
-    head = model.lm_head.weight.numel()
-    return ModelCounts(parameters.total, parameters.active, head, scores, [stage for stage in stages if stage])
-
-
-def _linears(description: MoeModel, model: torch.nn.Module) -> list[LinearShape]:
-    """Those that compressed-tensors quantises."""
-    names = [name for stage in description.family.linears for name in stage]
-    found = [
-        (name, find_linear(layer, description.module_name(name))) for layer in model.model.layers for name in names
-    ]
-    ranks = tensor_parallel_sizes(description.config.num_attention_heads)
-    return [LinearShape(name, *linear.weight.shape, ranks) for name, linear in found if linear is not None]
-
-
-def _looked_up_weights(model: torch.nn.Module) -> int:
-    """Embeddings, of which a token reads one row; none where they are the output head as well."""
-    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
-    return 0 if model.config.tie_word_embeddings or embedding is head else embedding.numel()
-
-
-def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[LinearShape]) -> Parameters:
-    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
-    layers = len(description.moe_layers)
-    experts = layers * description.num_experts * expert
-    quantised = sum(linear.out_features * linear.in_features for linear in linears)
-    total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
-    unused = layers * (description.num_experts - description.top_k) * expert
-    return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
-
-
 def _model_bytes(description: MoeModel, parameters: Parameters) -> int:
     """Of the files as released. Linears that a quantised release leaves in 16 bits are few."""
     per_weight = description.source_format.bytes_per_weight
@@ -391,18 +292,6 @@ def _kv_values(config: PretrainedConfig, layer: int) -> int:
     if kinds and kinds[layer] == "sliding_attention":
         heads = getattr(config, "swa_num_key_value_heads", None) or heads
     return heads * (head_size + (getattr(of_layer, "v_head_dim", None) or head_size))
-
-
-def _attention_width(config: PretrainedConfig, layer: int) -> int:
-    """Of queries and values, over all heads, between whose tokens attention multiplies: 0 in layers of other kinds."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds and kinds[layer] in WITHOUT_KEYS:
-        return 0
-    of_layer = config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
-    if getattr(config, "kv_lora_rank", None):
-        return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    head_size = getattr(of_layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * (head_size + (getattr(of_layer, "v_head_dim", None) or head_size))
 
 
 def _attention_bytes(model: torch.nn.Module, length: int) -> int:

@@ -1,4 +1,4 @@
-"""How fast this machine quantises: a self-test of each kind of work (work.py), in seconds, and what follows for a model.
+"""How fast this machine quantises: a self-test of each kind of work (work.py), and what follows for a model.
 
     speed = measure_speed(ModelSizes.of(description, length, layer_bytes), recipe)
     seconds = predict(work, speed)                                    # step -> seconds
@@ -70,6 +70,21 @@ class Speed:
     read: float
     decoded: float
     written: float
+
+
+# One core of a Sapphire Rapids: what follows is how long parts of a run are in proportion to each other.
+_TYPICAL = Speed(
+    linear=1.0e-11, expert=1.1e-11, backward=1.2e-11, score=1.5e-11, moment=1.1e-11, factor=4e-11, entry=1.2e-8,
+    update=1.1e-11, coupling=1.0e-10, first=5.5e-8, swept=1.5e-8, rounded=6e-9, read=4e-9, decoded=4e-9, written=4e-9,
+)  # fmt: skip
+_ROUNDED_PRODUCTS = {
+    "linear": 3.6e-12, "expert": 4e-12, "backward": 5e-12, "score": 8e-12, "moment": 6e-12, "update": 4e-12,
+}  # fmt: skip
+
+
+def typical_speed(rounds: bool) -> Speed:
+    """Of a machine that nothing is known of. rounds: whether products are in bfloat16, by AMX."""
+    return replace(_TYPICAL, **_ROUNDED_PRODUCTS) if rounds else _TYPICAL
 
 
 def predict(work: Work, speed: Speed) -> dict[str, float]:
@@ -186,10 +201,10 @@ class _SelfTest:
         }
 
     def factors(self) -> dict[str, float]:
-        small, large = (
-            self._of_experts(partial(HessianFactor.build, self.hessian[:size, :size], self.options))
-            for size in (SMALL_HESSIAN, LARGE_HESSIAN)
-        )
+        def build(columns: int) -> HessianFactor:
+            return HessianFactor.build(SecondMoment.of([self.x[:1, :columns]]).matrix(), self.options)
+
+        small, large = (self._of_experts(partial(build, size)) for size in (SMALL_HESSIAN, LARGE_HESSIAN))
         # seconds = entry * columns^2 + factor * products, of both
         few, many, ratio = *map(factor_products, (SMALL_HESSIAN, LARGE_HESSIAN)), (LARGE_HESSIAN / SMALL_HESSIAN) ** 2
         factor = max(large - ratio * small, LEAST_SHARE * large) / (many - ratio * few)
@@ -199,7 +214,10 @@ class _SelfTest:
     def quantising(self, products: Mapping[str, float]) -> dict[str, float]:
         """Differences between a matrix quantised without sweeps, with some, and with others, less their products."""
         rows, columns = GPTQ_ROWS, GPTQ_COLUMNS
-        weight, factor = self._random(rows, columns), HessianFactor.build(self.hessian[:columns, :columns], self.options)
+        weight, factor = (
+            self._random(rows, columns),
+            HessianFactor.build(self.hessian[:columns, :columns], self.options),
+        )
         outputs = OutputHessian.build([torch.arange(rows)], [self.hessian[:rows, :rows]], CHUNK_TOKENS)
         weights, update, linear = weight.numel(), products["update"], products["linear"]
 
@@ -230,11 +248,13 @@ class _SelfTest:
         write_atomically(path, lambda temporary: save_file({"weight": stored}, temporary))
         weights, columns = GPTQ_ROWS * GPTQ_COLUMNS, GPTQ_COLUMNS
 
+        def keep(tensor: torch.Tensor) -> None:
+            tensor.aminmax()
+            torch.empty(tensor.shape).copy_(tensor.float())  # memory that nothing has been in, as a layer's
+
         def read() -> None:
             with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor("weight")
-            tensor.aminmax()
-            tensor.float()
+                keep(file.get_tensor("weight"))
 
         reading, packed = _seconds(read), matrix.pack()
 
@@ -244,7 +264,7 @@ class _SelfTest:
 
         return {
             "read": reading / FILE_WEIGHTS,
-            "decoded": _seconds(lambda: packed.dequantize(in_features=columns)) / weights,
+            "decoded": _seconds(lambda: keep(packed.dequantize(in_features=columns))) / weights,
             "written": _seconds(write) / weights,
         }
 

@@ -14,6 +14,7 @@ from vllm_mcmoe.calibration.matrix.gptq import INVERTED_AT_ONCE
 from vllm_mcmoe.calibration.matrix.second_moment import MOMENT_ROWS
 from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS
 from vllm_mcmoe.calibration.measure.expert_errors import MEASURED_TOKENS, measures_some_rows
+from vllm_mcmoe.calibration.measure.expert_tokens import MIN_EXPERT_TOKENS, POOL_TOKENS
 from vllm_mcmoe.calibration.measure.output_gradients import GRADIENT_TOKENS
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.recipes import Recipe, needs_gradients, needs_output_gradients
@@ -30,12 +31,12 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE
 MultiplyAdds = Literal["linear", "expert", "backward", "moment", "factor", "update", "coupling"]
 # and other units:
 #   score     multiply-adds of attention between tokens, left out of all sums of multiply-adds
-#   entry     of a Hessian that is scaled, ordered and copied
+#   entry     of a Hessian that is made symmetric, scaled, ordered and copied
 #   first     weights through GPTQ's pass over the columns, with the search for their grids
 #   swept     weights through a sweep
 #   rounded   weights rounded to nearest
-#   read      weights of the model's files as float32, checked for NaN
-#   decoded   weights of the checkpoint as float32
+#   read      weights of the model's files, checked for NaN, into a layer in float32
+#   decoded   weights of the checkpoint, likewise
 #   written   weights packed, written, and read again for their checksum
 Kind = Literal[MultiplyAdds, "score", "entry", "first", "swept", "rounded", "read", "decoded", "written"]
 Amounts = Mapping[Kind, float]
@@ -117,11 +118,14 @@ def count_work(
     length: int,
     counts: ModelCounts,
     linear_bits: int,
-    measures: bool = True,
+    measures: bool | None = None,
 ) -> Work:
     """sequences x length calibration tokens. linear_bits: of attention and the like; 16 leaves them as they are.
-    measures: whether factors are measured; a uniform plan needs none.
+    measures: whether factors or loss gradients are measured; None, whether the recipe has that done, which a uniform
+    plan needs not.
     """
+    if measures is None:
+        measures = needs_gradients(recipe) or recipe.objective != "uniform"
     tokens = sequences * length
     of: dict[str, Counter[Kind]] = {name: Counter() for name in Work.__dataclass_fields__}
     some = recipe.measured_tokens
@@ -166,9 +170,7 @@ def _count_passes(
     of["files"]["decoded"] += counts.weights  # for the inputs of the layers above
 
 
-def _count_tuning(
-    tuning: Counter[Kind], recipe: Recipe, sequences: int, length: int, counts: ModelCounts
-) -> None:
+def _count_tuning(tuning: Counter[Kind], recipe: Recipe, sequences: int, length: int, counts: ModelCounts) -> None:
     """No gradients of weights, as in the loss gradients. What is held out is run twice forward instead."""
     chosen, passes = min(sequences, max(2, recipe.tuning.tokens // length)), recipe.tuning.passes
     used, steps = chosen * length, min(recipe.tuning.steps, chosen)
@@ -210,25 +212,31 @@ def _count_part(
 
     if measured and recipe.objective != "uniform":
         count("intermediates", linear=own_measured * weights)
-    if not gptq.compensate:
-        count("gptq", rounded=weights)
-    else:
-        if part == "gate_up":
-            count("intermediates", linear=own * weights)
-        _count_factor(count, own, columns)
+    own, own_measured = _hessian_tokens(own, tokens), _hessian_tokens(own_measured, measured)
+    if part == "gate_up":
+        count("intermediates", linear=own * weights)
+    _count_factor(count, own, columns)
+    if gptq.compensate:
         count("gptq", first=weights, update=weights * columns / 2)
         count("sweeps", **_sweeps(gptq.refinement_sweeps, rows, columns))
-    if needs_output_gradients(recipe):
+    else:
+        count("gptq", rounded=weights)
+    kept = min(measured, GRADIENT_TOKENS) * description.top_k / description.num_experts
+    if needs_output_gradients(recipe) and kept >= MIN_EXPERT_TOKENS:
         coupled = min(rows, COUPLED_ROWS)
         count("output_sweeps", **_further_sweeps(gptq.output_sweeps, rows, columns))
         # of a sweep, in its descent and for the loss; and for the loss it begins with
         count("output_sweeps", coupling=gptq.output_sweeps * coupled * weights)
         count("output_sweeps", linear=(1 + gptq.output_sweeps) * coupled * weights)
-        kept = min(measured, GRADIENT_TOKENS) * description.top_k / description.num_experts
         count("output_hessians", linear=kept * coupled * rows + kept * weights)
     if measured and recipe.objective != "uniform":
         factor = description.function.factor if part == "gate_up" else 1
         _count_measuring(count, recipe, own_measured, rows, columns, factor)
+
+
+def _hessian_tokens(own: float, tokens: int) -> float:
+    """Of an expert that has so many: too few are not enough (measure/expert_tokens.py)."""
+    return own if own >= MIN_EXPERT_TOKENS else min(POOL_TOKENS, tokens)
 
 
 def _count_measuring(
