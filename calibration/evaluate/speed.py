@@ -40,15 +40,17 @@ from vllm_mcmoe.kernels.expert_function import ExpertFunction
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
 LARGEST_COLUMNS, LARGEST_ROWS = 2048, 1024  # of a layer's matrices
+EXPERT_WEIGHTS = 1 << 24  # of a layer's experts together
 ATTENTION_HEADS = 4
-SMALL_HESSIAN, LARGE_HESSIAN = 1536, 3072  # columns; between them what grows with the square parts from the cube's
+HESSIAN_COLUMNS = 2560
+SQUARE = 1024  # sides of a product in float64
 GPTQ_ROWS, GPTQ_COLUMNS, WIDE = COUPLED_ROWS, 768, 2048
 FILE_WEIGHTS = 1 << 23
 SWEEPS = 2  # timed at once; not so many that they converge
 BITS = 2
 LEAST_SHARE = 0.1  # of a time, that a part of it has which is known from a difference
 REPEATED = 2
-SHORTEST = 0.02  # seconds that what is timed lasts; it is repeated until then
+SHORTEST, LONG = 0.02, 0.2  # seconds: what is timed lasts, by repetition; is timed but once
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class ModelSizes:
     """Of the model that is to be quantised, as far as speed depends on them.
 
     hidden, intermediate   of an expert, or less
+    experts                of a layer
     may_round              whether bfloat16_products are for such a model, on this machine
     function               of its experts
     expert_tokens          that each gets of a batch, on average
@@ -110,6 +113,7 @@ class ModelSizes:
 
     hidden: int
     intermediate: int
+    experts: int
     may_round: bool
     function: ExpertFunction
     expert_tokens: int
@@ -126,6 +130,7 @@ class ModelSizes:
         return cls(
             min(description.hidden, LARGEST_COLUMNS),
             min(description.intermediate, LARGEST_ROWS),
+            description.num_experts,
             multiplies_in_bfloat16(cpu, description.hidden),
             description.function,
             max(1, tokens),
@@ -155,7 +160,7 @@ class _SelfTest:
     def __init__(self, sizes: ModelSizes, options: GPTQOptions):
         self.sizes, self.options = sizes, options
         self.generator = torch.Generator().manual_seed(0)
-        self.x = self._random(CHUNK_TOKENS, LARGE_HESSIAN)
+        self.x = self._random(CHUNK_TOKENS, HESSIAN_COLUMNS)
         self.hessian = SecondMoment.of([self.x]).matrix()
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -174,15 +179,22 @@ class _SelfTest:
     def products(self) -> dict[str, float]:
         sizes = self.sizes
         weight = self._random(LARGEST_ROWS, sizes.hidden)
-        x, some = self._random(BATCH_TOKENS, sizes.hidden), self._random(sizes.expert_tokens, sizes.hidden)
-        gate_up = self._random(sizes.intermediate * sizes.function.factor, sizes.hidden) / sizes.hidden**0.5
-        expert = Expert(sizes.function, False, gate_up, self._random(sizes.hidden, sizes.intermediate), None, None)
-        weights = expert.gate_up.numel() + expert.down.numel()
+        x = self._random(BATCH_TOKENS, sizes.hidden)
+        experts = self._experts()
+        used = len(experts) * sizes.expert_tokens * (experts[0].gate_up.numel() + experts[0].down.numel())
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            """As transformers' modules of experts do it."""
+            output = torch.zeros_like(hidden)
+            for number, expert in enumerate(experts):
+                tokens = (number + torch.arange(sizes.expert_tokens)) % len(hidden)
+                output = output.index_add(0, tokens, expert(hidden[tokens]) * 0.5)
+            return output
 
         def backward() -> None:
-            inputs = some.clone().requires_grad_()
+            hidden = x.clone().requires_grad_()
             with torch.enable_grad():
-                expert(inputs).backward(some)
+                forward(hidden).backward(x)
 
         q, k, v = (self._random(1, ATTENTION_HEADS, sizes.length, sizes.head_size) for _ in range(3))
         attend = _attention_by_definition if sizes.eager else F.scaled_dot_product_attention
@@ -190,26 +202,33 @@ class _SelfTest:
         moment, token_weights = SecondMoment.of([self.x]), torch.rand(CHUNK_TOKENS, generator=self.generator)
         change, block = self._random(GPTQ_ROWS, GROUP_SIZE), self._random(GROUP_SIZE, WIDE)
         wide = torch.zeros(GPTQ_ROWS, WIDE)
-        moments = CHUNK_TOKENS * upper_triangle(LARGE_HESSIAN)
+        moments = CHUNK_TOKENS * upper_triangle(HESSIAN_COLUMNS)
         return {
             "linear": _seconds(lambda: F.linear(x, weight)) / (len(x) * weight.numel()),
-            "expert": _seconds(lambda: expert(some)) / (len(some) * weights),
-            "backward": _seconds(backward) / (2 * len(some) * weights),
+            "expert": _seconds(lambda: forward(x)) / used,
+            "backward": _seconds(backward) / (2 * used),
             "score": _seconds(lambda: attend(q, k, v, is_causal=True)) / scores,
             "moment": self._of_experts(lambda: moment.add(self.x, token_weights)) / moments,
             "update": self._of_experts(lambda: wide.addmm_(change, block)) / (change.numel() * WIDE),
         }
 
-    def factors(self) -> dict[str, float]:
-        def build(columns: int) -> HessianFactor:
-            return HessianFactor.build(SecondMoment.of([self.x[:1, :columns]]).matrix(), self.options)
+    def _experts(self) -> list[Expert]:
+        """So many that no cache holds their weights, as if they were all of a layer's."""
+        sizes = self.sizes
+        gate_up = self._random(sizes.intermediate * sizes.function.factor, sizes.hidden) / sizes.hidden**0.5
+        down = self._random(sizes.hidden, sizes.intermediate)
+        count = min(sizes.experts, max(2, EXPERT_WEIGHTS // (gate_up.numel() + down.numel())))
+        return [Expert(sizes.function, False, gate_up.clone(), down.clone(), None, None) for _ in range(count)]
 
-        small, large = (self._of_experts(partial(build, size)) for size in (SMALL_HESSIAN, LARGE_HESSIAN))
-        # seconds = entry * columns^2 + factor * products, of both
-        few, many, ratio = *map(factor_products, (SMALL_HESSIAN, LARGE_HESSIAN)), (LARGE_HESSIAN / SMALL_HESSIAN) ** 2
-        factor = max(large - ratio * small, LEAST_SHARE * large) / (many - ratio * few)
-        entry = max(large - factor * many, 0.0) / LARGE_HESSIAN**2
-        return {"factor": factor, "entry": entry}
+    def factors(self) -> dict[str, float]:
+        """Large products are what a large Hessian's factor takes, at float32's speed: half of float64's time, which no
+        setting rounds. What the timed one takes beside that grows with its entries. (So 0.48 s of 3072 columns give
+        the 19.6 s that 14,336 took, and 4.8 for 5.6 s of 8192.)"""
+        matrix = self._random(SQUARE, SQUARE).double()
+        product = self._of_experts(partial(torch.mm, matrix, matrix)) / (2 * SQUARE**3)
+        building = self._of_experts(lambda: HessianFactor.build(SecondMoment.of([self.x[:1]]).matrix(), self.options))
+        entry = (building - product * factor_products(HESSIAN_COLUMNS)) / HESSIAN_COLUMNS**2
+        return {"factor": product, "entry": max(entry, 0.0)}
 
     def quantising(self, products: Mapping[str, float]) -> dict[str, float]:
         """Differences between a matrix quantised without sweeps, with some, and with others, less their products."""
@@ -279,9 +298,11 @@ def _attention_by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 def _seconds(piece: Callable[[], object]) -> float:
     """The least of several, after one that does not count: of one thread in CPU time, which others do not add to."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = now()
     piece()
+    repeated = REPEATED if now() - started < LONG else 1
     least = float("inf")
-    for _ in range(REPEATED):
+    for _ in range(repeated):
         count, started = 0, now()
         while count == 0 or now() - started < SHORTEST:
             piece()

@@ -23,7 +23,7 @@ from vllm_mcmoe.kernels.packing import GROUP_SIZE
 # Multiply-adds,
 #   linear    of linears with all tokens of a batch, or a chunk of an expert's
 #   expert    of experts in a layer, with their part of a batch
-#   backward  of the passes with autograd's graph, forwards and backwards
+#   backward  of experts in the passes with autograd's graph, forwards and backwards
 #   moment    of Hessians
 #   factor    of their Cholesky factors and inverses
 #   update    between groups of columns while a matrix is quantised
@@ -42,6 +42,7 @@ Kind = Literal[MultiplyAdds, "score", "entry", "first", "swept", "rounded", "rea
 Amounts = Mapping[Kind, float]
 
 HELD_OUT_PASSES = 2  # of tuning: before and after
+SCORES_WITH_GRADIENT = 3.5  # times attention's products: forwards two, backwards five
 
 
 def multiply_adds(amounts: Amounts) -> float:
@@ -132,7 +133,7 @@ def count_work(
     measured = tokens if some is None or recipe.hessian_weighting == "gradient" else min(tokens, some)
     _count_passes(of, description, recipe, tokens, measured if measures else 0, counts, linear_bits)
     if recipe.tuning is not None:
-        _count_tuning(of["tuning"], recipe, sequences, length, counts)
+        _count_tuning(of["tuning"], recipe, sequences, length, counts, _routed_weights(description))
     if linear_bits != 16:
         for stage in counts.linears:
             _count_linears(of["linears"], stage, tokens)
@@ -151,8 +152,7 @@ def _count_passes(
     linear_bits: int,
 ) -> None:
     """Of all tokens through all layers, and of files. measured: tokens, 0 where nothing is measured."""
-    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
-    routed = len(description.moe_layers) * description.top_k * expert
+    routed = _routed_weights(description)
     others = counts.active - counts.head - routed  # attention, routers, dense layers, shared experts
     forward, with_gradients = of["forward"], needs_gradients(recipe)
     forward["linear"] += measured * (others + (counts.head if with_gradients else 0))
@@ -162,21 +162,32 @@ def _count_passes(
     forward["expert"] += (measured + tokens) * routed
     forward["score"] += (measured + passes * tokens) * counts.scores
     if measured and with_gradients:
-        of["backward"]["backward"] += measured * 2 * counts.active
-        of["backward"]["score"] += measured * 3 * counts.scores
+        of["backward"]["backward"] += measured * 2 * routed
+        of["backward"]["linear"] += measured * 2 * (others + counts.head)
+        of["backward"]["score"] += measured * SCORES_WITH_GRADIENT * counts.scores
     # To check them, forwards, backwards and to be quantised.
     of["files"]["read"] += counts.weights * (2 + (measured > 0) * (2 if with_gradients else 1))
     of["files"]["written"] += counts.weights
     of["files"]["decoded"] += counts.weights  # for the inputs of the layers above
 
 
-def _count_tuning(tuning: Counter[Kind], recipe: Recipe, sequences: int, length: int, counts: ModelCounts) -> None:
+def _routed_weights(description: MoeModel) -> int:
+    """Weights of experts that a token is multiplied with, in all layers."""
+    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
+    return len(description.moe_layers) * description.top_k * expert
+
+
+def _count_tuning(
+    tuning: Counter[Kind], recipe: Recipe, sequences: int, length: int, counts: ModelCounts, routed: int
+) -> None:
     """No gradients of weights, as in the loss gradients. What is held out is run twice forward instead."""
     chosen, passes = min(sequences, max(2, recipe.tuning.tokens // length)), recipe.tuning.passes
     used, steps = chosen * length, min(recipe.tuning.steps, chosen)
-    tuning["linear"] += used * (counts.active - counts.head + passes * counts.active)
-    tuning["backward"] += used * 2 * passes * counts.active
-    tuning["score"] += used * (1 + 4 * passes) * counts.scores
+    others = counts.active - counts.head - routed
+    tuning["expert"] += used * (1 + passes) * routed
+    tuning["linear"] += used * (others + passes * 3 * (others + counts.head))
+    tuning["backward"] += used * 2 * passes * routed
+    tuning["score"] += used * (1 + passes * (1 + SCORES_WITH_GRADIENT)) * counts.scores
     tuning["read"] += counts.weights
     tuning["decoded"] += counts.weights * (2 * passes * steps + HELD_OUT_PASSES)
     tuning["written"] += counts.weights
