@@ -23,6 +23,7 @@ Log = Callable[[str], None]  # takes one message for the user
 
 SPEED_PERIOD = 24 * 3600.0  # seconds over which the time left is estimated: a layer of a large model takes minutes
 REPORT_EVERY = 600.0  # seconds between two lines that say how much is left, where no bars are drawn
+SOONEST = 10.0  # seconds after which something can be said of it: what is begun takes longest at first
 
 _drawn: Progress | None = None  # a terminal has room for one block of bars, to which all others add their own
 _whole: "_WholeRun | None" = None
@@ -103,7 +104,8 @@ class Phase:
 @contextmanager
 def whole_run(phases: Sequence[Phase], log: Log, *, show: bool = True) -> Iterator[None]:
     """Within the block it is said how much is left of all these phases, which follow each other: in a bar below theirs,
-    or where none are drawn in a line of log after a phase's first item, and every REPORT_EVERY seconds."""
+    or where none are drawn in a line of log in every phase, as soon as an item of it is done, and every REPORT_EVERY
+    seconds."""
     global _whole
     if not show:
         yield
@@ -124,6 +126,7 @@ class _WholeRun:
         self._phases, self._log, self._bars = list(phases), log, bars
         self._started = self._reported = time.monotonic()
         self._current, self._item, self._items = -1, 0, 0
+        self._reported_of = -1  # the phase
         self._done = 0.0
         self._task = None if bars is None else bars.add_task("In all", total=self._left, left=None)
 
@@ -146,11 +149,13 @@ class _WholeRun:
         self._item += 1
         self._done += self._phases[self._current].seconds
         now = time.monotonic()
+        if now - self._started < SOONEST:
+            return
         left = self._left * (now - self._started) / self._done
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, total=self._done + self._left, left=left)
-        elif self._left > 0 and (self._item == 1 or now - self._reported >= REPORT_EVERY):
-            self._reported = now
+        elif self._left > 0 and (self._reported_of < self._current or now - self._reported >= REPORT_EVERY):
+            self._reported, self._reported_of = now, self._current
             self._log(f"{description}: {self._item} of {self._items}; about {show_duration(left)} left in all.")
 
 

@@ -43,7 +43,7 @@ def test_the_time_left_is_known_from_the_first_layer_on(clock):
         run(clock, "Something else", 5, 0.0)
         run(clock, "Quantising layers", 4, 120.0)
     assert lines == [
-        "Checking weights: 1 of 10; about 10 min left in all.",
+        "Checking weights: 4 of 10; about 10 min left in all.",
         "Measuring layers: 1 of 4; about 10 min left in all.",
         "Quantising layers: 1 of 4; about 6 min left in all.",
     ]
