@@ -2,12 +2,15 @@
 
     python benchmarks/effort.py plans [--rows 64 128]          # two minutes
     python benchmarks/effort.py quantising [--bits 1.94]       # five minutes
+    python benchmarks/effort.py sweeps [--bits 1.94] [--before 8 4 2] [--codes trellis]   # two minutes each
 
 plans: widths measured on some rows of a matrix. Its matrices are too small for `--effort normal` to leave out rows;
 here --rows of its 512 units and 256 features are quantised. A plan's cost is the sum of the loss increases that full
 measurements give its widths.
 quantising: KL on evaluation text of one plan, quantised as always, with operands of products in bfloat16 (on a CPU with
 AMX), with Hessians of few tokens, and with fewer sweeps.
+sweeps: the same with so many sweeps before those under outputs' Hessians, widths measured with as many, and planned
+with what was measured.
 """
 
 import argparse
@@ -19,11 +22,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from trellis_checkpoints import checkpoints_of
 
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
 from vllm_mcmoe.calibration.common.device import bfloat16_products
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
+from vllm_mcmoe.calibration.matrix.gptq import Codes
 from vllm_mcmoe.calibration.measure.expert_tokens import build_factor, evenly_spaced
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors
 from vllm_mcmoe.calibration.measure.statistics import measure
@@ -84,6 +89,25 @@ def compare_quantising(model: LayerwiseModel, sequences: Any, bits: float, evalu
         show(f"{sweeps} sweeps and {output_sweeps} under outputs' Hessians", replace(DEFAULT, gptq=gptq))
 
 
+def compare_sweeps(
+    model: LayerwiseModel, sequences: Any, bits: float, before: list[int], codes: Codes, evaluation_sequences: int
+) -> None:
+    for sweeps in before:
+        recipe = replace(DEFAULT, gptq=replace(DEFAULT.gptq, refinement_sweeps=sweeps, codes=codes))
+        measured = measure(model, sequences, recipe=recipe, show_progress=False)
+        with tempfile.TemporaryDirectory() as directory, checkpoints_of(codes):
+            out = Path(directory) / "out"
+            quantize_model(
+                model, out, plan=allocate(measured.factors, recipe=recipe, bits=bits), sequences=sequences,
+                recipe=recipe, linear_bits=16, output_gradients=measured.output_gradients, show_progress=False,
+            )  # fmt: skip
+            scores = evaluate(
+                out, _corpus("evaluation"), against=model.description.path, sequences=evaluation_sequences,
+                length=256, show_progress=False,
+            )  # fmt: skip
+        print(f"{bits:g} bits, {codes}, {sweeps} sweeps before: KL {scores.mean_kl:.5f}", flush=True)
+
+
 def _of_few_tokens(tokens: Any, weights: torch.Tensor, transform: Any, recipe: Recipe, name: str) -> Any:
     """In the place of build_factor, evenly spaced tokens. The reference model: 256 inputs of gate_up, 512 of down."""
     count = min(len(tokens), 8 * (256 if transform is None else 512))
@@ -96,9 +120,11 @@ def _corpus(part: str) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plans", "quantising"))
+    parser.add_argument("what", choices=("plans", "quantising", "sweeps"))
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 128], help="of each matrix, instead of all")
     parser.add_argument("--bits", type=float, default=1.94)
+    parser.add_argument("--before", type=int, nargs="+", default=[8, 4, 2], help="sweeps")
+    parser.add_argument("--codes", choices=("scalar", "trellis"), default=DEFAULT.gptq.codes)
     parser.add_argument("--evaluation-sequences", type=int, default=80)
     options = parser.parse_args()
     torch.set_num_threads(1)  # this model's matrices are too small to share
@@ -107,6 +133,9 @@ def main() -> None:
     sequences = load_calibration_data(description, _corpus("calibration"), 128, 256, print)
     if options.what == "plans":
         compare_plans(model, sequences, options.rows)
+    elif options.what == "sweeps":
+        evaluated = options.evaluation_sequences
+        compare_sweeps(model, sequences, options.bits, options.before, options.codes, evaluated)
     else:
         compare_quantising(model, sequences, options.bits, options.evaluation_sequences)
 

@@ -7,6 +7,7 @@ of both were chosen.
     python benchmarks/output_hessian.py --bits 1 2 3 4 --metadata float16 float8 --only-with
     python benchmarks/output_hessian.py --bits 1 2 --metadata float8 --headroom 1.25 2 4 --only-with
     python benchmarks/output_hessian.py --bits 1 2 3 4 --codes scalar trellis    # docs/trellis.md
+    python benchmarks/output_hessian.py --before 8 4 2 --sweeps 8 6 --only-with  # how many sweeps of each kind
 
 KL to the 16-bit reference model on its evaluation text, every expert at --bits, attention in 16 bits. The damping asked
 for is all of it: what is added for few tokens is left out where --damping is given.
@@ -46,12 +47,12 @@ def main() -> None:
     for count in options.sequences:
         sequences = load_calibration_data(description, corpus("calibration"), count, LENGTH, print)
         gradients = measure(model, sequences, recipe=default, widths=(), show_progress=False).output_gradients
-        choices = list(itertools.product(options.sweeps, options.rows, options.damping))
-        choices = choices if options.only_with else [(0, 0, None), *choices]
-        for bits, metadata, codes, headroom, (sweeps, rows, damping) in itertools.product(
+        choices = list(itertools.product(options.before, options.sweeps, options.rows, options.damping))
+        choices = choices if options.only_with else [(options.before[0], 0, 0, None), *choices]
+        for bits, metadata, codes, headroom, (before, sweeps, rows, damping) in itertools.product(
             options.bits, options.metadata, options.codes, options.headroom, choices
         ):
-            gptq = replace(default.gptq, output_sweeps=sweeps, metadata=metadata, codes=codes)
+            gptq = replace(default.gptq, refinement_sweeps=before, output_sweeps=sweeps, metadata=metadata, codes=codes)
             recipe = replace(default, gptq=gptq)
             plan = _uniform(description, bits)
             with (
@@ -73,6 +74,7 @@ def main() -> None:
                     length=LENGTH, show_progress=False,
                 )  # fmt: skip
             shown = f"{sweeps} sweeps, {rows} rows, damping {damping or 'by tokens'}" if sweeps else "without"
+            shown += f", {before} sweeps before" if len(options.before) > 1 else ""
             shown += f", room for {headroom:g} times" if headroom else ""
             stored = report.average_bits["experts"]
             print(
@@ -106,6 +108,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only-with", action="store_true", help="leave out what it would be without sweeps")
     parser.add_argument("--sequences", type=int, nargs="+", default=[128], help="of 256 calibration tokens")
     parser.add_argument("--sweeps", type=int, nargs="+", default=[RECIPES["mcmoe"].gptq.output_sweeps])
+    parser.add_argument(
+        "--before", type=int, nargs="+", default=[RECIPES["mcmoe"].gptq.refinement_sweeps],
+        help="sweeps in which all outputs matter alike",
+    )  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[two_sided.COUPLED_ROWS], help="coupled")
     parser.add_argument("--damping", type=float, nargs="+", default=[None], help="share of the mean diagonal")
     parser.add_argument("--evaluation-sequences", type=int, default=40)

@@ -27,7 +27,7 @@ from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from vllm_mcmoe.calibration import pipeline
 from vllm_mcmoe.calibration.evaluate.resources import plan_resources
-from vllm_mcmoe.calibration.evaluate.work import Work
+from vllm_mcmoe.calibration.evaluate.work import Work, multiply_adds
 from vllm_mcmoe.calibration.matrix import gptq
 from vllm_mcmoe.calibration.measure import expert_errors, expert_tokens, statistics
 from vllm_mcmoe.calibration.model.experts import Expert
@@ -124,7 +124,8 @@ def _show_run(work: Work, steps: Steps) -> None:
     total = sum(steps.seconds.values())
     print("| step | counted, GFLOP | products seen, GFLOP | CPU seconds | share |")
     print("|---|---:|---:|---:|---:|")
-    for step, products in [*asdict(work).items(), ("other", 0.0)]:
+    for step, amounts in [*asdict(work).items(), ("other", {})]:
+        products = multiply_adds(amounts)
         seen, seconds = steps.flop[step] / 1e9, steps.seconds[step]
         print(f"| {step} | {2 * products / 1e9:.1f} | {seen:.1f} | {seconds:.1f} | {seconds / total:.0%} |")
     print(f"| all | {2 * work.total / 1e9:.1f} | {sum(steps.flop.values()) / 1e9:.1f} | {total:.1f} | |", flush=True)
@@ -136,7 +137,7 @@ def _show_counts(effort: str) -> None:
         with tempfile.TemporaryDirectory() as directory:
             config.save_pretrained(directory)
             work = plan_resources(directory, effort=effort).quantization.work
-        works[name] = {step: 2 * products / 1e15 for step, products in asdict(work).items()}
+        works[name] = {step: 2 * multiply_adds(amounts) / 1e15 for step, amounts in asdict(work).items()}
     print(f"| PFLOP, --effort {effort} |", " | ".join(works), "|")
     print("|---|", " | ".join("---:" for _ in works), "|")
     for step in next(iter(works.values())):

@@ -2,11 +2,13 @@
 
     python benchmarks/streaming_memory.py                        # 48 layers, 4.9 GB in bf16, within 1.2 GB
     python benchmarks/streaming_memory.py --layers 24            # half the layers: half the time, the same memory
+    python benchmarks/streaming_memory.py --layers 2 --limit 0 --recipe mcmoe   # the time, beside what is predicted
 
 Writes a random Mixtral layer by layer, then measures it with gradients and quantises it, in a process whose private
 memory the kernel limits (RLIMIT_DATA: an allocation beyond it fails; it counts address space, so malloc is told not to
 keep what was freed). Weights are rounded to nearest, at one width, to make it minutes instead of hours; GPTQ adds some
-eight copies of one expert's largest matrix and six of its Hessian (--recipe uniform, or mcmoe, shows it).
+eight copies of one expert's largest matrix and six of its Hessian (--recipe uniform, or mcmoe, shows it). The CPU time
+is printed beside what `mcmoe plan-resources` predicts.
 """
 
 import argparse
@@ -26,9 +28,10 @@ from transformers import MixtralConfig
 
 from vllm_mcmoe.calibration.checkpoint.writer import shard_name, write_index
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
+from vllm_mcmoe.calibration.evaluate.times import predict_times
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.pipeline import quantize
-from vllm_mcmoe.calibration.recipes import RECIPES, Recipe
+from vllm_mcmoe.calibration.recipes import RECIPES, Effort, Recipe
 
 REFERENCE = Path(__file__).parent / "reference_model"
 QUICK = dataclasses.replace(
@@ -102,16 +105,31 @@ def quantize_within(limit: int | None, model: Path, out: Path, recipe: str | Rec
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     data = sorted((REFERENCE / "corpus").glob("*.calibration.txt"))
-    quantize(model, out, data, recipe=QUICK if recipe == QUICK.name else recipe, bits=2.25, linear_bits=16, **options)
+    quantize(model, out, data, recipe=_named(recipe), bits=2.25, linear_bits=16, **options)
     return peak_resident_bytes()
 
 
+def _named(recipe: str | Recipe) -> str | Recipe:
+    return QUICK if recipe == QUICK.name else recipe
+
+
+def predicted(model: Path, recipe: str, effort: Effort, **options) -> float:
+    """Seconds of one thread."""
+    torch.set_num_threads(1)
+    times = predict_times(model, recipe=_named(recipe), linear_bits=16, **options)[effort]
+    print(", ".join(f"{step} {seconds:.1f} s" for step, seconds in times.items()))
+    return sum(times.values())
+
+
 def _report(sender, *arguments, **options) -> None:
-    sender.send(quantize_within(*arguments, **options))
+    started = time.process_time()
+    peak = quantize_within(*arguments, **options)
+    sender.send((peak, time.process_time() - started))
 
 
-def peak_of(limit: int | None, model: Path, out: Path, **options) -> int:
-    """quantize_within in a process of its own. Raises RuntimeError when that fails."""
+def quantize_apart(limit: int | None, model: Path, out: Path, **options) -> tuple[int, float]:
+    """quantize_within in a process of its own: what it returns, and the CPU time. Raises RuntimeError when that
+    fails."""
     if limit is not None:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # read by the new process's glibc
     context = multiprocessing.get_context("spawn")
@@ -148,8 +166,11 @@ def main() -> None:
         limit = int(options.limit * 1e9) or None
         calibration = {key: getattr(options, key) for key in ("sequences", "length", "activations", "recipe", "effort")}
         started = time.monotonic()
-        peak = peak_of(limit, model, Path(directory) / "out", show_progress=False, log=print, **calibration)
+        peak, cpu_seconds = quantize_apart(
+            limit, model, Path(directory) / "out", show_progress=False, log=print, **calibration
+        )
         seconds = time.monotonic() - started
+        forecast = predicted(model, **{key: calibration[key] for key in ("recipe", "effort", "sequences", "length")})
     layer = 2 * (size - 2 * 2 * 4096 * options.hidden) / options.layers
     activations = (options.layers + 5) * options.sequences * options.length * options.hidden * 4
     result = {
@@ -160,6 +181,8 @@ def main() -> None:
         "peak_resident_gb": round(peak / 1e9, 3),
         "model_over_peak": round(size / peak, 2),
         "seconds": round(seconds),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "predicted_cpu_seconds": round(forecast, 1),
         "seconds_per_layer": round(seconds / options.layers, 1),
     }
     print(json.dumps(result, indent=2))

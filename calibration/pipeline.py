@@ -42,9 +42,10 @@ from vllm_mcmoe.calibration.checkpoint.writer import (
 )
 from vllm_mcmoe.calibration.common.device import bfloat16_products, choose_device, multiplies_in_bfloat16
 from vllm_mcmoe.calibration.common.memory import peak_resident_bytes
-from vllm_mcmoe.calibration.common.progress import Log
+from vllm_mcmoe.calibration.common.progress import Log, whole_run
 from vllm_mcmoe.calibration.evaluate.model_card import model_card
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation, evaluate
+from vllm_mcmoe.calibration.evaluate.times import phases_of
 from vllm_mcmoe.calibration.matrix.linears import check_linear_bits, count_by_width
 from vllm_mcmoe.calibration.measure.factors import Factors, LinearTable
 from vllm_mcmoe.calibration.measure.linear_errors import table_of
@@ -130,6 +131,8 @@ def calibrate(
         work = stack.enter_context(working_on(target, identity, restart=restart, log=log))
         stack.enter_context(_products(device, source.model, recipe))
         model = LayerwiseModel(source, device)
+        phases = phases_of(model, recipe, *tokens.tokens.shape, recipe.linear_bits, measures=True, quantizes=False)
+        stack.enter_context(whole_run(phases, log, show=show_progress))
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, tokens.tokens.numel(), needs_gradients(recipe), work.activations, log)
         options = {"store": store, "work": work, "log": log, "show_progress": show_progress}
@@ -199,7 +202,8 @@ def quantize(
     recipe = find_recipe(recipe, effort, tune=tuned, codes=codes)
     if sum(given is not None for given in (plan, bits, bits_per_layer, size)) != 1:
         raise PlanError("give exactly one of plan, bits, bits_per_layer and size.")
-    check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
+    bits_of_linears = recipe.linear_bits if linear_bits is None else linear_bits
+    check_linear_bits(bits_of_linears)
     check_output(Path(out_dir))
     description = describe_model(find_model(model_dir, log=log))
     if plan is not None:
@@ -236,9 +240,14 @@ def quantize(
     }
     needs_factors = plan is None and factors is None
     measures = needs_factors or needs_gradients_to_quantize(recipe)
-    with working_on(out_dir, identity, restart=restart, log=log) as work:
+    with working_on(out_dir, identity, restart=restart, log=log) as work, ExitStack() as stack:
         if (report := _finished(work)) is not None:
             return report
+        original = description.folder.name
+        evaluated = () if evaluation_data is None else (original, work.checkpoint.name, original)
+        shape = tokens.tokens.shape
+        phases = phases_of(model, recipe, *shape, bits_of_linears, measures=measures, evaluated=evaluated)
+        stack.enter_context(whole_run(phases, log, show=show_progress))
         check_weights(model, work, show_progress)
         with_gradients = measures and needs_gradients(recipe)
         store = choose_store(activations, model, tokens.tokens.numel(), with_gradients, work.activations, log)
@@ -319,7 +328,8 @@ def quantize_model(
     """
     started = time.monotonic()
     recipe = find_recipe(recipe, effort)
-    check_linear_bits(recipe.linear_bits if linear_bits is None else linear_bits)
+    bits_of_linears = recipe.linear_bits if linear_bits is None else linear_bits
+    check_linear_bits(bits_of_linears)
     check_output(Path(out_dir))
     model.description.folder.fetch_side_files()
     plan.check_against(model.description.experts_per_layer())
@@ -337,9 +347,11 @@ def quantize_model(
         **identity_of_tensors("output gradients", _tensors(output_gradients)),
         "linear_bits": linear_bits,
     }
-    with working_on(out_dir, identity, restart=restart, log=log) as work:
+    with working_on(out_dir, identity, restart=restart, log=log) as work, ExitStack() as stack:
         if (report := _finished(work)) is not None:
             return report
+        phases = phases_of(model, recipe, *sequences.tokens.shape, bits_of_linears, measures=False)
+        stack.enter_context(whole_run(phases, log, show=show_progress))
         check_weights(model, work, show_progress)
         store = choose_store(activations, model, sequences.tokens.numel(), False, work.activations, log)
         job = CheckpointRun(

@@ -145,7 +145,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 # What widths are measured on: rows of matrices that have more than twice as many, and tokens (docs/method.md, Effort).
 MEASURED_ROWS: Mapping[Effort, int | None] = MappingProxyType({"fast": 128, "normal": 256, "best": None})
 MEASURED_TOKENS: Mapping[Effort, int | None] = MappingProxyType({"fast": 16384, "normal": 65536, "best": None})
-FAST_SWEEPS = 2
+# Most sweeps of both kinds, and of those before the ones under the outputs' Hessian, which make no difference then. KL
+# after 8 / 4 / 2 before: at 2 bits everywhere 0.0280 / 0.0275 / 0.0280, with trellis codes 0.0181 / 0.0186 / 0.0188;
+# with these at 1 bit 0.1259 / 0.1251 / 0.1265, at 3 bits 0.0047 / 0.0045 / 0.0048 (benchmarks/output_hessian.py
+# --before 8 4 2 --only-with). Planned for 1.94 bits, with them, 0.0182 / 0.0174 after 8 / 4 (benchmarks/effort.py).
+FAST_SWEEPS, NORMAL_SWEEPS_BEFORE = 2, 4
 
 
 def find_recipe(
@@ -183,8 +187,11 @@ def _named(recipe: str, effort: Effort) -> Recipe:
             measured_tokens=MEASURED_TOKENS[effort],
             bfloat16_products=effort != "best",
         )
+    gptq = found.gptq
+    if effort == "normal" and gptq.output_sweeps:
+        before = min(gptq.refinement_sweeps, NORMAL_SWEEPS_BEFORE)
+        found = replace(found, gptq=replace(gptq, refinement_sweeps=before))
     if effort == "fast":
-        gptq = found.gptq
         fewer = {name: min(getattr(gptq, name), FAST_SWEEPS) for name in ("refinement_sweeps", "output_sweeps")}
         found = replace(found, gptq=replace(gptq, **fewer), tuning=None)
     return found

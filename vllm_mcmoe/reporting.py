@@ -13,6 +13,7 @@ from rich.text import Text
 from vllm_mcmoe.calibration.allocate.ranges import show_budget
 from vllm_mcmoe.calibration.allocate.size import short_size
 from vllm_mcmoe.calibration.allocate.sweep import SweepPoint
+from vllm_mcmoe.calibration.common.progress import show_duration
 from vllm_mcmoe.calibration.evaluate.inspection import CheckpointSummary, ModelSummary
 from vllm_mcmoe.calibration.evaluate.resources import ResourcePlan
 from vllm_mcmoe.calibration.evaluate.scores import Evaluation
@@ -31,6 +32,7 @@ WIDTH_STYLES = {
     16: "bold",
 }
 BAR_WIDTH = 28  # of a sweep's plot, at most: its numbers leave it 18 columns on an 80-column terminal
+LONGEST_STEPS = 4  # of quantising, that are named
 WIDTHS_PER_LINE = 32  # 128 experts in four lines, beside the layer's name on an 80-column terminal
 
 
@@ -189,8 +191,8 @@ def print_pruning(points: Sequence[PrunedPoint]) -> None:
     console.print(table)
 
 
-def print_resources(plan: ResourcePlan, flops: float) -> None:
-    """flops: float32 operations per second of this machine."""
+def print_resources(plan: ResourcePlan, times: Mapping[str, Mapping[str, float]], effort: str) -> None:
+    """times: effort -> step -> seconds on this machine. effort: what the plan is for."""
     weights, quantization, serving = plan.parameters, plan.quantization, plan.serving
     at = f"{plan.bits:g} bits" if plan.size is None else _gigabytes(plan.size.requested_bytes)
     table = Table(title=f"{plan.architecture} at {at}", box=None, pad_edge=False, show_header=False)
@@ -210,8 +212,12 @@ def print_resources(plan: ResourcePlan, flops: float) -> None:
     table.add_row("memory to quantise", _gigabytes(quantization.memory_bytes), "two layers in float32, and 2 GiB")
     table.add_row("activations", _gigabytes(quantization.activation_bytes), "in memory where they fit, else on disk")
     table.add_row("disk beside the model", _gigabytes(quantization.disk_bytes), "checkpoint and activations")
-    hours = quantization.seconds(flops) / 3600
-    table.add_row("time to quantise", f"{hours:.1f} h", f"at this machine's {flops / 1e9:.0f} GFLOP/s; resumable")
+    total = {name: show_duration(sum(steps.values())) for name, steps in times.items()}
+    others = ", ".join(f"{name} {duration}" for name, duration in total.items() if name != effort)
+    table.add_row("time to quantise", total[effort], f"by this machine's CPU; --effort {others}; resumable")
+    longest = sorted(times[effort].items(), key=lambda step: -step[1])[:LONGEST_STEPS]
+    shown = ", ".join(f"{name.replace('_', ' ')} {show_duration(seconds)}" for name, seconds in longest if seconds)
+    table.add_row("", "", f"most of it: {shown}")
     table.add_section()
     table.add_row("checkpoint", _gigabytes(serving.checkpoint_bytes))
     table.add_row("KV cache", _gigabytes(serving.kv_bytes), f"of {serving.kv_tokens} tokens")

@@ -1,15 +1,13 @@
 """What quantising and serving a model will take, from its config.json alone: no weight is read or downloaded.
 
     plan = plan_resources("DeepSeek-V3", bits=2.5)
-    plan.quantization.seconds(flops_per_second())     # on this machine
     plan.serving.placements                           # GPUs of several sizes, and vLLM's options for them
 
 Sizes are exact, of transformers' own modules on the meta device. Memory is what the pipeline is built to stay within
-(docs/design.md, Memory and resuming). Work is counted in multiply-adds of matrix products, which are nearly all of it.
+(docs/design.md, Memory and resuming). Work is counted (work.py); times.py says how long it takes.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,20 +20,28 @@ from vllm_mcmoe.calibration.allocate.bits import written_bits
 from vllm_mcmoe.calibration.allocate.program import check_budget, size_range
 from vllm_mcmoe.calibration.allocate.size import size_in_bytes
 from vllm_mcmoe.calibration.checkpoint.size import DecidedBytes, Weight
-from vllm_mcmoe.calibration.evaluate.work import Work, count_work
+from vllm_mcmoe.calibration.evaluate.model_counts import (
+    WITHOUT_KEYS,
+    Parameters,
+    count_model,
+    count_parameters,
+    largest_layer,
+    linears_of,
+    looked_up_weights,
+)
+from vllm_mcmoe.calibration.evaluate.work import Work, count_work, multiply_adds
 from vllm_mcmoe.calibration.matrix.linears import (
     LINEAR_BITS,
     SCALE_BITS,
     LinearShape,
     choose_group_size,
-    tensor_parallel_sizes,
 )
 from vllm_mcmoe.calibration.measure.linear_errors import table_of
 from vllm_mcmoe.calibration.measure.sensitivity import FLOAT_BYTES, activation_bytes
 from vllm_mcmoe.calibration.model.activations import OTHER_BYTES
 from vllm_mcmoe.calibration.model.description import HEAD_MODULE, LAYERS, TEXT_MODULE, MoeModel, describe_model
 from vllm_mcmoe.calibration.model.folder import ModelFolder
-from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, find_linear, skeleton
+from vllm_mcmoe.calibration.model.layerwise import BATCH_TOKENS, skeleton
 from vllm_mcmoe.calibration.recipes import Effort, Recipe, find_recipe, needs_gradients
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import Kind, group_count
@@ -49,41 +55,22 @@ USABLE_SHARE = 0.9
 GPUS_PER_NODE = 8
 # Arrays of scores that attention keeps at once, by its definition and with its gradient; gpt-oss's took 3.6.
 SCORE_COPIES = 4
-# config.json's names of layers without keys and values
-WITHOUT_KEYS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 # Below this many rows of an expert's gate per rank, slices are too thin to keep a GPU's tiles full.
 THINNEST_SLICE = 512
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Weights of a model: routed experts, linears that compressed-tensors quantises, and everything else.
-
-    active   weights a token is multiplied with: top-k experts of each layer, all else but the embeddings
-    """
-
-    experts: int
-    linears: int
-    rest: int
-    active: int
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.linears + self.rest
-
-
-@dataclass(frozen=True)
 class QuantizationNeeds:
-    """Bytes, and multiply-adds.
+    """Bytes, and work.
 
     model_bytes        of the model's files as they are released, which must be at hand
     layer_bytes        of the largest decoder layer in float32
     activation_bytes   hidden states and gradients of the calibration tokens, in memory or on disk
     memory_bytes       resident, with activations on disk
     disk_bytes         checkpoint and activations, beside the model
-    expert_products    of quantising every expert, at each width that is measured and at the one it gets
-    forward_products   of running the calibration tokens through the layers
-    work               both, step by step
+    expert_products    multiply-adds of quantising every expert, at each width that is measured and at the one it gets
+    forward_products   multiply-adds of running the calibration tokens through the layers
+    work               both and what there is beside them, step by step and by kind
     """
 
     model_bytes: int
@@ -94,10 +81,6 @@ class QuantizationNeeds:
     expert_products: float
     forward_products: float
     work: Work
-
-    def seconds(self, flops: float) -> float:
-        """On a machine that does this many float32 operations per second in matrix products."""
-        return 2 * (self.expert_products + self.forward_products) / flops
 
 
 @dataclass(frozen=True)
@@ -199,9 +182,8 @@ def plan_resources(
         bits = size_needs.most_expert_bits
     elif bits is None:
         bits = DEFAULT_BITS
-    linears = _linears(description, model)
-    parameters = _parameters(description, model, linears)
-    layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
+    linears = linears_of(description, model)
+    parameters = count_parameters(description, model, linears)
     checkpoint_bytes = round(
         parameters.experts * bits / 8 + _bytes_of_linears(linears, linear_bits) + parameters.rest * BITS_16
     )
@@ -210,10 +192,10 @@ def plan_resources(
     tokens = sequences * length
     with_gradients = needs_gradients(recipe)
     kept_bytes = activation_bytes(description.num_layers, tokens, description.hidden, with_gradients)
-    layer_bytes = FLOAT_BYTES * max(layer_weights)
-    embeddings, head = _looked_up_weights(model), model.lm_head.weight.numel()
-    measures = with_gradients or recipe.objective != "uniform"
-    work = count_work(description, recipe, tokens, linear_bits, parameters.active, head, measures)
+    layer_bytes = FLOAT_BYTES * largest_layer(model)
+    embeddings = looked_up_weights(model)
+    counts = count_model(description, model, length)
+    work = count_work(description, recipe, sequences, length, counts, linear_bits)
     quantization = QuantizationNeeds(
         model_bytes=_model_bytes(description, parameters),
         layer_bytes=layer_bytes,
@@ -222,7 +204,7 @@ def plan_resources(
         # While tuning, the checkpoint is there twice, but the gradients' activations are gone.
         disk_bytes=checkpoint_bytes + (kept_bytes if recipe.tuning is None else max(kept_bytes, checkpoint_bytes)),
         expert_products=work.of_experts,
-        forward_products=work.forward + work.backward + work.tuning,
+        forward_products=sum(map(multiply_adds, (work.forward, work.backward, work.tuning))),
         work=work,
     )
     step_bytes = checkpoint_bytes - round(
@@ -281,43 +263,6 @@ def planned_weights(description: MoeModel, model: torch.nn.Module) -> dict[str, 
         if not description.is_expert_tensor(on_disk):
             weights[on_disk] = Weight(tuple(tensor.shape), BITS_16)
     return weights
-
-
-def flops_per_second(size: int = 2048, seconds: float = 1.0) -> float:
-    """float32 operations per second of this machine's matrix product, with torch's threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    torch.mm(a, b)
-    products, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(a, b)
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - start)
-
-
-def _linears(description: MoeModel, model: torch.nn.Module) -> list[LinearShape]:
-    """Those that compressed-tensors quantises."""
-    names = [name for stage in description.family.linears for name in stage]
-    found = [
-        (name, find_linear(layer, description.module_name(name))) for layer in model.model.layers for name in names
-    ]
-    ranks = tensor_parallel_sizes(description.config.num_attention_heads)
-    return [LinearShape(name, *linear.weight.shape, ranks) for name, linear in found if linear is not None]
-
-
-def _looked_up_weights(model: torch.nn.Module) -> int:
-    """Embeddings, of which a token reads one row; none where they are the output head as well."""
-    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
-    return 0 if model.config.tie_word_embeddings or embedding is head else embedding.numel()
-
-
-def _parameters(description: MoeModel, model: torch.nn.Module, linears: Sequence[LinearShape]) -> Parameters:
-    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
-    layers = len(description.moe_layers)
-    experts = layers * description.num_experts * expert
-    quantised = sum(linear.out_features * linear.in_features for linear in linears)
-    total = sum(weight.numel() for weight in model.parameters())  # tied embeddings once
-    unused = layers * (description.num_experts - description.top_k) * expert
-    return Parameters(experts, quantised, total - experts - quantised, total - unused - _looked_up_weights(model))
 
 
 def _model_bytes(description: MoeModel, parameters: Parameters) -> int:

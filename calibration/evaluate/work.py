@@ -1,28 +1,63 @@
-"""What quantising a model takes in multiply-adds, step by step, from its sizes alone.
+"""What quantising a model takes, step by step and by kind of work, from its sizes alone.
 
-Counted are products of matrices, Cholesky factors and triangular solves, as the code does them; attention's products
-between tokens, a few percent of a pass, and what is proportional to the weights alone are not. A counted run beside it:
-benchmarks/quantising_work.py.
+Counted are products of matrices, Cholesky factors and triangular solves, as the code does them, in multiply-adds; and
+what takes time beside them: weights that compiled loops go through, that are read, decoded and written. What a unit of
+each kind takes is a machine's Speed (speed.py). A counted run beside it: benchmarks/quantising_work.py.
 """
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 from vllm_mcmoe.calibration.matrix.gptq import INVERTED_AT_ONCE
 from vllm_mcmoe.calibration.matrix.second_moment import MOMENT_ROWS
 from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS
 from vllm_mcmoe.calibration.measure.expert_errors import MEASURED_TOKENS, measures_some_rows
+from vllm_mcmoe.calibration.measure.expert_tokens import MIN_EXPERT_TOKENS, POOL_TOKENS
 from vllm_mcmoe.calibration.measure.output_gradients import GRADIENT_TOKENS
 from vllm_mcmoe.calibration.model.description import MoeModel
 from vllm_mcmoe.calibration.recipes import Recipe, needs_gradients, needs_output_gradients
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
+# Multiply-adds,
+#   linear    of linears with all tokens of a batch, or a chunk of an expert's
+#   expert    of experts in a layer, with their part of a batch
+#   backward  of experts in the passes with autograd's graph, forwards and backwards
+#   moment    of Hessians
+#   factor    of their Cholesky factors and inverses
+#   update    between groups of columns while a matrix is quantised
+#   coupling  of rows that share a Hessian of outputs, in a compiled loop
+MultiplyAdds = Literal["linear", "expert", "backward", "moment", "factor", "update", "coupling"]
+# and other units:
+#   score     multiply-adds of attention between tokens, left out of all sums of multiply-adds
+#   entry     of a Hessian that is made symmetric, scaled, ordered and copied
+#   first     weights through GPTQ's pass over the columns, with the search for their grids
+#   swept     weights through a sweep
+#   rounded   weights rounded to nearest
+#   read      weights of the model's files, checked for NaN, into a layer in float32
+#   decoded   weights of the checkpoint, likewise
+#   written   weights packed, written, and read again for their checksum
+Kind = Literal[MultiplyAdds, "score", "entry", "first", "swept", "rounded", "read", "decoded", "written"]
+Amounts = Mapping[Kind, float]
+
+HELD_OUT_PASSES = 2  # of tuning: before and after
+SCORES_WITH_GRADIENT = 3.5  # times attention's products: forwards two, backwards five
+
+
+def multiply_adds(amounts: Amounts) -> float:
+    """Of one step."""
+    return sum(amount for kind, amount in amounts.items() if kind in get_args(MultiplyAdds))
+
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds, of the whole model.
+    """Of the whole model, by kind.
 
+    files            reading the model and writing the checkpoint
     forward          of layers, measuring and quantising
     backward         of loss gradients, with the forward pass again that autograd needs
+    linears          quantising attention and shared experts
     intermediates    experts on their own tokens, for the Hessians of down and the largest output
     hessians         of inputs
     factors          Cholesky factors of Hessians and their inverses
@@ -34,96 +69,227 @@ class Work:
     tuning           passes through the original and, forward and backward, through what is quantised
     """
 
-    forward: float
-    backward: float
-    intermediates: float
-    hessians: float
-    factors: float
-    measuring: float
-    gptq: float
-    sweeps: float
-    output_sweeps: float
-    output_hessians: float
-    tuning: float
+    files: Amounts
+    forward: Amounts
+    backward: Amounts
+    linears: Amounts
+    intermediates: Amounts
+    hessians: Amounts
+    factors: Amounts
+    measuring: Amounts
+    gptq: Amounts
+    sweeps: Amounts
+    output_sweeps: Amounts
+    output_hessians: Amounts
+    tuning: Amounts
 
     @property
     def of_experts(self) -> float:
-        """All but the passes through layers."""
-        return self.total - self.forward - self.backward - self.tuning
+        """Multiply-adds of all but the passes through layers and other linears."""
+        return self.total - sum(map(multiply_adds, (self.forward, self.backward, self.linears, self.tuning)))
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Multiply-adds."""
+        return sum(map(multiply_adds, asdict(self).values()))
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """Of the whole model.
+
+    weights  all
+    active   that a token is multiplied with
+    head     of these, the output head's
+    scores   multiply-adds of attention between tokens, for each token
+    linears  [out, in] of those that are quantised beside the experts, by layer and stage: those of a stage share inputs
+    """
+
+    weights: int
+    active: int
+    head: int
+    scores: float
+    linears: list[list[tuple[int, int]]]
 
 
 def count_work(
-    description: MoeModel, recipe: Recipe, tokens: int, linear_bits: int, active: int, head: int, measures: bool = True
+    description: MoeModel,
+    recipe: Recipe,
+    sequences: int,
+    length: int,
+    counts: ModelCounts,
+    linear_bits: int,
+    measures: bool | None = None,
 ) -> Work:
-    """tokens: of calibration. active, head: weights a token is multiplied with, in all and in the output head.
-    measures: whether factors are measured; a uniform plan needs none.
+    """sequences x length calibration tokens. linear_bits: of attention and the like; 16 leaves them as they are.
+    measures: whether factors or loss gradients are measured; None, whether the recipe has that done, which a uniform
+    plan needs not.
     """
-    layers, experts, top_k = len(description.moe_layers), description.num_experts, description.top_k
-    shapes = description.part_shapes()
-    expert = sum(rows * columns for rows, columns in shapes.values())
-    inner = active - head
-    others = inner - layers * top_k * expert  # attention, routers, dense layers, shared experts
-    with_gradients = needs_gradients(recipe)
-    by_gptq = measures and recipe.objective != "uniform" and recipe.error_quantizer == "gptq"
+    if measures is None:
+        measures = needs_gradients(recipe) or recipe.objective != "uniform"
+    tokens = sequences * length
+    of: dict[str, Counter[Kind]] = {name: Counter() for name in Work.__dataclass_fields__}
     some = recipe.measured_tokens
     measured = tokens if some is None or recipe.hessian_weighting == "gradient" else min(tokens, some)
-    forward = backward = 0.0
-    if measures:
-        forward += measured * (active if with_gradients else inner)
-        backward = measured * 2 * active if with_gradients else 0.0
-    # once for the experts' inputs, once for the next layer's; and up to each stage of linears that are quantised
-    forward += tokens * (others + inner + (len(description.family.linears) * others if linear_bits != 16 else 0))
-    intermediates = hessians = factors = measuring = gptq = sweeps = output_sweeps = output_hessians = 0.0
-    own, own_measured = tokens * top_k / experts, measured * top_k / experts
-    if measures and recipe.objective != "uniform":
-        intermediates += own_measured * expert
-    intermediates += own * shapes["gate_up"][0] * shapes["gate_up"][1] if recipe.gptq.compensate else 0.0
-    kept = min(measured, GRADIENT_TOKENS) * top_k / experts
-    for part, (rows, columns) in shapes.items():
-        factor = description.function.factor if part == "gate_up" else 1
-        moment = _upper_triangle(columns)
-        if recipe.gptq.compensate:
-            hessians += own * moment
-            factors += _factor_products(columns)
-            gptq += rows * columns**2 / 2
-            sweeps += _refinement_products(recipe.gptq.refinement_sweeps, rows, columns)
-        if needs_output_gradients(recipe):
-            coupled = min(rows, COUPLED_ROWS)
-            output_sweeps += _sweep_products(recipe.gptq.output_sweeps, rows, columns)
-            # of a sweep, in its descent and for the loss; and for the loss it begins with
-            output_sweeps += (1 + 2 * recipe.gptq.output_sweeps) * coupled * rows * columns
-            output_hessians += kept * coupled * rows + kept * rows * columns
-        if by_gptq:
-            sampled = min(own_measured, MEASURED_TOKENS)
-            hessians += own_measured * moment
-            factors += _factor_products(columns)
-            quantised = rows
-            measuring += 2 * sampled * rows * columns  # the expert itself, and gradients through down
-            if measures_some_rows(recipe, rows // factor):
-                quantised = recipe.measured_rows * factor
-                measuring += sampled * rows * columns  # all rows, rounded
-            of_width = quantised * columns**2 / 2
-            of_width += _refinement_products(recipe.gptq.refinement_sweeps, quantised, columns)
-            measuring += len(recipe.widths) * (of_width + sampled * quantised * columns)
-    of_experts = (intermediates, hessians, factors, measuring, gptq, sweeps, output_sweeps, output_hessians)
-    tuning = 0.0
+    _count_passes(of, description, recipe, tokens, measured if measures else 0, counts, linear_bits)
     if recipe.tuning is not None:
-        # No gradients of weights, as in the loss gradients. What is held out is run twice forward instead.
-        tuning = min(tokens, recipe.tuning.tokens) * (inner + 3 * active * recipe.tuning.passes)
-    return Work(forward, backward, *(products * experts * layers for products in of_experts), tuning)
+        _count_tuning(of["tuning"], recipe, sequences, length, counts, _routed_weights(description))
+    if linear_bits != 16:
+        for stage in counts.linears:
+            _count_linears(of["linears"], stage, tokens)
+    for part, shape in description.part_shapes().items():
+        _count_part(of, description, recipe, tokens, measured if measures else 0, part, *shape)
+    return Work(**{name: dict(amounts) for name, amounts in of.items()})
 
 
-def _upper_triangle(columns: int) -> float:
+def _count_passes(
+    of: Mapping[str, Counter[Kind]],
+    description: MoeModel,
+    recipe: Recipe,
+    tokens: int,
+    measured: int,
+    counts: ModelCounts,
+    linear_bits: int,
+) -> None:
+    """Of all tokens through all layers, and of files. measured: tokens, 0 where nothing is measured."""
+    routed = _routed_weights(description)
+    others = counts.active - counts.head - routed  # attention, routers, dense layers, shared experts
+    forward, with_gradients = of["forward"], needs_gradients(recipe)
+    forward["linear"] += measured * (others + (counts.head if with_gradients else 0))
+    # Once for the experts' inputs, once for the next layer's; and up to each stage of linears that are quantised.
+    passes = 2 + (len(description.family.linears) if linear_bits != 16 else 0)
+    forward["linear"] += passes * tokens * others
+    forward["expert"] += (measured + tokens) * routed
+    forward["score"] += (measured + passes * tokens) * counts.scores
+    if measured and with_gradients:
+        of["backward"]["backward"] += measured * 2 * routed
+        of["backward"]["linear"] += measured * 2 * (others + counts.head)
+        of["backward"]["score"] += measured * SCORES_WITH_GRADIENT * counts.scores
+    # To check them, forwards, backwards and to be quantised.
+    of["files"]["read"] += counts.weights * (2 + (measured > 0) * (2 if with_gradients else 1))
+    of["files"]["written"] += counts.weights
+    of["files"]["decoded"] += counts.weights  # for the inputs of the layers above
+
+
+def _routed_weights(description: MoeModel) -> int:
+    """Weights of experts that a token is multiplied with, in all layers."""
+    expert = sum(rows * columns for rows, columns in description.part_shapes().values())
+    return len(description.moe_layers) * description.top_k * expert
+
+
+def _count_tuning(
+    tuning: Counter[Kind], recipe: Recipe, sequences: int, length: int, counts: ModelCounts, routed: int
+) -> None:
+    """No gradients of weights, as in the loss gradients. What is held out is run twice forward instead."""
+    chosen, passes = min(sequences, max(2, recipe.tuning.tokens // length)), recipe.tuning.passes
+    used, steps = chosen * length, min(recipe.tuning.steps, chosen)
+    others = counts.active - counts.head - routed
+    tuning["expert"] += used * (1 + passes) * routed
+    tuning["linear"] += used * (others + passes * 3 * (others + counts.head))
+    tuning["backward"] += used * 2 * passes * routed
+    tuning["score"] += used * (1 + passes * (1 + SCORES_WITH_GRADIENT)) * counts.scores
+    tuning["read"] += counts.weights
+    tuning["decoded"] += counts.weights * (2 * passes * steps + HELD_OUT_PASSES)
+    tuning["written"] += counts.weights
+
+
+def _count_linears(linears: Counter[Kind], stage: list[tuple[int, int]], tokens: int) -> None:
+    columns = stage[0][1]
+    linears["moment"] += tokens * upper_triangle(columns)
+    linears["factor"] += factor_products(columns)
+    linears["entry"] += columns**2
+    for rows, _ in stage:
+        linears["first"] += rows * columns
+        linears["update"] += rows * columns**2 / 2
+
+
+def _count_part(
+    of: Mapping[str, Counter[Kind]],
+    description: MoeModel,
+    recipe: Recipe,
+    tokens: int,
+    measured: int,
+    part: str,
+    rows: int,
+    columns: int,
+) -> None:
+    """Of gate_up or down [rows, columns] of all experts."""
+    every = description.num_experts * len(description.moe_layers)
+    own, own_measured = (count * description.top_k / description.num_experts for count in (tokens, measured))
+    weights, gptq = rows * columns, recipe.gptq
+
+    def count(step: str, **amounts: float) -> None:
+        of[step].update({kind: every * amount for kind, amount in amounts.items()})
+
+    if measured and recipe.objective != "uniform":
+        count("intermediates", linear=own_measured * weights)
+    own, own_measured = _hessian_tokens(own, tokens), _hessian_tokens(own_measured, measured)
+    if part == "gate_up":
+        count("intermediates", linear=own * weights)
+    _count_factor(count, own, columns)
+    if gptq.compensate:
+        count("gptq", first=weights, update=weights * columns / 2)
+        count("sweeps", **_sweeps(gptq.refinement_sweeps, rows, columns))
+    else:
+        count("gptq", rounded=weights)
+    kept = min(measured, GRADIENT_TOKENS) * description.top_k / description.num_experts
+    if needs_output_gradients(recipe) and kept >= MIN_EXPERT_TOKENS:
+        coupled = min(rows, COUPLED_ROWS)
+        count("output_sweeps", **_further_sweeps(gptq.output_sweeps, rows, columns))
+        # of a sweep, in its descent and for the loss; and for the loss it begins with
+        count("output_sweeps", coupling=gptq.output_sweeps * coupled * weights)
+        count("output_sweeps", linear=(1 + gptq.output_sweeps) * coupled * weights)
+        count("output_hessians", linear=kept * coupled * rows + kept * weights)
+    if measured and recipe.objective != "uniform":
+        factor = description.function.factor if part == "gate_up" else 1
+        _count_measuring(count, recipe, own_measured, rows, columns, factor)
+
+
+def _hessian_tokens(own: float, tokens: int) -> float:
+    """Of an expert that has so many: too few are not enough (measure/expert_tokens.py)."""
+    return own if own >= MIN_EXPERT_TOKENS else min(POOL_TOKENS, tokens)
+
+
+def _count_measuring(
+    count: Callable[..., None], recipe: Recipe, own: float, rows: int, columns: int, factor: int
+) -> None:
+    """factor: rows that a unit of the intermediate has."""
+    weights, sampled, widths = rows * columns, min(own, MEASURED_TOKENS), len(recipe.widths)
+    count("measuring", linear=2 * sampled * weights)  # the expert itself, and gradients through down
+    quantised = rows
+    if measures_some_rows(recipe, rows // factor):
+        quantised = recipe.measured_rows * factor
+        count("measuring", linear=sampled * weights, rounded=weights)  # all rows, rounded
+    count("measuring", linear=widths * sampled * quantised * columns)
+    if recipe.error_quantizer == "rtn":
+        count("measuring", rounded=widths * weights)
+        return
+    _count_factor(count, own, columns)
+    count("measuring", first=widths * quantised * columns, update=widths * quantised * columns**2 / 2)
+    for kind, amount in _sweeps(recipe.gptq.refinement_sweeps, quantised, columns).items():
+        count("measuring", **{kind: widths * amount})
+
+
+def _count_factor(count: Callable[..., None], own: float, columns: int) -> None:
+    """A Hessian of so many tokens."""
+    count("hessians", moment=own * upper_triangle(columns))
+    count("factors", factor=factor_products(columns), entry=columns**2)
+
+
+def attention_products(length: int, width: int) -> float:
+    """Multiply-adds between the tokens of a sequence. width: of keys and values, over all heads. No token sees later
+    ones: half of all pairs."""
+    return length**2 / 2 * width
+
+
+def upper_triangle(columns: int) -> float:
     """Multiply-adds of a Hessian by token: blocks of rows, from the diagonal on."""
     starts = range(0, columns, MOMENT_ROWS)
     return sum(min(MOMENT_ROWS, columns - first) * (columns - first) for first in starts)
 
 
-def _factor_products(columns: int) -> float:
+def factor_products(columns: int) -> float:
+    """Multiply-adds of a Cholesky factor and its inverse."""
     return columns**3 / 6 + _inverse_products(columns)
 
 
@@ -134,11 +300,15 @@ def _inverse_products(columns: float) -> float:
     return (columns / 2) ** 3 + 2 * _inverse_products(columns / 2)
 
 
-def _refinement_products(sweeps: int, rows: int, columns: int) -> float:
+def _sweeps(sweeps: int, rows: int, columns: int) -> Amounts:
     """The gradient to begin with, and so many sweeps."""
-    return rows * columns**2 + _sweep_products(sweeps, rows, columns) if sweeps else 0.0
+    amounts = Counter(_further_sweeps(sweeps, rows, columns))
+    if sweeps:
+        amounts["linear"] += rows * columns**2
+    return amounts
 
 
-def _sweep_products(sweeps: int, rows: int, columns: int) -> float:
-    """Every group's codes with the Hessian's block, the descent over them, and their change with the Hessian."""
-    return sweeps * rows * columns * (columns + 2 * GROUP_SIZE)
+def _further_sweeps(sweeps: int, rows: int, columns: int) -> Amounts:
+    """Every group's codes with the Hessian's block, the descent over them, and their change with the Hessian. The
+    descent, in a compiled loop, is in `swept`, too."""
+    return {"swept": sweeps * rows * columns, "update": sweeps * rows * columns * (columns + 2 * GROUP_SIZE)}

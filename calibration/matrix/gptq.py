@@ -6,6 +6,7 @@ calibration tokens, whose (possibly weighted) second moment H = sum_t x_t x_t^T 
 H belongs to the inputs, not to a width: build its factor once, then quantise to as many widths as needed.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,23 +94,24 @@ class HessianFactor:
         options = options or GPTQOptions()
         if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
             raise ValueError(f"{name}: shape {list(hessian.shape)}, expected [in, in]")
-        if not torch.isfinite(hessian).all():
+        if not all(math.isfinite(extreme) for extreme in hessian.aminmax()):  # NaN is both minimum and maximum
             raise ValueError(f"{name}: the Hessian has NaN or infinite entries; its inputs overflowed")
         hessian = hessian.to(torch.float32, copy=True)
         diagonal = hessian.diagonal()
         dead = diagonal <= 0
         mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
         hessian /= mean  # from here on the mean diagonal is 1, whatever the inputs' scale
-        hessian[dead, :] = 0
-        hessian[:, dead] = 0
-        diagonal[dead] = 1.0
+        if dead.any():
+            hessian[dead, :] = 0
+            hessian[:, dead] = 0
+            diagonal[dead] = 1.0
         if options.codes == "trellis":
             order = ring_order(diagonal)
         elif options.act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
         else:
             order = torch.arange(len(dead), device=hessian.device)
-        inverse_factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
+        inverse_factor, damping = _inverse_factor(hessian, order, options.damping)
         diagonal += damping
         return cls(hessian, order, inverse_factor, dead, damping)
 
@@ -119,16 +121,19 @@ class HessianFactor:
         return cls.build(torch.eye(in_features, device=device))
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper triangular U with U^T U = (H + damping I)^-1, and the damping that made it possible."""
+def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper triangular U with U^T U = (H + damping I)^-1, rows and columns in this order, and the damping that made it
+    possible."""
     # With J the exchange matrix, J H J = L L^T gives U = J L^-1 J: one factorisation and no explicit inverse.
-    flipped = hessian.flip(0, 1)
-    identity = torch.eye(len(hessian), device=hessian.device)
+    backwards = order.flip(0)
     while damping <= MAX_DAMPING:
-        factor, failed = torch.linalg.cholesky_ex(flipped + damping * identity)
+        flipped = hessian.index_select(0, backwards).index_select(1, backwards)
+        flipped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped  # which is as large as everything else here
         if not int(failed):
             inverse = _triangular_inverse(factor)
-            if torch.isfinite(inverse).all():
+            if all(math.isfinite(extreme) for extreme in inverse.aminmax()):
                 return inverse.flip(0, 1), damping
         damping = max(damping * DAMPING_ESCALATION, 1e-6)
     raise ValueError("the Hessian is not positive semidefinite: Cholesky fails at any damping")

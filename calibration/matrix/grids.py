@@ -9,6 +9,7 @@ for each row). Without zeros, and at 1 bit, the zero is the middle of the codes:
 that much smaller; only packing fills it up.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -148,8 +149,8 @@ def check_weight(weight: torch.Tensor, bits: int, name: str) -> None:
         raise ValueError(f"{name}: bit-width {bits} is not one of {WIDTHS}")
     if weight.ndim != 2:
         raise ValueError(f"{name}: shape {list(weight.shape)}, expected [out, in]")
-    bad = int(weight.numel() - torch.isfinite(weight).sum())
-    if bad:
+    if not all(math.isfinite(extreme) for extreme in weight.aminmax()):  # NaN is both minimum and maximum
+        bad = int(weight.numel() - torch.isfinite(weight).sum())
         raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; repair the model first")
 
 

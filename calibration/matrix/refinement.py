@@ -18,6 +18,11 @@ from vllm_mcmoe.calibration.matrix.grids import DROPPED_BITS, Grid
 from vllm_mcmoe.calibration.matrix.row_loops import descend_coupled, descend_rows, over_rows
 from vllm_mcmoe.kernels.packing import GROUP_SIZE
 
+# Columns that hear of a group's change at once. A product with all others reads and writes the whole gradient, which is
+# what takes the time where that is wide: they hear of so many columns' changes together. These products of a sweep take
+# 119 / 87 / 80 / 57 ns a weight of 14,336 columns with all / 512 / 1024 / 2048; with 4096 columns it makes no difference.
+NEAR_COLUMNS = 2048
+
 # A sweep that improves the total loss by less than this share ends the refinement.
 SMALLEST_GAIN = 1e-4
 
@@ -75,6 +80,31 @@ class Refined(Protocol):
         """Go back to what state() once gave."""
 
 
+class GradientUpdates:
+    """What changes of groups, one after another in their order, do to the gradient of all columns. When the last group
+    has been told, the gradient is up to date."""
+
+    def __init__(self, gradient: torch.Tensor, hessian: torch.Tensor):
+        """gradient: float32 [out, in], changed; hessian: float32 [in, in]."""
+        self._gradient, self._hessian = gradient, hessian
+        self._waiting = gradient.new_empty(len(gradient), min(NEAR_COLUMNS, gradient.shape[1]))
+
+    def add(self, group: slice, change: torch.Tensor) -> None:
+        """change: float32 [out, group's columns], of Q there. Columns from the group's on, up to the next multiple of
+        NEAR_COLUMNS, have heard of it then."""
+        columns = self._gradient.shape[1]
+        first = group.start - group.start % NEAR_COLUMNS
+        near = slice(first, min(first + NEAR_COLUMNS, columns))
+        group = slice(group.start, min(group.stop, columns))
+        self._gradient[:, near].addmm_(change, self._hessian[group, near])
+        self._waiting[:, group.start - first : group.stop - first] = change
+        if group.stop == near.stop:
+            waiting = self._waiting[:, : near.stop - first]
+            for others in (slice(0, first), slice(near.stop, columns)):
+                if others.stop > others.start:
+                    self._gradient[:, others].addmm_(waiting, self._hessian[near, others])
+
+
 class Iterate:
     """A matrix while it is refined. All matrices are float32 [out, in].
 
@@ -93,8 +123,9 @@ class Iterate:
 
     def sweep(self, outputs: Outputs) -> None:
         """Group by group, given everything else as it is by then. The other groups hear of a group's new grid and codes
-        at once, in a product with the Hessian's rows; the only other product is that of the codes with the block on
-        the diagonal."""
+        before it is their turn, in a product with the Hessian's rows; the only other product is that of the codes with
+        the block on the diagonal."""
+        updates = GradientUpdates(self.gradient, self.hessian)
         largest, dropped = (1 << self.grid.bits) - 1, DROPPED_BITS[self.grid.metadata]
         for index, group in enumerate(self.groups):
             block = self.hessian[group, group].contiguous()
@@ -116,7 +147,7 @@ class Iterate:
             )
             self.codes[:, group] = codes
             self.grid.scales[:, index], self.grid.zeros[:, index] = scales, zeros
-            self.gradient.addmm_(change, self.hessian[group])
+            updates.add(group, change)
             self.error[:, group] += change
 
     def state(self) -> tuple[torch.Tensor, ...]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.calibration.test_quantizers import gaussian, representable
+from vllm_mcmoe.calibration.matrix import refinement
 from vllm_mcmoe.calibration.matrix.gptq import (
     GPTQOptions,
     HessianFactor,
@@ -245,3 +246,19 @@ def test_a_triangular_matrix_is_inverted_in_halves_as_in_one_piece():
     inverse = _triangular_inverse(lower)
     assert torch.equal(inverse, inverse.tril())
     assert torch.allclose(inverse.double() @ lower.double(), torch.eye(1300).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [300, 2 * refinement.NEAR_COLUMNS + 300])
+def test_a_gradient_hears_of_every_change_before_it_is_needed(columns):
+    generator = torch.Generator().manual_seed(0)
+    hessian = torch.randn(columns, columns, generator=generator)
+    gradient, error = torch.randn(3, columns, generator=generator), torch.zeros(3, columns)
+    before = gradient.clone()
+    updates = refinement.GradientUpdates(gradient, hessian)
+    for first in range(0, columns, 128):
+        group = slice(first, first + 128)
+        torch.testing.assert_close(gradient[:, group], (before + error @ hessian)[:, group], rtol=1e-4, atol=1e-3)
+        change = torch.randn(3, min(128, columns - first), generator=generator)
+        error[:, group] = change
+        updates.add(group, change)
+    torch.testing.assert_close(gradient, before + error @ hessian, rtol=1e-4, atol=1e-3)

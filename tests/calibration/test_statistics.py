@@ -74,11 +74,12 @@ def test_what_all_rows_cost_is_learnt_from_some(reference_model, calibration_fil
 
 
 def test_small_matrices_are_measured_whole(reference_model, sequences):
-    """The reference model's are: `normal` and `best` are the same there, to the last bit."""
+    """The reference model's are: what `normal` measures of larger ones is the same there, to the last bit."""
     traces = forward_traces(layerwise(reference_model), sequences.tokens)
     trace = next(traces)
-    recipes = [find_recipe("mcmoe", effort) for effort in ("normal", "best")]
-    assert [recipe.measured_rows for recipe in recipes] == [256, None]
+    rows = [find_recipe("mcmoe", effort).measured_rows for effort in ("normal", "best")]
+    assert rows == [256, None]
+    recipes = [dataclasses.replace(RECIPES["mcmoe"], measured_rows=count) for count in rows]
     first, second = (expert_errors.measure_expert(trace, 0, recipe, (1, 3), None) for recipe in recipes)
     assert first == second
 
@@ -106,7 +107,8 @@ def test_effort_is_for_recipes_by_name():
     assert find_recipe("mcmoe", "best") == RECIPES["mcmoe"]
     assert [find_recipe("mcmoe", effort).bfloat16_products for effort in ("fast", "normal", "best")] == [1, 1, 0]
     assert find_recipe("paper-code", "normal") == RECIPES["paper-code"]
-    assert find_recipe("mcmoe", "fast").gptq.refinement_sweeps == 2
+    sweeps = [find_recipe("mcmoe", effort).gptq.refinement_sweeps for effort in ("fast", "normal", "best")]
+    assert sweeps == [2, 4, 8]
     assert find_recipe(QUICK, "fast") is QUICK
     with pytest.raises(ValueError, match="effort 'heroic' is not one of fast, normal, best"):
         find_recipe("mcmoe", "heroic")

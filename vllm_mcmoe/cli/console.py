@@ -4,13 +4,13 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
+from vllm_mcmoe.calibration.common.terminal import console, messages
 
-messages = Console(stderr=True)  # everything but results; stdout is for what a program might read
+__all__ = ["log", "messages", "print_json"]  # messages: everything but results, which a program might read from stdout
 
 
 def log(message: str) -> None:
-    messages.print(message, highlight=False, markup=False)
+    console().print(message, highlight=False, markup=False)
 
 
 def print_json(document: dict[str, Any]) -> None:

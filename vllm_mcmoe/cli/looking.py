@@ -246,6 +246,7 @@ def plan_resources(
 ) -> None:
     """Say what quantising and serving a model take: memory, disk, time, GPUs, vLLM's options. Reads only config.json.
 
+    Times are of this machine's CPU, at every --effort, from a test of some seconds: let nothing else run beside it.
     With --size, what experts can get in it, and the least and largest checkpoint there can be.
 
     Example: `mcmoe plan-resources deepseek-ai/DeepSeek-V3 --bits 2.5`
@@ -253,25 +254,17 @@ def plan_resources(
     if bits is not None and size is not None:
         raise typer.BadParameter("give one of --bits and --size")
     size = parse_size(size)
-    from vllm_mcmoe.calibration.evaluate.resources import flops_per_second
     from vllm_mcmoe.calibration.evaluate.resources import plan_resources as plan
+    from vllm_mcmoe.calibration.evaluate.times import predict_times
     from vllm_mcmoe.calibration.model.folder import find_model
     from vllm_mcmoe.reporting import print_resources
 
-    result = plan(
-        find_model(model, revision, log),
-        bits=bits,
-        size=size,
-        linear_bits=linear_bits,
-        recipe=recipe.value,
-        effort=effort.value,
-        codes=codes and codes.value,
-        tuned=tune,
-        sequences=sequences,
-        length=length,
-        kv_tokens=kv_tokens,
-    )
+    folder = find_model(model, revision, log)
+    options = {"linear_bits": linear_bits, "recipe": recipe.value, "tuned": tune}
+    options |= {"sequences": sequences, "length": length, "codes": codes and codes.value}
+    result = plan(folder, bits=bits, size=size, effort=effort.value, kv_tokens=kv_tokens, **options)
+    times = predict_times(folder, log=log, **options)
     if as_json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "seconds": times})
     else:
-        print_resources(result, flops_per_second())
+        print_resources(result, times, effort.value)
