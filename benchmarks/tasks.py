@@ -26,8 +26,9 @@ from vllm_mcmoe.local_server import serve
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("mcmoe_continuations", "mcmoe_countries", "mcmoe_copying", "mcmoe_recall")
-# of a task's metrics the first there is: greedy text that is right, or the choice of the largest probability
-METRICS = ("exact_match", "acc")
+# Of a task's metrics the first there is: greedy text that is right; the likeliest choice per character, of tasks whose
+# choices differ in length; the likeliest choice
+METRICS = ("exact_match", "acc_norm", "acc")
 LENGTH = 512  # no item of these tasks has as many tokens
 CONCURRENT = 8
 
