@@ -43,8 +43,8 @@ rehearse-gpu:
 		tools/rehearse_gpu.sh $$version $(CURDIR)/build/rehearsal-$$version || exit 1; \
 	done
 
-# The README's commands as a new user gives them: from the wheel, in a fresh environment, with a hub on this machine. Half
-# an hour, 4 GB. An empty torch index where pip's own configuration has torch's CPU builds: make release-check ARGS='--torch-index ""'
+# The README's commands as a new user gives them: from the wheel, in a fresh environment, with a hub on this machine. Wants
+# 4 GB of disk. Where pip's own configuration has torch's builds for CPUs: make release-check ARGS='--torch-index ""'
 release-check:
 	rm -rf build/release-check
 	$(PYTHON) -m tools.release_check $(ARGS)

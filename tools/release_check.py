@@ -6,7 +6,7 @@ Builds the distributions as a release does, installs the wheel with [cpu] into a
 of the README there: doctor, doctor --mend, demo, plan-resources, quantize by a name on the hub, inspect, report,
 evaluate, vllm serve, and a request to it. The hub is tests/hub_server.py with the reference model; home directory and
 caches are new, and nothing of the checkout is on the path. Ends with 1 at the first command that does not do what the
-README says, naming its log. Takes half an hour on two cores, and 4 GB in --work, which are removed when all is well.
+README says, naming its log. Takes 4 GB in --work, which are removed when all is well.
 
 Needs nothing but Python and pip. Where pip's own configuration leads to a torch built for CPUs, `--torch-index ""`
 leaves out the README's --extra-index-url.
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -41,6 +42,7 @@ LEFT_OUT = (
     "push",
 )  # of the README's commands: the tests give them, and need no wheel
 STARTUP_SECONDS = 900
+LARGEST_KL = 0.1  # nats per token: 0.057 at 1.94 bits with the built-in text (docs/method.md), several of a broken one
 PROMPT = "And the LORD said unto Moses,"
 
 
@@ -132,7 +134,10 @@ def check(user: User, serve_options: Sequence[str]) -> None:
         user.run(["mcmoe", "inspect", OUT])
         user.run(["mcmoe", "report", OUT])
         scores = user.run(["mcmoe", "evaluate", OUT, "--against", NAME, "--data", "wiki.txt", "--json"])
-        print(f"    KL {json.loads(scores[scores.index('{') :])['mean_kl']:.4f} nats per token")
+        found = re.search(r'"mean_kl": ([\d.e-]+)', scores)
+        if found is None or not 0 < float(found[1]) < LARGEST_KL:
+            raise CheckFailed(f"evaluate gives no KL between 0 and {LARGEST_KL}: {found and found[1]}")
+        print(f"    KL {float(found[1]):.4f} nats per token", flush=True)
         with serving(user, serve_options) as url:
             ask(url)
             served = ["mcmoe", "evaluate", f"{url}/v1", "--against", NAME, "--data", "wiki.txt", "--length", "256"]
