@@ -7,8 +7,8 @@ READY  := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/pip install --progress-bar off
 CPU_TORCH   := $(shell grep ^torch== constraints.txt)$(if $(filter Linux,$(shell uname)),+cpu)
 
-.PHONY: demo test soak two-ranks test-other-vllm rehearse-gpu setup clean aot-report bench-cpu bench-linear bench-memory bench-mixtral \
-	bench-pruning bench-quality bench-serving smol-moe
+.PHONY: demo test soak two-ranks test-other-vllm rehearse-gpu release-check setup clean aot-report bench-cpu \
+	bench-linear bench-memory bench-mixtral bench-pruning bench-quality bench-serving bench-tasks smol-moe
 
 demo: $(READY)
 	$(BIN)/mcmoe demo --out build/demo
@@ -43,6 +43,12 @@ rehearse-gpu:
 		tools/rehearse_gpu.sh $$version $(CURDIR)/build/rehearsal-$$version || exit 1; \
 	done
 
+# The README's commands as a new user gives them: from the wheel, in a fresh environment, with a hub on this machine. Wants
+# 4 GB of disk. Where pip's own configuration has torch's builds for CPUs: make release-check ARGS='--torch-index ""'
+release-check:
+	rm -rf build/release-check
+	$(PYTHON) -m tools.release_check $(ARGS)
+
 # Benchmarks: minutes to an hour each, best on an otherwise idle machine. Options: make bench-cpu ARGS="--help"
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_moe.py $(ARGS)
@@ -70,6 +76,11 @@ bench-quality: $(READY)
 
 bench-serving: $(READY)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+# Tasks through vllm serve: make bench-tasks ARGS="ORIGINAL CHECKPOINT... --work build/tasks"
+bench-tasks: $(READY)
+	$(PIP_INSTALL) -c constraints.txt -e '.[tasks]'
+	$(BIN)/python benchmarks/tasks.py $(ARGS)
 
 # SmolLM2-135M-Instruct as a mixture of experts, a small model that chats, in build/smol-moe
 smol-moe: $(READY)

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import vllm_mcmoe
+from tools.release_check import LEFT_OUT, CheckFailed, run
 from vllm_mcmoe.demo import REFERENCE_MODEL as DEMO_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +133,26 @@ def test_the_tests_run_with_the_versions_of_the_constraints():
     direct = [Requirement(line).name for line in PROJECT["dependencies"]]
     found = {name: version(name).partition("+")[0] for name in direct}
     assert found == {name: constraints()[name] for name in direct}
+
+
+def test_the_release_check_gives_every_command_of_the_readme():
+    shown = re.findall(r"^mcmoe ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    given = re.findall(r'"mcmoe", "([\w-]+)"', (ROOT / "tools" / "release_check.py").read_text())
+    assert len(set(shown)) > 8
+    assert set(shown) == {command for command in (*given, *LEFT_OUT) if command != "demo"}
+
+
+def test_the_release_check_runs_nothing_of_the_checkouts_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where an egg-info makes pip believe that the wheel is installed
+    log = tmp_path / "log"
+    run([sys.executable, "-c", "import os; print(os.environ.get('PYTHONPATH'))"], log)
+    assert log.read_text().split() == ["None"]
+
+
+def test_the_release_check_ends_at_a_command_that_fails(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(CheckFailed, match=f"ended with 3, not 0: {log}"):
+        run([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], log)
+    assert log.read_text() == "the reason\n"
+    with pytest.raises(CheckFailed, match=r"there is no mcmoe-of-no-one on /usr/bin"):
+        run(["mcmoe-of-no-one"], log, env={"PATH": "/usr/bin"})

@@ -33,6 +33,7 @@ from vllm_mcmoe.calibration.allocate.problem import (
     problems_of,
 )
 from vllm_mcmoe.calibration.allocate.size import parse_size, size_in_bytes
+from vllm_mcmoe.calibration.common.native_output import native_output_on_stderr
 from vllm_mcmoe.calibration.matrix.linears import PACKED_BITS, check_linear_bits
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors, LayerFactors, LinearTable
 from vllm_mcmoe.calibration.model.description import MoeModel
@@ -285,13 +286,15 @@ def _milp(
     problem: Problem, costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, gap: float
 ) -> tuple[np.ndarray, float]:
     """HiGHS, to this relative gap. Returns the width index of every item, and the gap proven."""
-    result = milp(
-        costs.ravel(),
-        integrality=np.ones(costs.size),
-        bounds=Bounds(0, allowed.ravel()),
-        constraints=[_one_width_each(*costs.shape), _budget_row(problem, sizes), *_least_counts(problem, costs.shape)],
-        options={"mip_rel_gap": gap},
-    )
+    rows = [_one_width_each(*costs.shape), _budget_row(problem, sizes), *_least_counts(problem, costs.shape)]
+    with native_output_on_stderr():  # where a repaired solution is tried, HiGHS prints a line whatever it is told
+        result = milp(
+            costs.ravel(),
+            integrality=np.ones(costs.size),
+            bounds=Bounds(0, allowed.ravel()),
+            constraints=rows,
+            options={"mip_rel_gap": gap},
+        )
     if result.x is None or result.status != 0:
         raise PlanError(
             f"{problem.where}: no plan has {'exactly' if problem.recipe.budget == '=' else 'at most'} "

@@ -1,10 +1,13 @@
 """Allocation against brute force, its budgets in written bits, its constraints and its errors."""
 
+import ctypes
 import itertools
 
 import numpy as np
 import pytest
+from scipy.optimize import milp
 
+from vllm_mcmoe.calibration.allocate import program
 from vllm_mcmoe.calibration.allocate.bits import average_bits, written_bits
 from vllm_mcmoe.calibration.allocate.plan import Plan
 from vllm_mcmoe.calibration.allocate.program import allocate
@@ -262,3 +265,19 @@ def test_the_core_of_a_large_problem_is_as_good_as_the_whole(monkeypatch):
 
 def test_every_recipe_is_named_as_it_is_found():
     assert all(name == recipe.name and isinstance(recipe, Recipe) for name, recipe in RECIPES.items())
+
+
+def test_what_the_solver_prints_stays_off_standard_output(capfd, monkeypatch):
+    """HiGHS does so with the plan of SmolLM2's experts at 4 bits, by C's printf, and `--json` would not be JSON."""
+
+    def talkative(*arguments, **options):
+        ctypes.CDLL(None).puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(program, "milp", talkative)
+    print("before")
+    allocate(random_factors(1, 4, widths=(1, 2, 3, 4)), bits=2.0)
+    print("after")
+    printed = capfd.readouterr()
+    assert printed.out == "before\nafter\n"
+    assert printed.err == "HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n"
