@@ -100,33 +100,50 @@ def _word(four):
 
 
 @triton.constexpr_function
+def _rotate(out, word, amount):
+    return f"shf.r.wrap.b32 {out}, {word}, {word}, {amount};"
+
+
+@triton.constexpr_function
+def _permute(tables, pair):
+    """A pair of tables by selectors s1 and s2, into c and e. The first half of a table is in a register."""
+    by = (("c", 2 * pair, "s1"), ("e", 2 * pair + 1, "s2"))
+    return [f"prmt.b32 {out}, t{at}, {_word(tables[at][4:])}, {selector};" for out, at, selector in by]
+
+
+@triton.constexpr_function
+def _operand(bits, tables, out):
+    """Four operands by the selectors and the masks."""
+    if bits == 1:
+        return [*_permute(tables, 0), f"or.b32 {out}, c, e;"]
+    if bits == 2:
+        return [*_permute(tables, 0), f"lop3.b32 {out}, c, e, {mirror_mask(bits) * 0x01010101}, 0x28;"]
+    if bits == 3:
+        code = [*_permute(tables, 1), "lop3.b32 f, c, e, m0, 0x28;"]  # (c ^ e) & m0
+        return [*code, *_permute(tables, 0), f"lop3.b32 {out}, c, e, f, 0x96;"]  # c ^ e ^ f
+    code = [*_permute(tables, 3), "lop3.b32 f, c, e, m0, 0x28;"]
+    code += [*_permute(tables, 2), "lop3.b32 f, c, e, f, 0x96;"]
+    code += [*_permute(tables, 1), "lop3.b32 g, c, e, m0, 0x28;"]
+    code += [*_permute(tables, 0), "lop3.b32 g, c, e, g, 0x96;"]
+    return [*code, f"lop3.b32 {out}, g, f, m1, 0x78;"]  # g ^ (f & m1)
+
+
+@triton.constexpr_function
 def ring_decoder(bits):
     """PTX: the words of a ring, one per bit, -> eight words of four operands, quad 2 p + h in the order of rings.py.
 
-    A constant from a register of zeros, which ptxas cannot know of, is kept in a register; of those that it knows to be
-    the same in all threads it would copy one for every permutation.
+    A constant that is or'ed with a register of zeros, of which ptxas cannot know, stays in a register; one that it
+    knows to be the same in all threads it would copy for every use.
     """
     coded, *uncoded = [f"${QUADS.value + stream}" for stream in range(bits)]
-    tables = _permuted_tables(bits)
-    names = [f"t{index}" for index in range(2 * len(tables))]
-    flat = [table for pair in tables for table in pair]
+    tables = [table for pair in _permuted_tables(bits) for table in pair]
+    names = [f"t{index}" for index in range(len(tables))]
     temporaries = "zero, ones, own, d, d2, y1, y2, a, b, s1, s2, m0, m1, c, e, f, g"
     code = [f"{{ .reg .b32 {temporaries}, {', '.join(names)};"]
     code += ["mov.u32 c, %lanemask_eq;", "sub.u32 zero, c, 1;", "and.b32 zero, zero, c;"]
-    code += [f"or.b32 {name}, zero, {_word(table[:4])};" for name, table in zip(names, flat, strict=True)]
-
-    def permute(out, table, selector):
-        return f"prmt.b32 {out}, t{table}, {_word(flat[table][4:])}, {selector};"
-
-    def rotate(out, word, amount):
-        return f"shf.r.wrap.b32 {out}, {word}, {word}, {amount};"
-
-    def both(out, other, pair):
-        """What the pair's two permutations give, in two registers."""
-        return [permute(out, 2 * pair, "s1"), permute(other, 2 * pair + 1, "s2")]
-
+    code += [f"or.b32 {name}, zero, {_word(table[:4])};" for name, table in zip(names, tables, strict=True)]
     if bits > 1:
-        code += [rotate("own", coded, 1), f"xor.b32 d, {coded}, own;", rotate("d2", "d", 3)]
+        code += [_rotate("own", coded, 1), f"xor.b32 d, {coded}, own;", _rotate("d2", "d", 3)]
         code += [f"lop3.b32 y1, d2, own, {uncoded[0]}, 0xca;", f"lop3.b32 y2, d2, {uncoded[0]}, own, 0xca;"]
     if bits > 2:
         code += [f"or.b32 ones, zero, {0x80808080};"]
@@ -137,23 +154,12 @@ def ring_decoder(bits):
         for half in range(2):
             out, amount = f"${2 * rotation + half}", rotation + 16 * half
             if bits == 1:
-                code += [rotate("s1", coded, amount), f"xor.b32 s2, s1, {0x88888888};"]
-                code += [*both("c", "e", 0), f"or.b32 {out}, c, e;"]
-                continue
-            code += [rotate("s1", "a", amount), rotate("s2", "b", amount)]
+                code += [_rotate("s1", coded, amount), f"xor.b32 s2, s1, {0x88888888};"]
+            else:
+                code += [_rotate("s1", "a", amount), _rotate("s2", "b", amount)]
             for index, word in enumerate(reversed(uncoded[1:])):
-                code += [rotate(f"m{index}", word, amount), f"prmt.b32 m{index}, ones, {0x80808080}, m{index};"]
-            if bits == 2:
-                code += [*both("c", "e", 0), f"lop3.b32 {out}, c, e, {mirror_mask(bits) * 0x01010101}, 0x28;"]
-            if bits == 3:
-                code += [*both("c", "e", 1), "lop3.b32 f, c, e, m0, 0x28;"]  # (c ^ e) & m0
-                code += [*both("c", "e", 0), f"lop3.b32 {out}, c, e, f, 0x96;"]  # c ^ e ^ f
-            if bits == 4:
-                code += [*both("c", "e", 3), "lop3.b32 f, c, e, m0, 0x28;"]
-                code += [*both("c", "e", 2), "lop3.b32 f, c, e, f, 0x96;"]
-                code += [*both("c", "e", 1), "lop3.b32 g, c, e, m0, 0x28;"]
-                code += [*both("c", "e", 0), "lop3.b32 g, c, e, g, 0x96;"]
-                code += [f"lop3.b32 {out}, g, f, m1, 0x78;"]  # g ^ (f & m1)
+                code += [_rotate(f"m{index}", word, amount), f"prmt.b32 m{index}, ones, {0x80808080}, m{index};"]
+            code += _operand(bits, tables, out)
     return "\n".join([*code, "}"])
 
 
