@@ -103,7 +103,7 @@ class Phase:
 
 @contextmanager
 def whole_run(phases: Sequence[Phase], log: Log, *, show: bool = True) -> Iterator[None]:
-    """Within the block it is said how much is left of all these phases, which follow each other: in a bar below theirs,
+    """Within the block it is said how much is left of all these phases, which follow each other: in a bar above theirs,
     or where none are drawn in a line of log in every phase, as soon as an item of it is done, and every REPORT_EVERY
     seconds."""
     global _whole
