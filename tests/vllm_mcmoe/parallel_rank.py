@@ -10,6 +10,7 @@ gives it the two collectives that the one for GPUs has, in gloo.
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -21,15 +22,16 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
-from tests.vllm_mcmoe.test_expert_weights import random_matrix
+from tests.vllm_mcmoe.test_expert_weights import code_of, random_matrix
 from vllm_mcmoe.checkpoint import FORMAT_VERSION, CheckpointConfig, ExpertBits, matrix_tensors
 from vllm_mcmoe.errors import McmoeError
-from vllm_mcmoe.kernels.packing import PackedMatrix
+from vllm_mcmoe.kernels.packing import StoredMatrix
 from vllm_mcmoe.kernels.reference import fused_experts
 from vllm_mcmoe.quantization import McmoeConfig
 
 LAYER = "model.layers.0.mlp.experts"
 BITS = (1, 2, 3, 4)
+CODES = tuple(map(code_of, BITS))
 HIDDEN, INTERMEDIATE, TOP_K = 256, 512, 2
 TOKENS = (3, 6)  # of each data parallel rank
 
@@ -54,7 +56,7 @@ def reduce_scatterv(self, tensor, dim=-1, sizes=None):
     return total[begin : begin + sizes[self.rank_in_group]]
 
 
-def projections(expert: int, bits: int) -> dict[str, PackedMatrix]:
+def projections(expert: int, bits: int) -> dict[str, StoredMatrix]:
     shapes = {
         "gate_proj": (INTERMEDIATE, HIDDEN),
         "up_proj": (INTERMEDIATE, HIDDEN),
@@ -77,10 +79,8 @@ def expected(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     for expert, bits in enumerate(BITS):
         parts = projections(expert, bits)
         gate, up = parts["gate_proj"], parts["up_proj"]
-        zeros = None if gate.zeros is None else torch.cat([gate.zeros, up.zeros])
-        gate_up.append(
-            PackedMatrix(bits, torch.cat([gate.qweight, up.qweight]), torch.cat([gate.scales, up.scales]), zeros)
-        )
+        both = {name: torch.cat([getattr(gate, name), getattr(up, name)]) for name in ("qweight", "scales")}
+        gate_up.append(replace(gate, **both))
         down.append(parts["down_proj"])
     return fused_experts(x, weights / weights.sum(-1, keepdim=True), ids, gate_up, down)
 
@@ -101,7 +101,7 @@ def run(rank: int, dp: int, tp: int, ep: bool, port: int, gathers: bool, all2all
     parallel._data_parallel_master_port_list = []
     config = VllmConfig(parallel_config=parallel, device_config=DeviceConfig("cpu"))
     config.model_config = SimpleNamespace(is_moe=True, dtype=torch.float32, hf_config=SimpleNamespace())
-    quantization = McmoeConfig(CheckpointConfig({LAYER: ExpertBits(BITS, BITS)}))
+    quantization = McmoeConfig(CheckpointConfig({LAYER: ExpertBits.of_codes(CODES, CODES)}))
     with set_current_vllm_config(config):
         init_distributed_environment(tp, rank % tp, f"tcp://127.0.0.1:{port}", rank % tp, backend="gloo")
         initialize_model_parallel(tp, 1, backend="gloo")

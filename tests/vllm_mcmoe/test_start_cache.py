@@ -162,7 +162,7 @@ def test_ranks_with_different_parts_have_different_files(root, model, tensors):
 def test_the_same_part_of_another_layer_has_a_file_of_its_own(root, model, tensors):
     start(root, model, tensors)
     weights = layer_weights(WHOLE)
-    other = LayerWeights("model.layers.1.mlp.experts", WHOLE, weights.gate_up.bits, weights.down.bits, 256, 512)
+    other = LayerWeights("model.layers.1.mlp.experts", WHOLE, weights.gate_up.codes, weights.down.codes, 256, 512)
     assert StartCache(root, lambda: model).find(other) is None
 
 
