@@ -54,19 +54,18 @@ def named_shape(text: str) -> str:
     return text
 
 
-CODE_NAMES = {f"{code.bits}{'t' if code.kind == 'trellis' else ''}": code for code in CODES}
+def short_name(code: Code) -> str:
+    """2 or 2t."""
+    return f"{code.bits}{'t' if code.kind == 'trellis' else ''}"
+
+
+CODE_NAMES = {short_name(code): code for code in CODES}
 
 
 def named_code(text: str) -> Code:
-    """2 or 2t."""
     if text not in CODE_NAMES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CODE_NAMES)}")
     return CODE_NAMES[text]
-
-
-def name_of(codes: Sequence[Code]) -> str:
-    names = {code: name for name, code in CODE_NAMES.items()}
-    return f"{'+'.join(names[code] for code in codes)} bit"
 
 
 def of_one_rank(shape: Shape, tensor_parallel: int, expert_parallel: int) -> Shape:
@@ -235,7 +234,7 @@ def contenders(shape: Shape, codes: Sequence[Code]) -> Iterator[tuple[str, float
     """(name, stored bits per weight, layer); one at a time, so that one set of weights is on the device."""
     for activations in ("int8", "float"):
         layer = prepare_layer(shape, codes, activations)
-        yield f"{name_of(codes)}, {activations}", stored_bits(codes), layer
+        yield f"{'+'.join(map(short_name, codes))} bit, {activations}", stored_bits(codes), layer
         del layer
     if shape.all_experts > shape.experts:
         return  # the others take local experts' tokens alone
@@ -333,7 +332,11 @@ def main() -> None:
     parser.add_argument("--expert-parallel-size", type=int, default=1, help="measure one rank's experts")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument(
-        "--bits", nargs="+", type=named_code, default=(Code(2), Code(3)), help=f"of {', '.join(CODE_NAMES)}"
+        "--bits",
+        nargs="+",
+        type=named_code,
+        default=(Code(2), Code(3)),
+        help=f"what the experts cycle through, of {', '.join(CODE_NAMES)}",
     )
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write a tile table instead of comparing")
     parser.add_argument("--parts", action="store_true", help="time by kernel instead of comparing")

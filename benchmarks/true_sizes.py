@@ -29,7 +29,7 @@ from vllm_mcmoe.calibration.evaluate.times import predict_times
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions, HessianFactor, quantize_gptq
 from vllm_mcmoe.calibration.matrix.second_moment import SecondMoment
 from vllm_mcmoe.calibration.matrix.two_sided import COUPLED_ROWS, OutputHessian
-from vllm_mcmoe.calibration.measure.expert_errors import MEASURED_TOKENS
+from vllm_mcmoe.calibration.measure.expert_errors import MEASURED_TOKENS, measures_some_rows
 from vllm_mcmoe.calibration.measure.expert_tokens import CHUNK_TOKENS
 from vllm_mcmoe.calibration.model.description import MoeModel, describe_model
 from vllm_mcmoe.calibration.model.experts import Expert
@@ -149,8 +149,7 @@ def minutes(
         seconds["sweeps"] += experts * rows * gptq.refinement_sweeps * times.sweep
         seconds["output_sweeps"] += experts * rows * gptq.output_sweeps * times.output_sweep
         units = rows // (description.function.factor if part == "gate_up" else 1)
-        some = recipe.measured_rows
-        share = some / units if some is not None and units > 2 * some else 1.0
+        share = recipe.measured_rows / units if measures_some_rows(recipe, units) else 1.0
         of_width = rows * share * (times.gptq + gptq.refinement_sweeps * times.sweep)
         seconds["measuring"] += experts * len(recipe.widths) * of_width
     seconds["measuring"] += experts * min(measured * top_k / experts, MEASURED_TOKENS) / CHUNK_TOKENS * 3 * intermediate

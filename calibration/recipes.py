@@ -13,6 +13,7 @@ from typing import Literal
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.matrix.grids import Metadata
 from vllm_mcmoe.checkpoint import FORMAT_VERSION
+from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import KINDS, Kind
 
 Objective = Literal["loss_increase", "weighted_error", "uniform"]
@@ -157,15 +158,15 @@ def find_recipe(
 ) -> Recipe:
     """The recipe of that name, with as much effort, or the given one as it is; without its tuning unless `tune`.
 
-    codes: in the place of the recipe's. Raises ValueError naming the known recipes, efforts or codes, and for codes
-    that the recipe cannot have.
+    codes: in the place of the recipe's. Raises ValueError naming the known recipes, efforts or codes, and PlanError for
+    codes that the recipe cannot have.
     """
     found = recipe if isinstance(recipe, Recipe) else _named(recipe, effort)
     if codes is not None:
         _check_known("codes", codes, KINDS)
         if codes == "trellis" and found.gptq.metadata != "float8":
-            raise ValueError(
-                f"recipe {found.name} has scalar codes alone: trellis codes have no zeros, which it stores"
+            raise PlanError(
+                f"recipe {found.name} has scalar codes alone: trellis codes have no zeros, which it stores."
             )
         found = replace(found, gptq=replace(found.gptq, codes=codes))
     return found if tune else replace(found, tuning=None)

@@ -197,7 +197,7 @@ class _SelfTest:
                 forward(hidden).backward(x)
 
         q, k, v = (self._random(1, ATTENTION_HEADS, sizes.length, sizes.head_size) for _ in range(3))
-        attend = _attention_by_definition if sizes.eager else F.scaled_dot_product_attention
+        attend = _attention_by_definition if sizes.eager else partial(F.scaled_dot_product_attention, is_causal=True)
         scores = attention_products(sizes.length, 2 * ATTENTION_HEADS * sizes.head_size)
         moment, token_weights = SecondMoment.of([self.x]), torch.rand(CHUNK_TOKENS, generator=self.generator)
         change, block = self._random(GPTQ_ROWS, GROUP_SIZE), self._random(GROUP_SIZE, WIDE)
@@ -207,7 +207,7 @@ class _SelfTest:
             "linear": _seconds(lambda: F.linear(x, weight)) / (len(x) * weight.numel()),
             "expert": _seconds(lambda: forward(x)) / used,
             "backward": _seconds(backward) / (2 * used),
-            "score": _seconds(lambda: attend(q, k, v, is_causal=True)) / scores,
+            "score": _seconds(lambda: attend(q, k, v)) / scores,
             "moment": self._of_experts(lambda: moment.add(self.x, token_weights)) / moments,
             "update": self._of_experts(lambda: wide.addmm_(change, block)) / (change.numel() * WIDE),
         }
@@ -288,10 +288,9 @@ class _SelfTest:
         }
 
 
-def _attention_by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> torch.Tensor:
+def _attention_by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = q @ k.transpose(-1, -2)
-    if is_causal:
-        scores = scores + torch.full(scores.shape[-2:], float("-inf")).triu(1)
+    scores = scores + torch.full(scores.shape[-2:], float("-inf")).triu(1)
     return scores.softmax(-1) @ v
 
 

@@ -45,7 +45,7 @@ def is_trellis(number):
 @triton.constexpr_function
 def code_width(number):
     """Bits of a weight."""
-    return number - 16 if number > 16 else number
+    return number - 16 if is_trellis(number) else number
 
 
 @triton.constexpr_function
@@ -56,7 +56,7 @@ def has_trellis(widths):
 
 @triton.constexpr_function
 def field_count(number):
-    return 8 if number > 16 else len(fields(number))
+    return 8 if is_trellis(number) else len(fields(number))
 
 
 @triton.constexpr_function

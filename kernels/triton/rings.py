@@ -28,7 +28,7 @@ from functools import cache
 
 import torch
 
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, pack_planes, unpack_planes
 from vllm_mcmoe.kernels.trellis import RING, pack_trellis, ring_columns, unpack_trellis
 
 RINGS = GROUP_SIZE // RING
@@ -58,18 +58,6 @@ def _ring_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     return rings[..., ring_columns().to(qweight.device)]
 
 
-def _bits_to_bytes(bits: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 32] zeros and ones -> uint8 [..., 4], little-endian."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (4, 8)) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def _bytes_to_bits(stored: torch.Tensor) -> torch.Tensor:
-    """Inverse of _bits_to_bytes."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)
-    return ((stored.unsqueeze(-1) >> shifts) & 1).flatten(-2)
-
-
 def _moved(stream: int, bits: int) -> int:
     """How many bits above a weight's position its bit of a stream stands."""
     return 0 if bits == 1 else (1, 0, 3, 3)[stream]
@@ -81,14 +69,14 @@ def ring_words(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     codes = _ring_codes(qweight, bits)
     coded = codes & 1
     streams = [coded, *(((codes >> bit) & 1) ^ coded for bit in range(bits - 1, 0, -1))]
-    words = [_bits_to_bytes(stream.roll(_moved(index, bits), -1)) for index, stream in enumerate(streams)]
-    return torch.stack(words, dim=2).flatten(-2)
+    words = [pack_planes(stream.roll(_moved(index, bits), -1).flatten(1), (1,)) for index, stream in enumerate(streams)]
+    return torch.stack(words, dim=2)
 
 
 def codes_of_ring_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of ring_words."""
-    stored = _bytes_to_bits(words.unflatten(-1, (RINGS, 4)))  # [features, groups, bits, rings, 32]
-    coded, *others = (stored[:, :, index].roll(-_moved(index, bits), -1) for index in range(bits))
+    stored = [unpack_planes(word, (1,)).unflatten(-1, (-1, RINGS, RING)) for word in words.unbind(2)]
+    coded, *others = (stream.roll(-_moved(index, bits), -1) for index, stream in enumerate(stored))
     codes = coded.clone()
     for bit, stream in zip(range(bits - 1, 0, -1), others, strict=True):
         codes |= (stream ^ coded) << bit

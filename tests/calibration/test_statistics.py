@@ -18,6 +18,7 @@ from vllm_mcmoe.calibration.measure.super_experts import flag_super_experts
 from vllm_mcmoe.calibration.model.text import load_sequences
 from vllm_mcmoe.calibration.pipeline import calibrate
 from vllm_mcmoe.calibration.recipes import RECIPES, find_recipe
+from vllm_mcmoe.errors import PlanError
 
 LAYER = "model.layers.2.block_sparse_moe.experts"
 RTN = dataclasses.replace(QUICK, name="rtn", error_quantizer="rtn")
@@ -112,6 +113,8 @@ def test_effort_is_for_recipes_by_name():
     assert find_recipe(QUICK, "fast") is QUICK
     with pytest.raises(ValueError, match="effort 'heroic' is not one of fast, normal, best"):
         find_recipe("mcmoe", "heroic")
+    with pytest.raises(PlanError, match="recipe paper-code has scalar codes alone"):  # the command line shows it
+        find_recipe("paper-code", codes="trellis")
 
 
 def test_routing_weights_are_counted_before_renormalisation_and_only_where_selected():

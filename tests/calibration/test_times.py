@@ -19,6 +19,7 @@ from vllm_mcmoe.calibration.pipeline import quantize
 from vllm_mcmoe.calibration.recipes import find_recipe
 
 FEW = {"sequences": 4, "length": 128}
+KINDS = set(get_args(Kind))
 
 
 @pytest.fixture
@@ -29,29 +30,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def kinds_of(annotation) -> set[str]:
-    return {name for part in get_args(annotation) for name in (get_args(part) or (part,))}
-
-
 def test_time_is_the_sum_of_all_kinds_of_work(reference_model):
     work = plan_resources(reference_model, **FEW).quantization.work
-    assert {field.name for field in dataclasses.fields(Speed)} == kinds_of(Kind) == {*typical_speed(False).__dict__}
+    assert {field.name for field in dataclasses.fields(Speed)} == KINDS
     found = {kind for amounts in dataclasses.asdict(work).values() for kind, amount in amounts.items() if amount}
-    assert found == kinds_of(Kind) - {"rounded"}  # of this model all rows are measured, none rounded
-    nothing = dataclasses.replace(typical_speed(False), **dict.fromkeys(kinds_of(Kind), 0.0))
+    assert found == KINDS - {"rounded"}  # of this model all rows are measured, none rounded
+    nothing = dataclasses.replace(typical_speed(False), **dict.fromkeys(KINDS, 0.0))
     of_kinds = 0.0
-    for kind in kinds_of(Kind):
+    for kind in KINDS:
         of_kinds += sum(predict(work, dataclasses.replace(nothing, **{kind: 2.0})).values())
     twice = sum(sum(amounts.values()) for amounts in dataclasses.asdict(work).values())
     assert of_kinds == pytest.approx(2 * twice)
-    products = dataclasses.replace(nothing, **dict.fromkeys(kinds_of(MultiplyAdds), 1.0))
+    products = dataclasses.replace(nothing, **dict.fromkeys(get_args(MultiplyAdds), 1.0))
     assert sum(predict(work, products).values()) == pytest.approx(work.total)
 
 
 def test_a_real_run_takes_about_as_long_as_predicted(
     reference_model, calibration_files, tmp_path, one_thread, monkeypatch
 ):
-    """Twice or half of it, on a machine with other work: benchmarks/streaming_memory.py shows how near it is."""
+    """Within three times of it, on a machine with other work: benchmarks/streaming_memory.py shows how near it is."""
     tests = []
     measured = times.measure_speed
 

@@ -50,6 +50,7 @@ def test_layers_with_and_without_trellis_codes_have_kernels_of_their_own_all_com
     assert counted["both kinds"]["later"] == []
     alone, both = (Counter(counted[model]["at load"]) for model in ("qwen3", "both kinds"))
     assert both["grouped_gemm_kernel"] == 2 * alone["grouped_gemm_kernel"]
+    assert both["prepare_kernel"] == 2 * alone["prepare_kernel"]
     assert both["combine_kernel"] == alone["combine_kernel"]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_mcmoe.kernels.expert_function import GPT_OSS, SILU, ExpertFunction
-from vllm_mcmoe.kernels.packing import CODES, TRELLIS_WIDTHS, Code
+from vllm_mcmoe.kernels.packing import TRELLIS_WIDTHS, Code
 
 if TYPE_CHECKING:  # whoever imports the kernels decides whether they are interpreted; this module must not be the first
     from vllm_mcmoe.kernels.triton.tiles import Tiles
@@ -59,7 +59,7 @@ GEMM = "gemm.grouped_gemm_kernel"
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile. number > 0: it has a GEMM loop over tiles of one code, whose figures are read.
+    """One kernel to compile. code: it has a GEMM loop over tiles of this one alone, whose figures are read.
 
     in_ci: the tests compile it again; the rest is compiled for the report only, because it takes minutes.
     """
@@ -69,7 +69,7 @@ class Case:
     constants: tuple[tuple[str, object], ...]
     num_warps: int = 4
     num_stages: int = 3
-    number: int = 0
+    code: Code | None = None
     in_ci: bool = True
 
     @property
@@ -82,12 +82,7 @@ class Case:
 
     @property
     def is_trellis(self) -> bool:
-        return self.number > max(DECODE_WIDTHS)
-
-    @property
-    def width(self) -> int:
-        """Bits of a weight."""
-        return next(code.bits for code in CODES if code.number == self.number)
+        return self.code is not None and self.code.kind == "trellis"
 
 
 @dataclass(frozen=True)
@@ -136,9 +131,9 @@ def _gemm(
 ) -> Case:
     from vllm_mcmoe.kernels.triton import gemm
 
-    numbers = [Code(width, "trellis" if trellis else "scalar").number for width in widths]
+    codes = [Code(width, "trellis" if trellis else "scalar") for width in widths]
     constants = {
-        "WIDTHS": sum(1 << number for number in numbers),
+        "WIDTHS": sum(1 << code.number for code in codes),
         "STORED_ZEROS": stored_zeros,
         "MAPPED": True,
         "BLOCK_TOKENS": tiles.block_tokens,
@@ -156,13 +151,13 @@ def _gemm(
         "GROUP": gemm.BLOCKS_PER_GROUP,
         "ROWS": gemm.SUMMED_ROWS,
     }
-    number = numbers[0] if len(widths) == 1 else 0
+    code = codes[0] if len(codes) == 1 else None
     names = {None: "", SILU: ", SiLU", GPT_OSS: ", clamped SiLU"}
     details = [", float"] * is_float + [names.get(function, f", {function}")]
     details += [", biases"] * biased + [", combining"] * combines + [", no zeros"] * (not stored_zeros)
     kind = "-bit trellis" if trellis else " bit"
     name = f"{tiles.block_tokens} tokens, {'+'.join(map(str, widths))}{kind}{''.join(details)}"
-    return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, number, in_ci)
+    return Case(name, GEMM, tuple(constants.items()), tiles.num_warps, tiles.num_stages, code, in_ci)
 
 
 def _is_amd(target: str) -> bool:
@@ -345,7 +340,7 @@ def _instructions_per_weight(case: Case, loop: Counter, amd: bool) -> float:
         tiles = round(products / (64 * 2 * case.block_tokens / (16 if amd else 8)))
     else:
         activation_bytes = 128 * case.block_tokens * (2 if case.is_float else 1)
-        tiles = round(_loaded_bytes(case, loop, 16, amd) / (TILE_WEIGHTS * case.width // 8 + activation_bytes))
+        tiles = round(_loaded_bytes(case, loop, 16, amd) / (TILE_WEIGHTS * case.code.bits // 8 + activation_bytes))
     return sum(loop.values()) * _threads(case, amd) / (TILE_WEIGHTS * tiles)
 
 
@@ -361,11 +356,8 @@ def _weight_bytes(case: Case, ttgir: str) -> float:
     """Bytes of codes and scales that one pass of the loop loads, per weight."""
     from vllm_mcmoe.kernels.triton.fields import field_count, tile_rows
 
-    shapes = {
-        (tile_rows(case.number), 128): {"i8": 1},
-        (tile_rows(case.number), 64): {"i16": 2},
-        (tile_rows(case.number), field_count(case.number)): {"i32": 4, "f16": 2},
-    }
+    features, fields = tile_rows(case.code.number), field_count(case.code.number)
+    shapes = {(features, 128): {"i8": 1}, (features, 64): {"i16": 2}, (features, fields): {"i32": 4, "f16": 2}}
     if case.is_trellis:  # without PTX a word for each of its four bytes
         shapes[32, 32] = {"i8": 1, "i32": 1}
     body = ttgir[ttgir.index("scf.for") :]
@@ -378,7 +370,7 @@ def _weight_bytes(case: Case, ttgir: str) -> float:
 
 def _weight_load_bytes(case: Case, loop: Counter, amd: bool) -> int:
     """The widest load that occurs often enough in the loop to carry all of its codes."""
-    enough = TILE_WEIGHTS * case.width // 8
+    enough = TILE_WEIGHTS * case.code.bits // 8
     return next((size for size in (16, 8) if _loaded_bytes(case, loop, size, amd) >= enough), 4)
 
 
@@ -407,7 +399,7 @@ def figures(target: str, case: Case) -> Figures:
     instructions, labels = _instructions(code, amd)
     matrix = sorted({opcode for opcode, _ in instructions if _MATRIX.search(opcode)})
     measured = ("", "", "")
-    if case.number:
+    if case.code:
         loop = _matrix_loop(instructions, labels)
         measured = (
             round(_instructions_per_weight(case, loop, amd), 2),

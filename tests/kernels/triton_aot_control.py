@@ -32,7 +32,7 @@ def main() -> None:
     code = Code(2, "trellis") if "--trellis" in sys.argv else Code(2)
     accumulate.and_four_bytes = shift_and_mask_four_bytes
     accumulate_rings.ring_decoder = decoder_of_known_tables
-    row = figures("sm80", next(case for case in cases("sm80") if case.number == code.number))
+    row = figures("sm80", next(case for case in cases("sm80") if case.code == code))
     print(row.instructions_per_weight)
 
 

@@ -33,9 +33,9 @@ class Layer:
     down: tuple[int, ...]
 
 
-# four sets of widths of gate_up, three of down
 TRELLIS, SCALAR = Code(2, "trellis").number, 2
 LAYERS_OF_BOTH_KINDS = (Layer((TRELLIS, SCALAR), (SCALAR,)), Layer((SCALAR,), (SCALAR,)), Layer((SCALAR,), (TRELLIS,)))
+# four sets of widths of gate_up, three of down
 LAYERS = (Layer((2, 3), (2, 3)), Layer((1, 2, 3), (2, 3)), Layer((1, 2, 3), (1, 2, 3)), Layer((2, 3, 4), (1, 2, 3, 4)))
 
 
