@@ -8,14 +8,15 @@ Each model is served in turn, and asked over HTTP as any client would; tasks are
 answers with its standard error; beside a checkpoint's the difference to the original on the same items, with the
 standard error of that difference, which is the smaller one: a model mostly fails where the original does.
 
-lm_eval's own files, every answer among them, and the servers' logs are kept in --work. A model that has been asked all
-of the tasks there is not asked again.
+lm_eval's own files, every answer among them, and the servers' logs are kept in --work, by the name of a model's
+directory. It is asked only the tasks that it has not been asked there: another folder is for another checkpoint of the
+same name, and for other --serve-options.
 """
 
 import argparse
 import json
 import math
-import shutil
+import shlex
 import statistics
 import subprocess
 import sys
@@ -65,17 +66,24 @@ def main() -> None:
 def read_answers(model: Path, options: argparse.Namespace) -> dict[str, dict[int, float]]:
     """Task -> number of the item -> 1 where the model is right, else 0; asks the model unless that has been done."""
     out = options.work / (model.name if options.limit is None else f"{model.name}-{options.limit}")
-    found = {task: sorted(out.glob(f"**/samples_{task}_*.jsonl")) for task in options.tasks}
-    if not all(found.values()):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        ask(model, out, options)
-        found = {task: sorted(out.glob(f"**/samples_{task}_*.jsonl")) for task in options.tasks}
+    missing = [task for task in options.tasks if not _samples(out, task)]
+    if missing:
+        out.mkdir(parents=True, exist_ok=True)
+        ask(model, out, missing, options)
+    found = {task: _samples(out, task) for task in options.tasks}
+    for task, files in found.items():
+        if not files:  # lm_eval writes a group's answers by the names of its tasks
+            sys.exit(f"{out}: lm_eval has written no answers to {task}; give single tasks, not groups or tags of them")
     return {task: _right(files[-1]) for task, files in found.items()}
 
 
-def ask(model: Path, out: Path, options: argparse.Namespace) -> None:
-    """Serve the model, and let lm_eval ask it."""
+def _samples(out: Path, task: str) -> list[Path]:
+    """lm_eval's files of answers, oldest first: a date follows the task's name, and none of a longer name."""
+    return sorted(out.glob(f"**/samples_{task}_[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T*.jsonl"))
+
+
+def ask(model: Path, out: Path, tasks: list[str], options: argparse.Namespace) -> None:
+    """Serve the model, and let lm_eval ask it these tasks."""
     server = ("--max-model-len", str(LENGTH), "--max-num-seqs", str(2 * CONCURRENT), *options.serve_options)
     with serve(model, server, log_file=out / "server.log") as url:
         settings = {
@@ -88,7 +96,7 @@ def ask(model: Path, out: Path, options: argparse.Namespace) -> None:
         }
         command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "local-completions"]
         command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
-        command += ["--include_path", "benchmarks/lm_eval", "--tasks", ",".join(options.tasks)]
+        command += ["--include_path", "benchmarks/lm_eval", "--tasks", ",".join(tasks)]
         command += ["--output_path", str(out.resolve()), "--log_samples"]
         command += ["--limit", str(options.limit)] if options.limit else []
         with open(out / "lm_eval.log", "wb") as log:
@@ -145,7 +153,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="items of each task; all of them without")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument(
-        "--serve-options", type=str.split, default=["--enforce-eager"], help="of vllm serve: (--enforce-eager)"
+        "--serve-options", type=shlex.split, default=["--enforce-eager"], help="of vllm serve: (--enforce-eager)"
     )
     options = parser.parse_args()
     if len({model.name for model in options.models}) < len(options.models):

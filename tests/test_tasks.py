@@ -80,7 +80,7 @@ def test_what_is_asked_for_stands_in_the_context_once():
 
 def write_samples(folder: Path, task: str, metric: str, right: list[float]) -> None:
     """As lm_eval 0.4.13 writes them: a file per task in a folder named after the model, an item per line."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"doc_id": i, "doc": {}, metric: value}) for i, value in enumerate(right)]
     (folder / f"samples_{task}_2026-12-01T00-00-00.000000.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -89,6 +89,30 @@ def test_a_model_that_was_asked_already_is_not_served_again(tasks, tmp_path):
     write_samples(tmp_path / "model" / "some__folder", "mcmoe_recall", "exact_match", [1.0, 0.0])
     options = tasks.argparse.Namespace(work=tmp_path, tasks=["mcmoe_recall"], limit=None)
     assert tasks.read_answers(Path("/nowhere/model"), options) == {"mcmoe_recall": {0: 1.0, 1: 0.0}}
+
+
+def test_only_what_is_missing_is_asked_and_the_other_answers_stay(tasks, tmp_path, monkeypatch):
+    folder = tmp_path / "model" / "some__folder"
+    write_samples(folder, "mcmoe_recall", "exact_match", [1.0, 0.0])
+    asked = []
+
+    def ask(model, out, missing, options) -> None:
+        asked.append(missing)
+        write_samples(folder, "mcmoe_copying", "exact_match", [0.0, 0.0])
+
+    monkeypatch.setattr(tasks, "ask", ask)
+    options = tasks.argparse.Namespace(work=tmp_path, tasks=["mcmoe_recall", "mcmoe_copying"], limit=None)
+    found = tasks.read_answers(Path("/nowhere/model"), options)
+    assert asked == [["mcmoe_copying"]]
+    assert found == {"mcmoe_recall": {0: 1.0, 1: 0.0}, "mcmoe_copying": {0: 0.0, 1: 0.0}}
+
+
+def test_a_tag_is_not_taken_for_a_task_whose_name_begins_like_it(tasks, tmp_path, monkeypatch):
+    write_samples(tmp_path / "model" / "some__folder", "mcmoe_recall", "exact_match", [1.0, 0.0])
+    monkeypatch.setattr(tasks, "ask", lambda *arguments: None)
+    options = tasks.argparse.Namespace(work=tmp_path, tasks=["mcmoe"], limit=None)
+    with pytest.raises(SystemExit, match="no answers to mcmoe; give single tasks"):
+        tasks.read_answers(Path("/nowhere/model"), options)
 
 
 def test_the_difference_to_the_original_is_that_on_the_same_items(tasks):
