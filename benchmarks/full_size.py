@@ -31,7 +31,6 @@ from openai import OpenAI
 from server_start import Memory, Start, read_memory, read_start
 from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 
-from vllm_mcmoe.calibration.model.layerwise import EMBEDDING
 from vllm_mcmoe.calibration.model.weight_files import TensorFiles
 from vllm_mcmoe.kernels.packing import KINDS
 from vllm_mcmoe.local_server import serve
@@ -42,6 +41,7 @@ DECODE_PROMPT, NEW_TOKENS = 16, 32
 PREFILL_PROMPT = 512
 MAX_LENGTH, KV_CACHE_BYTES = 1024, 1 << 29
 GB = 1e9
+EMBEDDING = "model.embed_tokens.weight"  # of which a step reads a row per token
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from cpu_moe import GROUP_SIZE, SHAPES, WIDTHS, Shape, quantised_variant, random_call, seconds
+from cpu_moe import SHAPES, WIDTHS, Shape, quantised_variant, random_call, seconds
 
 from vllm_mcmoe.calibration.evaluate.checkpoint_weights import open_weights
 from vllm_mcmoe.calibration.evaluate.experts_forward import layer_rules
@@ -35,6 +35,7 @@ from vllm_mcmoe.calibration.prune.odp import measure_curves, uniform_thresholds
 from vllm_mcmoe.calibration.prune.otp import router_scores
 from vllm_mcmoe.calibration.prune.rules import calibrate_rules, target_levels
 from vllm_mcmoe.kernels.cpu import select_isa
+from vllm_mcmoe.kernels.packing import GROUP_SIZE
 from vllm_mcmoe.kernels.reference.pruning import by_weight, drop
 from vllm_mcmoe.pruning import LayerPruning, PruningRules, interpolate, ratio_pruning
 
@@ -156,7 +157,7 @@ class Speed:
 
 def speed(shape: Shape, options: argparse.Namespace) -> list[Speed]:
     """The 2.5-bit mix, a mask router of random tensors in front of it; random tokens and routing."""
-    variant = quantised_variant(shape, WIDTHS["2.5 bit mix"], select_isa())
+    variant = quantised_variant(shape, WIDTHS["2.5 bit mix"], select_isa(), stored_zeros=False)
     router = {
         "expert_bias": torch.zeros(shape.experts),
         "weight_slopes": torch.zeros(2, shape.top_k - 1),

@@ -228,7 +228,7 @@ class _SelfTest:
         product = self._of_experts(partial(torch.mm, matrix, matrix)) / (2 * SQUARE**3)
         building = self._of_experts(lambda: HessianFactor.build(SecondMoment.of([self.x[:1]]).matrix(), self.options))
         entry = (building - product * factor_products(HESSIAN_COLUMNS)) / HESSIAN_COLUMNS**2
-        return {"factor": product, "entry": max(entry, 0.0)}
+        return {"factor": product, "entry": max(entry, LEAST_SHARE * building / HESSIAN_COLUMNS**2)}
 
     def quantising(self, products: Mapping[str, float]) -> dict[str, float]:
         """Differences between a matrix quantised without sweeps, with some, and with others, less their products."""
@@ -248,6 +248,7 @@ class _SelfTest:
         first, separate, coupled = (
             self._of_experts(partial(quantise, *sweeps)) for sweeps in ((0, 0), (SWEEPS, 0), (0, SWEEPS))
         )
+        least = LEAST_SHARE * separate / SWEEPS  # of noisy timings a difference may be nothing, or less
         swept = (separate - first - linear * weights * columns) / SWEEPS
         coupling = (coupled - separate) / SWEEPS - linear * weights * rows
         search = "mse" if self.options.mse_search and not self.options.compensate else "minmax"
@@ -256,8 +257,8 @@ class _SelfTest:
         )
         return {
             "first": max(first - update * weights * columns / 2, LEAST_SHARE * first) / weights,
-            "swept": max(swept - update * weights * (columns + 2 * GROUP_SIZE), LEAST_SHARE * swept) / weights,
-            "coupling": max(coupling, 0.0) / (weights * rows),
+            "swept": max(swept - update * weights * (columns + 2 * GROUP_SIZE), least) / weights,
+            "coupling": max(coupling, least) / (weights * rows),
             "rounded": rounded / weights,
         }
 
