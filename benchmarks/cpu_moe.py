@@ -25,12 +25,11 @@ from vllm_mcmoe.kernels.cpu import ISA_VARIABLE, CpuExperts, available_isas, sel
 from vllm_mcmoe.kernels.packing import (
     GROUP_SIZE,
     Code,
-    PackedMatrix,
     StoredMatrix,
     middle_zero,
     packed_bytes_per_group,
 )
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.trellis import stored_matrix
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 DECODE_TOKENS = 4
@@ -93,10 +92,8 @@ def random_matrix(code: Code, out_features: int, in_features: int, stored_zeros:
     groups = (out_features, in_features // GROUP_SIZE)
     qweight = torch.randint(0, 256, (*groups, packed_bytes_per_group(code.bits)), dtype=torch.uint8)
     scales = torch.full(groups, 0.01, dtype=torch.float16)
-    if code.kind == "trellis":
-        return TrellisMatrix(code.bits, qweight, scales)
     zeros = torch.full(groups, middle_zero(code.bits), dtype=torch.float16)
-    return PackedMatrix(code.bits, qweight, scales, zeros if code.has_zeros(stored_zeros) else None)
+    return stored_matrix(code, qweight, scales, zeros if code.has_zeros(stored_zeros) else None)
 
 
 def quantised_variant(

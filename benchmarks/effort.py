@@ -30,7 +30,7 @@ from vllm_mcmoe.calibration.common.device import bfloat16_products
 from vllm_mcmoe.calibration.evaluate.scores import evaluate
 from vllm_mcmoe.calibration.measure.expert_tokens import build_factor, evenly_spaced
 from vllm_mcmoe.calibration.measure.factors import PROJECTIONS, Factors
-from vllm_mcmoe.calibration.measure.statistics import measure
+from vllm_mcmoe.calibration.measure.statistics import Calibration, measure
 from vllm_mcmoe.calibration.model.description import describe_model
 from vllm_mcmoe.calibration.model.layerwise import LayerwiseModel
 from vllm_mcmoe.calibration.model.text import load_calibration_data
@@ -70,18 +70,9 @@ def compare_quantising(
     plan = allocate(measured.factors, recipe=default, bits=bits)
 
     def show(what: str, recipe: Recipe = default, within: AbstractContextManager = nullcontext()) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            out = Path(directory) / "out"
-            with within:
-                quantize_model(
-                    model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
-                    output_gradients=measured.output_gradients, show_progress=False,
-                )  # fmt: skip
-            scores = evaluate(
-                out, _corpus("evaluation"), against=model.description.path, sequences=evaluation_sequences,
-                length=256, show_progress=False,
-            )  # fmt: skip
-        print(f"{what}: KL {scores.mean_kl:.4f}", flush=True)
+        with within:
+            kl = _kl(model, sequences, recipe, plan, measured, evaluation_sequences)
+        print(f"{what}: KL {kl:.4f}", flush=True)
 
     show("as always")
     show("bfloat16", within=bfloat16_products(True))
@@ -97,17 +88,26 @@ def compare_sweeps(
     for sweeps in before:
         recipe = replace(default, gptq=replace(default.gptq, refinement_sweeps=sweeps))
         measured = measure(model, sequences, recipe=recipe, show_progress=False)
-        with tempfile.TemporaryDirectory() as directory:
-            out = Path(directory) / "out"
-            quantize_model(
-                model, out, plan=allocate(measured.factors, recipe=recipe, bits=bits), sequences=sequences,
-                recipe=recipe, linear_bits=16, output_gradients=measured.output_gradients, show_progress=False,
-            )  # fmt: skip
-            scores = evaluate(
-                out, _corpus("evaluation"), against=model.description.path, sequences=evaluation_sequences,
-                length=256, show_progress=False,
-            )  # fmt: skip
-        print(f"{bits:g} bits, {default.gptq.codes}, {sweeps} sweeps before: KL {scores.mean_kl:.5f}", flush=True)
+        plan = allocate(measured.factors, recipe=recipe, bits=bits)
+        kl = _kl(model, sequences, recipe, plan, measured, evaluation_sequences)
+        print(f"{bits:g} bits, {default.gptq.codes}, {sweeps} sweeps before: KL {kl:.5f}", flush=True)
+
+
+def _kl(
+    model: LayerwiseModel, sequences: Any, recipe: Recipe, plan: Plan, measured: Calibration, evaluation_sequences: int
+) -> float:
+    """Nats per token, of the plan quantised by the recipe."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out"
+        quantize_model(
+            model, out, plan=plan, sequences=sequences, recipe=recipe, linear_bits=16,
+            output_gradients=measured.output_gradients, show_progress=False,
+        )  # fmt: skip
+        scores = evaluate(
+            out, _corpus("evaluation"), against=model.description.path, sequences=evaluation_sequences, length=256,
+            show_progress=False,
+        )  # fmt: skip
+    return scores.mean_kl
 
 
 def _of_few_tokens(tokens: Any, weights: torch.Tensor, transform: Any, recipe: Recipe, name: str) -> Any:

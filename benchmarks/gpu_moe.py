@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from triton.testing import do_bench
 
-from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, PackedMatrix, StoredMatrix, packed_bytes_per_group
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, StoredMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.trellis import stored_matrix
 from vllm_mcmoe.kernels.triton import experts as backend
 from vllm_mcmoe.kernels.triton.tiles import Shape, Tiles, default_tiles, describe_device, write_table
 
@@ -99,10 +99,7 @@ def random_matrices(codes: Sequence[Code], out_features: int, in_features: int) 
             (out_features, groups), in_features**-0.5 / (1 << code.bits), dtype=torch.float16, device="cuda"
         )
         qweight = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-        if code.kind == "trellis":
-            yield TrellisMatrix(code.bits, qweight, scales)
-        else:
-            yield PackedMatrix(code.bits, qweight, scales, zeros=None)
+        yield stored_matrix(code, qweight, scales)
 
 
 def prepare_layer(shape: Shape, codes: Sequence[Code], activations: str) -> Callable[[Inputs], torch.Tensor]:

@@ -36,11 +36,10 @@ from vllm_mcmoe.kernels.packing import (
     KINDS,
     Code,
     Kind,
-    PackedMatrix,
     StoredMatrix,
     packed_bytes_per_group,
 )
-from vllm_mcmoe.kernels.trellis import TrellisMatrix, level_table
+from vllm_mcmoe.kernels.trellis import level_table, stored_matrix
 from vllm_mcmoe.pruning import PruningRules
 
 MASK_ROUTER_RANK = 8  # as mcmoe prune trains them
@@ -182,7 +181,7 @@ class Writer:
         scales = torch.full(groups, columns**-0.5 / math.sqrt(variance))
         scales = storable_scales(scales, "float8", scale_ranges(scales, bits, "float8")).half()
         qweight = self._bytes(*groups, packed_bytes_per_group(bits))
-        return TrellisMatrix(bits, qweight, scales) if trellis else PackedMatrix(bits, qweight, scales, zeros=None)
+        return stored_matrix(code, qweight, scales)
 
     def _linear(self, shard: Shard, name: str, rows: int, columns: int) -> None:
         if self.linear_bits == 16:

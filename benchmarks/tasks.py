@@ -32,6 +32,7 @@ TASKS = ("mcmoe_continuations", "mcmoe_countries", "mcmoe_copying", "mcmoe_recal
 METRICS = ("exact_match", "acc_norm", "acc")
 LENGTH = 512  # no item of these tasks has as many tokens
 CONCURRENT = 8
+LM_EVAL = Path(sys.executable).with_name("lm_eval")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def ask(model: Path, out: Path, tasks: list[str], options: argparse.Namespace) -
             "num_concurrent": CONCURRENT,
             "max_length": LENGTH,
         }
-        command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "local-completions"]
+        command = [str(LM_EVAL), "--model", "local-completions"]
         command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
         command += ["--include_path", "benchmarks/lm_eval", "--tasks", ",".join(tasks)]
         command += ["--output_path", str(out.resolve()), "--log_samples"]
@@ -150,12 +151,16 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="where answers and logs are kept")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of benchmarks/lm_eval, or of lm_eval itself")
-    parser.add_argument("--limit", type=int, help="items of each task; all of them without")
+    parser.add_argument("--limit", type=int, help="items of each task, two or more; all of them without")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument(
         "--serve-options", type=shlex.split, default=["--enforce-eager"], help="of vllm serve: (--enforce-eager)"
     )
     options = parser.parse_args()
+    if options.limit is not None and options.limit < 2:
+        parser.error("--limit is two or more: one answer has no standard error")
+    if not LM_EVAL.exists():
+        parser.error(f"there is no {LM_EVAL}: pip install 'lm_eval[api]'")
     if len({model.name for model in options.models}) < len(options.models):
         parser.error("models whose directories have the same name cannot be told apart in the table")
     return options

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vllm_mcmoe.calibration.matrix.gptq import GPTQOptions
 from vllm_mcmoe.calibration.matrix.grids import Metadata
-from vllm_mcmoe.checkpoint import FORMAT_VERSION
+from vllm_mcmoe.checkpoint import TRELLIS_VERSION
 from vllm_mcmoe.errors import PlanError
 from vllm_mcmoe.kernels.packing import KINDS, Kind
 
@@ -100,7 +100,7 @@ class Recipe:
     def format_version(self) -> int:
         """Of the checkpoints it makes."""
         if self.gptq.codes == "trellis":
-            return FORMAT_VERSION
+            return TRELLIS_VERSION
         return next(version for version, metadata in METADATA.items() if metadata == self.gptq.metadata)
 
 

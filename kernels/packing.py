@@ -25,7 +25,7 @@ TRELLIS_WIDTHS = (1, 2, 3, 4)
 
 Kind = Literal["scalar", "trellis"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_TRELLIS_NUMBERS = 16  # added to the width of a trellis code
+TRELLIS_NUMBERS = 16  # Code.number of a trellis code is this and its width
 
 
 class Code(NamedTuple):
@@ -41,7 +41,7 @@ class Code(NamedTuple):
     @property
     def number(self) -> int:
         """What compiled kernels know it by: its width, and 16 more of a trellis code."""
-        return self.bits + (_TRELLIS_NUMBERS if self.kind == "trellis" else 0)
+        return self.bits + (TRELLIS_NUMBERS if self.kind == "trellis" else 0)
 
     def has_zeros(self, stored_zeros: bool) -> bool:
         """Whether matrices have zeros where scalar codes of more than 1 bit do."""

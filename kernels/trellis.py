@@ -20,7 +20,15 @@ from functools import cache
 
 import torch
 
-from vllm_mcmoe.kernels.packing import TRELLIS_WIDTHS, Code, StoredMatrix, pack_planes, planes, unpack_planes
+from vllm_mcmoe.kernels.packing import (
+    TRELLIS_WIDTHS,
+    Code,
+    PackedMatrix,
+    StoredMatrix,
+    pack_planes,
+    planes,
+    unpack_planes,
+)
 
 RING = 32  # weights, and bits of the word that kernels rotate
 STEP = 4  # columns from one weight of a ring to the next: a quad, which CPU kernels multiply at once
@@ -132,3 +140,13 @@ class TrellisMatrix(StoredMatrix):
 
     def float_zeros(self) -> torch.Tensor:
         return torch.full_like(self.scales, middle_level(self.bits), dtype=torch.float32)
+
+
+def stored_matrix(
+    code: Code, qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
+) -> StoredMatrix:
+    """The matrix of this code. qweight: uint8 [out, groups, 16*bits]; scales and zeros: float16 [out, groups], as
+    PackedMatrix and TrellisMatrix say; zeros of scalar codes alone."""
+    if code.kind == "trellis":
+        return TrellisMatrix(code.bits, qweight, scales)
+    return PackedMatrix(code.bits, qweight, scales, zeros)

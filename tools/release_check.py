@@ -13,35 +13,30 @@ leaves out the README's --extra-index-url.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.hub_server import running_hub
+from vllm_mcmoe.errors import McmoeError
+from vllm_mcmoe.local_server import running
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
 NAME = "vllm-mcmoe/tiny-mixtral"  # on the hub of this process
 OUT = "tiny-2.5bit"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-LEFT_OUT = (
-    "allocate",
-    "calibrate",
-    "prune",
-    "push",
-)  # of the README's commands: the tests give them, and need no wheel
-STARTUP_SECONDS = 900
+# Of the README's commands: the tests give them, and need no wheel
+LEFT_OUT = ("allocate", "calibrate", "prune", "push")
 LARGEST_KL = 0.1  # nats per token: 0.057 at 1.94 bits with the built-in text (docs/method.md), several of a broken one
 PROMPT = "And the LORD said unto Moses,"
 
@@ -144,42 +139,22 @@ def check(user: User, serve_options: Sequence[str]) -> None:
             user.run(served, contains="perplexity")
 
 
-@contextlib.contextmanager
+@contextmanager
 def serving(user: User, options: Sequence[str]) -> Iterator[str]:
     """`vllm serve OUT` until the block ends; yields http://HOST:PORT. Raises CheckFailed where it does not come up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = ["vllm", "serve", OUT, "--port", port, *options]
+    command = ["vllm", "serve", OUT, *options]
     log = user.new_log(command)
     print(f"$ {' '.join(command)}", flush=True)
     began = time.monotonic()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [str(user.bin / command[0]), *command[1:]],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=user.variables,
-            cwd=user.directory,
-            start_new_session=True,  # so that the engine's processes can be ended with it
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while not _answers(f"{url}/health"):
-                if process.poll() is not None or time.monotonic() - began > STARTUP_SECONDS:
-                    raise CheckFailed(f"`{' '.join(command)}` has not come up: {log}")
-                time.sleep(1)
+    program = [str(user.bin / command[0]), *command[1:]]
+    try:
+        with running(program, log_file=log, environment=user.variables, directory=user.directory) as url:
             print(f"    answers after {time.monotonic() - began:.0f} s", flush=True)
             if "vllm-mcmoe" not in log.read_text(errors="replace"):
                 raise CheckFailed(f"the server does not say that the plugin loaded the experts: {log}")
             yield url
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    except McmoeError as error:
+        raise CheckFailed(f"`{' '.join(command)}` has not come up: {log}: {error}") from error
 
 
 def ask(url: str) -> None:
@@ -219,14 +194,6 @@ def run(
     print(f"    {time.monotonic() - began:.0f} s", flush=True)
     if done.returncode != exit_code:
         raise CheckFailed(f"`{' '.join(command)}` ended with {done.returncode}, not {exit_code}: {log}")
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _arguments() -> argparse.Namespace:

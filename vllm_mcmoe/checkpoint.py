@@ -34,13 +34,12 @@ from vllm_mcmoe.kernels.packing import (
     WIDTHS,
     Code,
     Kind,
-    PackedMatrix,
     StoredMatrix,
     packed_bytes_per_group,
     scales_from_bytes,
     scales_to_bytes,
 )
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.trellis import stored_matrix
 from vllm_mcmoe.pruning import PruningConfig
 
 QUANT_METHOD = "mcmoe"
@@ -48,7 +47,7 @@ QUANT_METHOD = "mcmoe"
 # where some matrix has trellis codes: others are written as version 2, which older releases read.
 VERSIONS = (1, 2, 3)
 FORMAT_VERSION = VERSIONS[-1]
-SCALAR_VERSION = 2  # the newest without trellis codes
+SCALAR_VERSION, TRELLIS_VERSION = 2, 3  # what is written without trellis codes and with them, scales being bytes
 
 QWEIGHT, SCALES, ZEROS, EXPONENTS, BIAS = "qweight", "scales", "zeros", "exponents", "bias"
 
@@ -84,9 +83,7 @@ def matrix_of(code: Code, version: int, read: Callable[[str], torch.Tensor]) -> 
     """The matrix whose tensors read(suffix) gives, as this version stores them."""
     tensors = {suffix: read(suffix) for suffix in tensor_dtypes(code, version)}
     scales = tensors[SCALES] if version == 1 else scales_from_bytes(tensors[SCALES], tensors[EXPONENTS])
-    if code.kind == "trellis":
-        return TrellisMatrix(code.bits, tensors[QWEIGHT], scales)
-    return PackedMatrix(code.bits, tensors[QWEIGHT], scales, tensors.get(ZEROS))
+    return stored_matrix(code, tensors[QWEIGHT], scales, tensors.get(ZEROS))
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,10 @@ class ExpertBits:
     @property
     def down_codes(self) -> tuple[Code, ...]:
         return _codes(self.down, self.down_kinds)
+
+    @property
+    def has_trellis(self) -> bool:
+        return "trellis" in (*self.gate_up_kinds, *self.down_kinds)
 
     @property
     def used_codes(self) -> frozenset[Code]:
@@ -233,16 +234,15 @@ def _parse_expert_bits(name: str, bits: Any, version: int, source: str) -> Exper
             f"{source}: {name}: {len(lists['gate_up'])} widths for gate_up but {len(lists['down'])} for down."
         )
     for projection, widths in list(lists.items()):
-        lists |= _parse_kinds(f"{name}.{projection}_kinds", bits.get(f"{projection}_kinds"), widths, version, source)
+        key = f"{projection}_kinds"
+        lists[key] = _parse_kinds(f"{name}.{key}", bits.get(key), widths, version, source)
     return ExpertBits(**lists)
 
 
-def _parse_kinds(
-    where: str, kinds: Any, widths: tuple[int, ...], version: int, source: str
-) -> dict[str, tuple[Kind, ...]]:
-    """ExpertBits' argument, which is not there where the config has no kinds."""
+def _parse_kinds(where: str, kinds: Any, widths: tuple[int, ...], version: int, source: str) -> tuple[Kind, ...]:
+    """Empty where the config has no kinds."""
     if kinds is None:
-        return {}
+        return ()
     if version <= SCALAR_VERSION:
         raise FormatError(f"{source}: {where}: format version {version} has scalar codes alone.")
     if not isinstance(kinds, list) or len(kinds) != len(widths):
@@ -254,7 +254,7 @@ def _parse_kinds(
             )
         if Code(width, kind) not in CODES:
             raise FormatError(f"{source}: {where}: expert {expert} has {width} bits, for which no {kind} code exists.")
-    return {where.rpartition(".")[2]: tuple(kinds)}
+    return tuple(kinds)
 
 
 def read_checkpoint_config(checkpoint: Path) -> CheckpointConfig:

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,20 +40,39 @@ def serve(
 
     log_file receives the server's output. Raises McmoeError with the log's last lines where it does not come up.
     """
-    port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), *SMALL_MACHINE_OPTIONS, *options]
+    command += [*SMALL_MACHINE_OPTIONS, *options]
+    variables = {**os.environ, **(environment or {})}
+    with running(command, log_file=log_file, environment=variables, on_wait=on_wait) as url:
+        yield f"{url}/v1"
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    *,
+    log_file: Path,
+    environment: Mapping[str, str],
+    directory: Path | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
+    """Run this `vllm serve ...` on a free port until the block ends; yields `http://127.0.0.1:PORT`.
+
+    environment: all of its variables; directory: where it runs, None for here. Raises as serve does.
+    """
+    port = free_port()
     with open(log_file, "wb") as log:
         process = subprocess.Popen(
-            command,
+            [*command, "--port", str(port)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env=environment,
+            cwd=directory,
             start_new_session=True,  # so that _stop reaches the engine's processes, too
         )
         try:
             _wait_until_healthy(process, port, log_file, on_wait)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}"
         finally:
             _stop(process)
 

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from vllm_mcmoe.kernels.cpu.intrinsics import F32, I64
+from vllm_mcmoe.kernels.cpu.intrinsics import F32, I64, internal_function
 from vllm_mcmoe.kernels.cpu.vectors import LANES, VF32, VI32, call, constant, fma, load, splat, store
 from vllm_mcmoe.kernels.trellis import MEMORY, RING, TRELLIS_WIDTHS
 
@@ -55,9 +55,7 @@ def _step_function(module: ir.Module, combinations: int) -> ir.Function:
     existing = module.globals.get(name)
     if existing is not None:
         return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = internal_function(module, name, 8)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     time, factor, table, scales, targets, survivors, extended, steps = function.args
     step = _Step(builder, factor, time, survivors, extended)

@@ -249,11 +249,11 @@ class CheckpointRun:
         else:
             linear = self._mixed_config(ignore)
         experts = {
-            name: ExpertBits.of_codes([e.code("gate_up") for e in experts], [e.code("down") for e in experts])
-            for name, experts in report.layers.items()
+            name: ExpertBits.of_codes([e.code("gate_up") for e in layer], [e.code("down") for e in layer])
+            for name, layer in report.layers.items()
         }
         version = self.recipe.format_version
-        if all(code.kind == "scalar" for layer in experts.values() for code in layer.used_codes):
+        if not any(layer.has_trellis for layer in experts.values()):
             version = min(version, SCALAR_VERSION)
         config = CheckpointConfig(
             experts=experts,

@@ -223,13 +223,10 @@ class _LayerJob:
             for projection, rows in zip(self.description.projections(part), all_rows, strict=True):
                 packed = matrix.part(rows).pack()
                 matrices[self.description.expert_tensor(layer_name, expert, projection)] = packed
-                kinds[part] = packed.code.kind
+                kinds[f"{part}_kind"] = packed.code.kind
         after = layer.expert(expert)(sample.x)
         error = float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(own) else None
-        report = ExpertReport(
-            **bits, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled,
-            **{f"{part}_kind": kind for part, kind in kinds.items()},
-        )  # fmt: skip
+        report = ExpertReport(**bits, **kinds, tokens=len(own), output_error=error, pooled_hessian=tokens.pooled)
         return _QuantizedExpert(report, matrices)
 
     def add_unquantized(self) -> None:

@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 
 from vllm_mcmoe.kernels.cpu.chunks import tile_inputs, tile_inputs_compiled
 from vllm_mcmoe.kernels.cpu.codes import PORTION_QUADS, READERS_256, VECTOR_BYTES, Codes, largest_value
-from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64, internal_function
 from vllm_mcmoe.kernels.cpu.layout import (
     Record,
     family_records,
@@ -322,9 +322,7 @@ def block_function(module: ir.Module, name: str, sums, kind: Record, tokens: int
     existing = module.globals.get(name)
     if existing is not None:
         return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 7), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = internal_function(module, name, 7)
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, codes, activations, tile_stride, scales, totals, batches = function.args
     builder = ir.IRBuilder(entry)

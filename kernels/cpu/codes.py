@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64, internal_function
 from vllm_mcmoe.kernels.cpu.layout import SCALAR, SCALAR_WITH_ZEROS, TRELLIS, TRELLIS_VBMI, Record
 from vllm_mcmoe.kernels.cpu.vectors import (
     LANES,
@@ -62,12 +62,11 @@ class Codes:
             self.loaded[shift, index] = load(self.builder, VI32, start, index * VECTOR_BYTES)
         return self.loaded[shift, index]
 
-    def fields(self, quad: int) -> Iterator[tuple[ir.Value, int, int, int]]:
-        """Per plane: (vector, position of the quad's field in every byte, mask of a field, weight shift)."""
-        for width, shift, start in self.planes:
+    def fields(self, quad: int, first_plane: int = 0) -> Iterator[tuple[ir.Value, int, int, int]]:
+        """Per plane: (vector, position of the quad's field in every byte, bits of a field, weight shift)."""
+        for width, shift, start in self.planes[first_plane:]:
             per_vector = 8 // width
-            vector = self._vector(start, shift, quad // per_vector)
-            yield vector, quad % per_vector * width, (1 << width) - 1, shift
+            yield self._vector(start, shift, quad // per_vector), quad % per_vector * width, width, shift
 
     def moved(self, vector: ir.Value, position: int, wanted: int) -> ir.Value:
         """The bits at `position` of every byte at the wanted one; what else is in the bytes means nothing."""
@@ -78,8 +77,8 @@ class Codes:
     def quad(self, quad: int) -> ir.Value:
         """int32 [16], four unsigned bytes each."""
         result = None
-        for vector, position, mask, shift in self.fields(quad):
-            field = self.builder.and_(self.moved(vector, position, shift), byte_mask(mask << shift))
+        for vector, position, width, shift in self.fields(quad):
+            field = self.builder.and_(self.moved(vector, position, shift), byte_mask(((1 << width) - 1) << shift))
             result = field if result is None else self.builder.or_(result, field)
         return result
 
@@ -112,10 +111,8 @@ class Levels(Codes):
 
     def uncoded_fields(self, quad: int) -> Iterator[tuple[ir.Value, int, int]]:
         """Per plane of uncoded bits, the lowest first: (vector, position of the quad's field, bits)."""
-        _, *uncoded = self.planes
-        for width, shift, start in uncoded:
-            per_vector = 8 // width
-            yield self._vector(start, shift, quad // per_vector), quad % per_vector * width, width
+        for vector, position, width, _ in self.fields(quad, first_plane=1):
+            yield vector, position, width
 
     def uncoded_bits(self, quad: int) -> Iterator[tuple[ir.Value, int]]:
         """Per uncoded bit, the lowest first: (vector, its position in every byte)."""
@@ -251,9 +248,7 @@ def _decode_function(module: ir.Module, kind: Record) -> ir.Function:
     existing = module.globals.get(name)
     if existing is not None:
         return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 3), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = internal_function(module, name, 3)
     record, portion, out = function.args
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     builder = ir.IRBuilder(entry)

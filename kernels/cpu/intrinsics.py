@@ -13,6 +13,14 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
+def internal_function(module: ir.Module, name: str, arguments: int) -> ir.Function:
+    """void name(int64, ...) without a body yet, not to be inlined: LLVM then compiles it once, however often called."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function
+
+
 def _view(element: types.Type):
     """An intrinsic that turns an int64 address into an indexable pointer to `element`."""
 

@@ -102,9 +102,6 @@ def family_records(family: int) -> tuple[Record, ...]:
     return tuple(expert_record(Code(bits), stored_zeros=family == SCALAR_WITH_ZEROS) for bits in WIDTHS)
 
 
-TRELLIS_NUMBER = Code(1, "trellis").number - 1  # Code.number of a trellis code is this and its width
-
-
 @numba.njit
 def record_bytes_compiled(family, bits):
     """nbytes of a family's record in compiled code, which learns an expert's width at run time."""

@@ -18,7 +18,7 @@ from vllm_mcmoe.kernels.cpu.chunks import (
     write_rows,
 )
 from vllm_mcmoe.kernels.cpu.intrinsics import as_float32, as_int32, as_int64, fetch_add
-from vllm_mcmoe.kernels.cpu.layout import ROWS, TRELLIS_NUMBER
+from vllm_mcmoe.kernels.cpu.layout import ROWS
 from vllm_mcmoe.kernels.cpu.team import finish_phase, run_team
 from vllm_mcmoe.kernels.cpu.vectors import (
     WITH_PARAMETERS,
@@ -37,7 +37,7 @@ from vllm_mcmoe.kernels.cpu.vectors import (
     scale_and_add,
     silu,
 )
-from vllm_mcmoe.kernels.packing import GROUP_SIZE
+from vllm_mcmoe.kernels.packing import GROUP_SIZE, TRELLIS_NUMBERS
 
 GROUP_ROWS = 128  # rows of one group of the intermediate activations, quantised as soon as they are complete
 
@@ -190,13 +190,13 @@ def quantize_inputs(p):
 @njit
 def _products(p, number):
     """What multiplies matrices of a Code.number."""
-    return as_int64(p[MULTIPLY_ROWS])[1 if number > TRELLIS_NUMBER else 0]
+    return as_int64(p[MULTIPLY_ROWS])[1 if number > TRELLIS_NUMBERS else 0]
 
 
 @njit
 def _width(number):
     """The bits of a Code.number."""
-    return number - TRELLIS_NUMBER if number > TRELLIS_NUMBER else number
+    return number - TRELLIS_NUMBERS if number > TRELLIS_NUMBERS else number
 
 
 @njit

@@ -24,7 +24,7 @@ from vllm_mcmoe.kernels.cpu.codes import (
     Codes,
     byte_mask,
 )
-from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64
+from vllm_mcmoe.kernels.cpu.intrinsics import I8, I32, I64, internal_function
 from vllm_mcmoe.kernels.cpu.layout import (
     Record,
     family_records,
@@ -127,8 +127,8 @@ def _integer_product_in_place(builder, dot, kind: Record, record, activations, t
     for quad in range(kind.group_size // 4):
         base = activations if quad < TILE // 4 else second_tile
         inputs = splat(builder, load(builder, I32, base, quad % (TILE // 4) * 4))
-        for vector, position, mask, shift in codes.fields(quad):
-            field = builder.and_(vector, byte_mask(mask << position))
+        for vector, position, width, shift in codes.fields(quad):
+            field = builder.and_(vector, byte_mask(((1 << width) - 1) << position))
             key = (position, shift)
             totals[key] = dot(builder, totals.get(key, constant(VI32, 0)), field, inputs)
     shifted = []
@@ -190,9 +190,7 @@ def product_function(
     existing = module.globals.get(name)
     if existing is not None:
         return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(_PRODUCT_ARGS)), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = internal_function(module, name, len(_PRODUCT_ARGS))
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, groups, activations, tile_stride, scales, scale_stride, totals = function.args
     builder = ir.IRBuilder(entry)
@@ -242,9 +240,7 @@ def unpack_function(module: ir.Module, name: str, kind: Record, reader: type[Cod
     existing = module.globals.get(name)
     if existing is not None:
         return existing
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = internal_function(module, name, 2)
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     record, out = function.args
     builder = ir.IRBuilder(entry)

@@ -38,12 +38,11 @@ from vllm_mcmoe.kernels.packing import (
     CODES,
     GROUP_SIZE,
     Code,
-    PackedMatrix,
     StoredMatrix,
     pack_codes,
     unpack_codes,
 )
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.trellis import stored_matrix
 from vllm_mcmoe.kernels.triton.fields import (
     TILE_FEATURES,
     field_count,
@@ -206,9 +205,7 @@ class ExpertStack:
         if self.gated:
             qweight, scales = split_gate_up(qweight), split_gate_up(scales)
             zeros = None if zeros is None else split_gate_up(zeros)
-        if code.kind == "trellis":
-            return TrellisMatrix(code.bits, qweight, scales)
-        return PackedMatrix(code.bits, qweight, scales, zeros)
+        return stored_matrix(code, qweight, scales, zeros)
 
 
 _CODES_BY_NUMBER = {code.number: code for code in CODES}

@@ -18,8 +18,8 @@ from vllm_mcmoe.kernels.cpu import LAYOUT_VERSION, CpuExperts, RecordsError, rem
 from vllm_mcmoe.kernels.cpu.layout import ROWS, expert_record, gate_up_row_blocks, matrix_bytes, repack
 from vllm_mcmoe.kernels.cpu.records_file import RecordsWriter
 from vllm_mcmoe.kernels.cpu.threads import thread_pool
-from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, PackedMatrix, StoredMatrix, packed_bytes_per_group
-from vllm_mcmoe.kernels.trellis import TrellisMatrix
+from vllm_mcmoe.kernels.packing import CODES, GROUP_SIZE, Code, StoredMatrix, packed_bytes_per_group
+from vllm_mcmoe.kernels.trellis import stored_matrix
 
 HIDDEN, INTERMEDIATE = 384, 256
 MIXED = list(CODES)
@@ -325,9 +325,7 @@ def counting_matrix(code: Code, rows: int, columns: int) -> StoredMatrix:
         return torch.arange(math.prod(shape)).mul(37).remainder(251).reshape(shape)
 
     qweight, scales = count(*groups, packed_bytes_per_group(code.bits)).to(torch.uint8), count(*groups).half()
-    if code.kind == "trellis":
-        return TrellisMatrix(code.bits, qweight, scales)
-    return PackedMatrix(code.bits, qweight, scales, (count(*groups) + 1).half() if code.bits > 1 else None)
+    return stored_matrix(code, qweight, scales, (count(*groups) + 1).half() if code.bits > 1 else None)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
