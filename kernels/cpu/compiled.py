@@ -38,9 +38,15 @@ def compile_layer(isa: str, families: tuple[int, ...]) -> Compiled:
     source, gomp_parallel = source_digest(), find_gomp_parallel()
     addresses = (ctypes.c_int64 * 2)()
     for family in families:
-        addresses[int(family >= TRELLIS)] = _PRODUCTS[isa](source, family).address
+        addresses[int(family >= TRELLIS)] = _products(isa, source, family).address
     entry, worker = _phases(source, gomp_parallel is not None)
     return Compiled(entry, worker.address, ctypes.addressof(addresses), gomp_parallel or 0, addresses)
+
+
+@cache
+def _products(isa: str, source: str, family: int):
+    """Layers differ in which families they have together: each is loaded once."""
+    return _PRODUCTS[isa](source, family)
 
 
 @cache
